@@ -1,0 +1,54 @@
+# Every target makes the virtual environment it needs; only `gpu` runs with the python3 at hand, as it is.
+PYTHON ?= python3
+VENV := .venv
+PINS_VENV := .venv-gpu-pins
+RUN := $(VENV)/bin/python
+
+.PHONY: help prefill test test-fast test-gpu-pins aot gpu lint format clean
+
+help:
+	@echo "make prefill        compare LLaVA-1.5 with LLaVA-STF, stage by stage (two minutes without a GPU)"
+	@echo "make test           every test that this machine can run"
+	@echo "make test-gpu-pins  the same with the versions nearest to the GPU machine's"
+	@echo "make aot            compile every shipped configuration for every GPU and check the generated code"
+	@echo "make gpu            on a GPU machine: tests, kernel table, prefill table into bench/results/"
+	@echo "make lint           ruff"
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(PINS_VENV)/.installed: setup.py .ci/gpu-pins.txt
+	$(PYTHON) -m venv $(PINS_VENV)
+	$(PINS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/gpu-pins.txt -e '.[dev]'
+	@touch $@
+
+prefill: $(VENV)/.installed
+	$(RUN) -m bench.prefill $(ARGS)
+
+# The interpreter must be chosen before the kernels are imported, so its tests are a process of their own.
+test: $(VENV)/.installed
+	$(RUN) -m pytest tests --ignore=tests/interpreter
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreter
+
+test-gpu-pins: $(PINS_VENV)/.installed
+	$(PINS_VENV)/bin/python -m pytest tests --ignore=tests/interpreter
+	TRITON_INTERPRET=1 $(PINS_VENV)/bin/python -m pytest tests/interpreter
+
+aot: $(VENV)/.installed
+	$(RUN) -m stf_kernels.aot --all
+
+gpu:
+	$(PYTHON) -m bench.gpu
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) $(PINS_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
