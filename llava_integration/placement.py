@@ -1,0 +1,36 @@
+"""Where the image tokens of a prompt are, and whether there are as many as the images need.
+
+rows[i] = position of the i-th image token in the flattened [B*S] ids,   i < images * image_seq_length
+"""
+
+import torch
+from torch import Tensor
+from transformers.utils import torch_compilable_check
+
+
+def is_captured() -> bool:
+    """True where reading a tensor's value is impossible: torch.compile, export, CUDA graph capture."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def image_rows(mask: Tensor, count: int) -> Tensor:
+    """The first `count` True positions of mask [B, S], row-major -> [count] int64, with no host-device synchronisation.
+
+    A stable descending sort has a fixed size where nonzero does not. With fewer than `count` True positions, False ones follow.
+    """
+    return mask.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:count]
+
+
+def check_token_count(mask: Tensor, images: int, tokens_per_image: int, image_token_id: int) -> None:
+    """ValueError unless mask [B, S] marks exactly images * tokens_per_image positions. Not checked under capture."""
+    if is_captured():
+        return
+    needed, found = images * tokens_per_image, mask.sum()
+    torch_compilable_check(
+        found == needed,
+        lambda: (
+            f"input_ids: found {int(found)} image tokens (id {image_token_id}), but pixel_values holds {images} image(s) of "
+            f"{tokens_per_image} tokens each, {needed} are needed; prepare prompts with LlavaStfProcessor, not with the "
+            "processor of the stock LLaVA"
+        ),
+    )

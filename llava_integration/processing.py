@@ -1,0 +1,174 @@
+"""Prompts and images for LLaVA-STF: every image placeholder becomes (h // p // r) * (w // p // r) image tokens.
+
+144 for 336x336 pixels, patches of p = 14 and windows of r = 2; a video is its frames, one after another, behind one placeholder.
+"""
+
+import re
+
+from transformers import LlavaProcessor
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import MultiModalData
+from transformers.video_utils import make_batched_videos
+
+
+class LlavaStfProcessor(LlavaProcessor):
+    r"""Image processor and tokenizer of LLaVA-STF in one.
+
+    Args:
+        image_processor: any that gives pixel values of the tower's size, without torchvision the *Pil classes.
+        tokenizer: must hold `image_token` as one token.
+        patch_size (`int`, defaults to 14): patch size of the vision tower.
+        vision_feature_select_strategy, num_additional_image_tokens: kept for LlavaProcessor's callers; the window covers
+            patches only, so neither changes a count.
+        chat_template (`str`, *optional*): Jinja template for `apply_chat_template`.
+        image_token (`str`, defaults to `"<image>"`): placeholder of one image in a prompt.
+        spatial_merge_size (`int`, defaults to 2): side of the window that becomes one token.
+
+    Raises:
+        ValueError: sizes that are not positive ints; a tokenizer without a single token for `image_token`.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        spatial_merge_size=2,
+        **kwargs,
+    ):
+        for name, value in (("patch_size", patch_size), ("spatial_merge_size", spatial_merge_size)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+        if tokenizer is None or image_processor is None:
+            missing = "tokenizer" if tokenizer is None else "image_processor"
+            raise ValueError(f"{missing}: expected one, got None")
+        token = getattr(tokenizer, "image_token", image_token)
+        ids = tokenizer.encode(token, add_special_tokens=False)
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise ValueError(
+                f"tokenizer: expected one token for {token!r}, got {ids}; add it with "
+                f"tokenizer.add_tokens(AddedToken({token!r}, special=True)) and give the model as many embeddings"
+            )
+        self.spatial_merge_size = spatial_merge_size
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_llava(cls, processor: LlavaProcessor, *, merge_size: int = 2) -> "LlavaStfProcessor":
+        """The processor to go with `llava_integration.from_llava(model, merge_size=merge_size)`."""
+        if not isinstance(processor, LlavaProcessor):
+            raise TypeError(f"processor: expected a LlavaProcessor, got {type(processor).__name__}")
+        return cls(
+            processor.image_processor,
+            processor.tokenizer,
+            patch_size=processor.patch_size,
+            chat_template=processor.chat_template,
+            image_token=processor.image_token,
+            spatial_merge_size=merge_size,
+        )
+
+    def __call__(self, images=None, text=None, videos=None, **kwargs):
+        """As ProcessorMixin.__call__; -> input_ids, attention_mask [B, S], pixel_values [N, 3, h, w].
+
+        `text` holds one placeholder per image, or the expanded tokens of all of them. `videos`: instead of images, one video or a
+        list of them, each [T, h, w, 3], [T, 3, h, w] or a list of T frames; one placeholder a video, T images in pixel_values.
+        Raises ValueError or TypeError for counts that do not match, both kinds at once, or what is no image.
+        """
+        if videos is not None:
+            if images is not None:
+                raise ValueError("videos: expected images or videos, which share a placeholder, got both")
+            images, text = self._frames(videos, text)
+        try:
+            return super().__call__(images=images, text=text, **kwargs)
+        except StopIteration as error:  # a tokenizer-level mismatch that validate_inputs could not see
+            raise ValueError(f"text: more {self.image_token} placeholders than images") from error
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        """ValueError unless the placeholders, or the expanded image tokens, are as many as the images need."""
+        if images is None and text is None:
+            raise ValueError("images, text: expected at least one of them, got neither")
+        if text is None:
+            return
+        if not isinstance(text, list) or not all(isinstance(sample, str) for sample in text):
+            raise ValueError(f"text: expected a string or a list of strings, got {type(text).__name__}")
+        found = self._count(text)
+        count = 0 if images is None else len(self._flat(images))
+        per_image = self._tokens(*self._pixels(**kwargs))
+        if found not in (count, count * per_image):
+            raise ValueError(
+                f"text: found {found} {self.image_token} tokens for {count} image(s); expected {count}, one per image, or "
+                f"{count * per_image} where LlavaStfProcessor has expanded them already ({per_image} an image)"
+            )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        return self.image_token * self._tokens(height, width)
+
+    def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
+        """Leave prompts alone whose image tokens are expanded already."""
+        expanded = sum(self._count([replacement]) for replacement in images_replacements)
+        if images_replacements and self._count(text) == expanded != len(images_replacements):
+            return text, [[] for _ in text]
+        return super().get_text_with_replacements(text, list(images_replacements), *args, **kwargs)
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        """Token counts for images of `image_sizes` [(height, width)]: resizing makes them all equal."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        tokens = self._tokens(*self._pixels(**kwargs))
+        return MultiModalData(num_image_tokens=[tokens] * count, num_image_patches=[1] * count)
+
+    def _tokens(self, height: int, width: int) -> int:
+        side = self.patch_size
+        return (height // side // self.spatial_merge_size) * (width // side // self.spatial_merge_size)
+
+    def _pixels(self, **kwargs) -> tuple[int, int]:
+        """Height and width that the image processor gives every image."""
+        options = {**kwargs, **kwargs.get("images_kwargs", {})}
+        for name in ("crop_size", "size"):
+            size = options.get(name) or getattr(self.image_processor, name, None)
+            if size and "height" in dict(size):
+                return dict(size)["height"], dict(size)["width"]
+        raise ValueError("image_processor: expected a crop_size or size with height and width, got neither")
+
+    def _count(self, text: list[str]) -> int:
+        return sum(sample.count(self.image_token) for sample in text)
+
+    @staticmethod
+    def _flat(images) -> list:
+        try:
+            return make_flat_list_of_images(images)
+        except ValueError as error:
+            raise ValueError(
+                f"images: expected PIL images or arrays, or lists of them, got {type(images).__name__}"
+            ) from error
+
+    def _frames(self, videos, text):
+        """videos -> all frames as one list of images, and text with one placeholder per frame."""
+        if isinstance(videos, str) or (isinstance(videos, (list, tuple)) and any(isinstance(v, str) for v in videos)):
+            raise TypeError("videos: expected frames, got a path; read the frames first")
+        batched = [list(video) for video in make_batched_videos(videos)] if len(videos) else []
+        if not batched or not all(batched):
+            raise ValueError(f"videos: expected at least one frame in each, got {[len(video) for video in batched]}")
+        frames = [frame for video in batched for frame in video]
+        if text is None:
+            return frames, None
+        text = [text] if isinstance(text, str) else list(text)
+        if self._count(text) != len(batched):
+            return frames, text  # expanded already, or wrong: validate_inputs knows which
+        lengths = iter(len(video) for video in batched)
+        placeholder = re.compile(re.escape(self.image_token))
+        return frames, [placeholder.sub(lambda match: match.group() * next(lengths), sample) for sample in text]

@@ -1,0 +1,182 @@
+"""Prefill with nothing dynamic in it: static buffers, a static cache, no synchronisation; on a GPU one CUDA graph.
+
+    ids [B, S], pixels [N, 3, S', S'] -> tower loop -> projector -> inputs_embeds -> language model -> logits [B, vocab]
+
+During prefill attention reads the fresh keys and values, not the longer static buffers they are stored in, so the
+causal mask needs no tensor and the flash kernels apply. Works for LLaVA-STF and, as its baseline, for the stock LLaVA.
+"""
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, StaticCache
+from transformers.cache_utils import Cache, StaticLayer
+
+from .configuration import prefix_tokens, resolve_layers
+from .modeling import LlavaStfForConditionalGeneration
+from .placement import check_token_count, image_rows
+from .vision_tower import tower_hidden_states
+
+WARM_UP_RUNS = 3
+
+
+class _PrefillLayer(StaticLayer):
+    """Stores keys and values at the start of a StaticLayer and hands attention only the fresh ones."""
+
+    def __init__(self, target: StaticLayer):
+        super().__init__(target.max_cache_len)
+        self.target = target
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        length = key_states.shape[-2]
+        self.target.keys[:, :, :length].copy_(key_states)
+        self.target.values[:, :, :length].copy_(value_states)
+        self.target.cumulative_length.fill_(length)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+class PrefillRunner:
+    """Repeated prefill of one shape.
+
+    Args:
+        model: LlavaStfForConditionalGeneration or LlavaForConditionalGeneration, in eval mode, on one device.
+        batch, seq_len: shape [B, S] of input_ids; every prompt full, no padding.
+        max_new_tokens: room in `.cache` for decoding afterwards.
+        full_tower: also run the tower layers that the model computes without using, as the stock forward does.
+
+    `runner(input_ids, pixel_values)` -> logits [B, vocab] of the last position. A graph is captured at the first call with each
+    number of images N. `.cache` is then a StaticCache of length S; the next call overwrites it. Token counts are checked for ids
+    on the CPU; ids on the GPU are trusted, because reading them would wait for the device.
+
+    Raises TypeError for another model, ValueError for a shape that is not the runner's and for caches that are not plain.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        batch: int,
+        seq_len: int,
+        *,
+        max_new_tokens: int = 128,
+        full_tower: bool = False,
+    ):
+        if not isinstance(model, LlavaForConditionalGeneration):
+            raise TypeError(
+                f"model: expected a LLaVA or LLaVA-STF ForConditionalGeneration, got {type(model).__name__}"
+            )
+        for name, value, least in (("batch", batch, 1), ("seq_len", seq_len, 1), ("max_new_tokens", max_new_tokens, 0)):
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+        if model.training:
+            raise ValueError("model: expected eval mode, got training mode; call model.eval()")
+        devices = {str(parameter.device) for parameter in model.parameters()}
+        if len(devices) != 1:
+            raise ValueError(f"model: expected all parameters on one device, got {sorted(devices)}")
+        self.model, self.batch, self.seq_len, self.full_tower = model, batch, seq_len, full_tower
+        self.device = model.device
+        self.cache = _static_cache(model, batch, seq_len + max_new_tokens)
+        self._prefill_cache = Cache(layers=[_PrefillLayer(layer) for layer in self.cache.layers])
+        self._ids = torch.zeros(batch, seq_len, dtype=torch.long, device=self.device)
+        self._positions = torch.arange(seq_len, device=self.device).unsqueeze(0)
+        self._pixels: dict[int, Tensor] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """input_ids [B, S] int64, pixel_values [N, 3, h, w] or None -> logits [B, vocab]; fills `.cache`."""
+        images = 0 if pixel_values is None else len(pixel_values)
+        self._check(input_ids, pixel_values, images)
+        self._ids.copy_(input_ids, non_blocking=True)
+        if images:
+            if images not in self._pixels:
+                self._pixels[images] = torch.empty(pixel_values.shape, dtype=self._pixel_dtype, device=self.device)
+            self._pixels[images].copy_(pixel_values, non_blocking=True)
+        if self.device.type != "cuda":
+            return self._prefill(images)
+        if images not in self._graphs:
+            self._graphs[images] = self._capture(images)
+        graph, logits = self._graphs[images]
+        graph.replay()
+        return logits.clone()
+
+    def _capture(self, images: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_RUNS):
+                self._prefill(images)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            logits = self._prefill(images)
+        return graph, logits
+
+    def _prefill(self, images: int) -> Tensor:
+        model = self.model.model
+        embeds = model.get_input_embeddings()(self._ids)
+        if images:
+            self._place_images(embeds.view(-1, embeds.shape[-1]), self._pixels[images])
+        hidden = model.language_model(
+            inputs_embeds=embeds, position_ids=self._positions, past_key_values=self._prefill_cache, use_cache=True
+        ).last_hidden_state
+        return self.model.lm_head(hidden[:, -1])
+
+    def _place_images(self, flat: Tensor, pixels: Tensor) -> None:
+        """Projected image tokens into the rows of flat [B*S, D] that hold image tokens."""
+        model = self.model.model
+        mask = self._ids == self.model.config.image_token_id
+        blocks = tower_hidden_states(model.vision_tower, pixels, self._layers, run_all=self.full_tower)
+        if isinstance(self.model, LlavaStfForConditionalGeneration):
+            count = pixels.shape[0] * self.model.config.image_seq_length
+            model.multi_modal_projector(blocks, model.vision_grid, out=flat, rows=image_rows(mask, count))
+            return
+        if self.model.config.vision_feature_select_strategy == "default":
+            blocks = [block[:, 1:] for block in blocks]
+        features = model.multi_modal_projector(torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0]).flatten(
+            0, 1
+        )
+        flat.index_copy_(0, image_rows(mask, len(features)), features)
+
+    @property
+    def _layers(self) -> list[int]:
+        config = self.model.config
+        return resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)
+
+    @property
+    def _pixel_dtype(self) -> torch.dtype:
+        return self.model.model.vision_tower.dtype
+
+    def _check(self, input_ids: Tensor, pixel_values: Tensor | None, images: int) -> None:
+        expected = (self.batch, self.seq_len)
+        if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.long:
+            got = getattr(input_ids, "dtype", type(input_ids).__name__)
+            raise TypeError(f"input_ids: expected an int64 tensor of dtype torch.int64, got {got}")
+        if tuple(input_ids.shape) != expected:
+            raise ValueError(
+                f"input_ids: expected shape {list(expected)}, got {list(input_ids.shape)}; a PrefillRunner serves one shape"
+            )
+        vision = self.model.config.vision_config
+        shape = (images, vision.num_channels, vision.image_size, vision.image_size)
+        if pixel_values is not None and tuple(pixel_values.shape) != shape:
+            raise ValueError(f"pixel_values: expected {list(shape)}, got {list(pixel_values.shape)}")
+        if input_ids.device.type == "cpu" and isinstance(self.model, LlavaStfForConditionalGeneration):
+            token = self.model.config.image_token_id
+            check_token_count(input_ids == token, images, self.model.config.image_seq_length, token)
+
+
+def _static_cache(model: LlavaForConditionalGeneration, batch: int, length: int) -> StaticCache:
+    """A StaticCache whose buffers exist already, all layers plain."""
+    text = model.config.text_config
+    cache = StaticCache(config=text, max_cache_len=length)
+    kinds = {type(layer) for layer in cache.layers} - {StaticLayer}
+    if kinds:
+        raise ValueError(f"model: expected plain attention layers, got {sorted(kind.__name__ for kind in kinds)}")
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache.early_initialization(batch, heads, head_dim, model.get_input_embeddings().weight.dtype, model.device)
+    return cache
