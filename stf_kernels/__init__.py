@@ -1,0 +1,22 @@
+"""Fused Triton kernels for LLaVA-STF (arXiv 2506.07138): fewer vision tokens, one pass over memory.
+
+Imports without a GPU, without Triton and without transformers.
+"""
+
+from .backend import use_backend
+from .functional import concat_linear, spatial_merge_linear
+from .modules import CompactTokenProjector, MultiBlockTokenFusion, SpatialTokenFusion
+from .relayout import channel_to_patch_major, patch_to_channel_major
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompactTokenProjector",
+    "MultiBlockTokenFusion",
+    "SpatialTokenFusion",
+    "channel_to_patch_major",
+    "concat_linear",
+    "patch_to_channel_major",
+    "spatial_merge_linear",
+    "use_backend",
+]

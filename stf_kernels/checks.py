@@ -1,0 +1,126 @@
+"""Validation of arguments: every message names the argument, what was expected and what came."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu")
+FEATURE_ORDERS = ("patch_major", "channel_major")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_BLOCKS = 32
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
+
+
+def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+    bounds = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int {bounds}, got {value!r}")
+    if value < minimum or (maximum is not None and value > maximum):
+        raise ValueError(f"{name}: expected {bounds}, got {value}")
+
+
+def check_tokens(name: str, x: object) -> None:
+    """A batch of token features: floating [B, T, C]."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor [B, T, C], got {type(x).__name__}")
+    if x.ndim != 3:
+        raise ValueError(f"{name}: expected shape [B, T, C], got {tuple(x.shape)}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected a dtype of float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_blocks(blocks: object, num_blocks: int | None = None) -> None:
+    """M tensors of one shape, dtype and device; M as given, else 1 to 32."""
+    if isinstance(blocks, Tensor) or not isinstance(blocks, Sequence):
+        raise TypeError(f"blocks: expected a list or tuple of tensors [B, T, C], got {type(blocks).__name__}")
+    if not blocks:
+        raise ValueError("blocks: expected at least one tensor [B, T, C], got none")
+    if num_blocks is not None and len(blocks) != num_blocks:
+        raise ValueError(f"blocks: expected {num_blocks} tensors (num_blocks), got {len(blocks)}")
+    if len(blocks) > MAX_BLOCKS:
+        raise ValueError(f"blocks: expected at most {MAX_BLOCKS} tensors, got {len(blocks)}")
+    for i, block in enumerate(blocks):
+        check_tokens(f"blocks[{i}]", block)
+        check_same(f"blocks[{i}]", block, "blocks[0]", blocks[0])
+        if block.shape != blocks[0].shape:
+            raise ValueError(
+                f"blocks[{i}]: expected the shape of blocks[0] {tuple(blocks[0].shape)}, got {tuple(block.shape)}"
+            )
+
+
+def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name} {other.dtype}, got dtype {tensor.dtype}")
+    if tensor.device != other.device:
+        where = " (load the module's weights, or `to_empty` it, before use)" if tensor.device.type == "meta" else ""
+        raise ValueError(f"{name}: expected the device of {other_name} {other.device}, got device {tensor.device}{where}")
+
+
+def check_linear(weight: object, bias: object, k: int, k_meaning: str, x_name: str, x: Tensor) -> None:
+    """weight [N, k] and bias [N] that fit x's dtype and device."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor [N, {k}], got {type(weight).__name__}")
+    if weight.ndim != 2 or weight.shape[1] != k:
+        raise ValueError(f"weight: expected shape [N, {k}] ({k_meaning}), got {tuple(weight.shape)}")
+    check_same("weight", weight, x_name, x)
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias: expected a tensor [{weight.shape[0]}] or None, got {type(bias).__name__}")
+    if tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_same("bias", bias, x_name, x)
+
+
+def check_skip(skip_tokens: object, tokens: int) -> None:
+    check_int("skip_tokens", skip_tokens, 0)
+    if skip_tokens > tokens:
+        raise ValueError(f"skip_tokens: expected at most the {tokens} tokens of the input, got {skip_tokens}")
+
+
+def resolve_grid(grid: Sequence[int] | None, tokens: int, merge_size: int, truncate: bool) -> tuple[int, int]:
+    """(H, W) of `tokens` tokens, checked against the merge size; None means a square."""
+    if grid is None:
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ValueError(f"grid: {tokens} tokens are not a square; pass grid=(H, W)")
+        grid = (side, side)
+    if not isinstance(grid, Sequence) or isinstance(grid, str) or len(grid) != 2:
+        raise TypeError(f"grid: expected (H, W), got {grid!r}")
+    for side, name in zip(grid, ("H", "W"), strict=True):
+        check_int(f"grid {name}", side, 1)
+    height, width = grid
+    if height * width != tokens:
+        raise ValueError(f"grid: expected H * W = {tokens} tokens, got {(height, width)} = {height * width}")
+    if (height % merge_size or width % merge_size) and not truncate:
+        raise ValueError(
+            f"grid: {(height, width)} is not divisible by merge_size={merge_size}; "
+            "pass truncate=True to drop the last rows and columns"
+        )
+    return height, width
+
+
+def check_out(out: object, rows: object, count: int, width: int, x: Tensor) -> None:
+    """The target of a scatter: out [R, width] of x's dtype and device, rows int64 [count] inside it."""
+    if out is None or rows is None:
+        raise ValueError(f"{'out' if out is None else 'rows'}: out and rows come together, got only the other")
+    if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] != width or out.stride(1) != 1:
+        got = f"{tuple(out.shape)} with strides {out.stride()}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"out: expected a tensor [R, {width}] with a contiguous last axis, got {got}")
+    check_same("out", out, "blocks[0]", x)
+    if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or tuple(rows.shape) != (count,):
+        got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"rows: expected int64 [{count}], one row of out per token, got {got}")
+    if rows.device != x.device:
+        raise ValueError(f"rows: expected the device of blocks[0] {x.device}, got device {rows.device}")
+    # Reading the values of a GPU tensor would synchronise; there a row outside `out` is not written.
+    if rows.device.type == "cpu" and count and not torch.compiler.is_compiling():
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= out.shape[0]:
+            raise ValueError(f"rows: expected values from 0 to {out.shape[0] - 1}, got {low} to {high}")

@@ -1,0 +1,112 @@
+"""The Triton launchers: explicit configuration in, kernel launched, nothing searched.
+
+Under the interpreter outputs are fp32 and torch rounds them: a store into bf16 truncates there.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ..backend import interpreting
+from ..tuning import GemmConfig
+from .stage import Stage
+
+_HALF = (torch.float16, torch.bfloat16)
+_ROWS_PER_PROGRAM, _BLOCK_M, _BLOCK_N = 128, 16, 128  # the elementwise backward: a strip of rows, its tile
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """A launch goes to the current device; make that the tensors' own."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def launch_stage(
+    blocks: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    stage: Stage,
+    config: GemmConfig,
+    *,
+    save_pre: bool = False,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run one stage with one configuration -> (y, pre-activation [M, N] or None).
+
+    blocks: [B, T, C] each, any strides but 1 on the last axis; weight [N, K], last axis contiguous; bias [N].
+    y has the stage's output shape, or is `out` [R, N] with row i of the GEMM written to out[rows[i]], rows int64 [M];
+    rows outside [0, R) are not written.
+    """
+    from ..kernels.segmented_linear import _segmented_linear_fwd_kernel
+
+    x = blocks[0]
+    n, c = weight.shape[0], x.shape[-1]
+    tokens = stage.tokens(x)
+    m = x.shape[0] * tokens
+    store_dtype = torch.float32 if interpreting() else x.dtype
+    if out is None:
+        y = torch.empty(stage.out_shape(x, n), device=x.device, dtype=store_dtype)
+        y_stride = y.shape[-1]
+    else:
+        y = out.to(store_dtype)  # `out` itself, but for the interpreter
+        y_stride = y.stride(0)
+    pre = torch.empty((m, n), device=x.device, dtype=store_dtype) if save_pre else None
+    if m and n:
+        strides = [block.stride()[:2] for block in blocks]
+        uniform = all(stride == strides[0] for stride in strides)
+        if uniform:
+            strides = strides[:1]
+        grid = (-(-m // config.block_m) * -(-n // config.block_n),)
+        with on_device(x.device):
+            _segmented_linear_fwd_kernel[grid](
+                tuple(blocks), weight, bias, y, pre, rows,
+                m, n, tokens, stage.grid[1], stage.grid[0],
+                tuple(stride[0] for stride in strides), tuple(stride[1] for stride in strides),
+                weight.stride(0), y_stride, y.shape[0],
+                NUM_BLOCKS=len(blocks), C=c, GATHER=stage.gather, UNIFORM_STRIDES=uniform,
+                STORE="scatter" if out is not None else "merge" if stage.scatter > 1 else "rows",
+                MERGE=stage.scatter, ACTIVATION=stage.activation or "none", FAST_ACTIVATION=x.dtype in _HALF,
+                HAS_BIAS=bias is not None, SAVE_PRE=save_pre, INPUT_PRECISION=input_precision(),
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+    if out is not None:
+        if y is not out:
+            out.copy_(y)
+        return out, None if pre is None else pre.to(x.dtype)
+    return y.to(x.dtype), None if pre is None else pre.to(x.dtype)
+
+
+def input_precision() -> str:
+    """fp32 operands as torch multiplies them: IEEE unless torch.backends.cuda.matmul allows TF32."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def launch_activation_bwd(
+    dy: Tensor, pre: Tensor, activation: str, *, overwrite: bool, write_act: bool, sum_rows: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dy, pre [M, N] contiguous -> (dpre, act(pre) or None, fp32 column sums of dpre [N] or None).
+
+    overwrite: dpre takes dy's memory.
+    """
+    from ..kernels.activation_bwd import _activation_bwd_kernel
+
+    m, n = pre.shape
+    store_dtype = torch.float32 if interpreting() else pre.dtype
+    dpre = dy if overwrite and dy.dtype == store_dtype else torch.empty_like(pre, dtype=store_dtype)
+    act = torch.empty_like(pre, dtype=store_dtype) if write_act else None
+    strips = -(-m // _ROWS_PER_PROGRAM)
+    partial = torch.empty((strips, n), device=pre.device, dtype=torch.float32) if sum_rows else None
+    if m and n:
+        with on_device(pre.device):
+            _activation_bwd_kernel[(strips, -(-n // _BLOCK_N))](
+                dy, pre, dpre, act, partial, m, n,
+                ACTIVATION=activation, FAST_ACTIVATION=pre.dtype in _HALF, WRITE_ACT=write_act, SUM_ROWS=sum_rows,
+                ROWS_PER_PROGRAM=_ROWS_PER_PROGRAM, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N,
+            )  # fmt: skip
+    total = None if partial is None else partial.sum(0)
+    return dpre.to(pre.dtype), None if act is None else act.to(pre.dtype), total

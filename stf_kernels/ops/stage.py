@@ -1,0 +1,80 @@
+"""One stage: y = act(A @ W^T + b), with A and y placed by geometry.
+
+    gather r   A's rows are r x r windows of the token grid of one block: [B, H*W, C] -> B*(H//r)*(W//r) rows
+    scatter r  y's rows are written in the merged layout: B*H*W rows -> [B, (H//r)*(W//r), r*r*N]
+
+Segment (block, dy, dx) of A's K axis is C columns wide; see kernels/segmented_linear.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Geometry and activation of one segmented GEMM. grid is (H, W) before merging, needed by gather and scatter."""
+
+    activation: str | None = None
+    gather: int = 1
+    scatter: int = 1
+    grid: tuple[int, int] = (0, 0)
+
+    def kind(self, num_blocks: int) -> str:
+        """The name under which tuning tables know this stage; a concat of one block is a plain linear layer."""
+        if self.gather > 1:
+            return "merge"
+        if self.scatter > 1:
+            return "linear_merge"
+        return "concat" if num_blocks > 1 else "linear"
+
+    def tokens(self, block: Tensor) -> int:
+        """GEMM rows per image."""
+        return self._windows(self.gather) if self.gather > 1 else block.shape[1]
+
+    def out_shape(self, block: Tensor, n: int) -> tuple[int, int, int]:
+        if self.scatter > 1:
+            return block.shape[0], self._windows(self.scatter), self.scatter**2 * n
+        return block.shape[0], self.tokens(block), n
+
+    def _windows(self, size: int) -> int:
+        return (self.grid[0] // size) * (self.grid[1] // size)
+
+    def num_segments(self, blocks: Sequence[Tensor]) -> int:
+        return len(blocks) * self.gather**2
+
+    def segments(self, blocks: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Each segment's rows as a strided view: [B, tokens, C], or [B, H//r, W//r, C] where windows are gathered."""
+        for block in blocks:
+            if self.gather == 1:
+                yield block
+                continue
+            windows = split_windows(block, self.grid, self.gather)
+            for dy in range(self.gather):
+                for dx in range(self.gather):
+                    yield windows[:, :, dy, :, dx]
+
+
+def split_windows(x: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """[B, H*W, C] -> view [B, H//r, r, W//r, r, C]; rows and columns of no window are left out."""
+    height, width = grid[0] // size * size, grid[1] // size * size
+    x = x.unflatten(1, grid)[:, :height, :width]
+    return x.unflatten(1, (height // size, size)).unflatten(3, (width // size, size))
+
+
+def merge_windows(x: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """[B, H*W, N] -> [B, (H//r)*(W//r), r*r*N], patch-major (one copy)."""
+    return split_windows(x, grid, size).permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
+
+
+def unmerge_windows(merged: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """The adjoint of `merge_windows`: a bijection, with zeros where a truncated grid has no window."""
+    batch, channels = merged.shape[0], merged.shape[2] // size**2
+    whole = grid[0] % size == 0 and grid[1] % size == 0
+    shape = (batch, grid[0] * grid[1], channels)
+    x = merged.new_empty(shape) if whole else merged.new_zeros(shape)
+    rows, columns = grid[0] // size, grid[1] // size
+    windows = merged.view(batch, rows, columns, size, size, channels).permute(0, 1, 3, 2, 4, 5)
+    split_windows(x, grid, size).copy_(windows)
+    return x

@@ -1,0 +1,64 @@
+"""When a fused chain may read a layer's parameters instead of calling the layer.
+
+Only where calling it would do nothing else: exactly nn.Linear, ordinary parameters, no hooks, no forward of its own.
+A LoRA adapter, a quantised layer, a sharded one (DTensor), a layer with a forward hook is called as the module it is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def is_untouched(module: nn.Module, expected: type[nn.Module]) -> bool:
+    """The module is of exactly this class, without hooks and without a forward of its own instance."""
+    if type(module) is not expected or "forward" in module.__dict__:
+        return False
+    return not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Reading weight and bias is the same as calling the module."""
+    if not is_untouched(module, nn.Linear):
+        return False
+    return type(module.weight) in _ORDINARY and (module.bias is None or type(module.bias) in _ORDINARY)
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """The activation behind a layer that is called as a module."""
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return F.silu(x) if activation == "silu" else x
+
+
+class FrozenRelayout:
+    """A relaid-out copy of a weight, kept while that is safe: the weight frozen, its module in eval mode.
+
+    `p.data.copy_()` changes a parameter without a trace, so nothing is kept of one that may still be trained, and
+    `clear` is for whoever changes a frozen one by hand.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._key: tuple | None = None
+        self._copy: Tensor | None = None
+
+    def get(self, weight: Tensor, relayout, training: bool) -> Tensor:
+        if training or weight.requires_grad or weight.is_inference() or torch.compiler.is_compiling():
+            return relayout(weight)
+        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if key != self._key:
+            self._key, self._copy = key, relayout(weight)
+        return self._copy
+
+    def __deepcopy__(self, memo: dict) -> "FrozenRelayout":
+        return FrozenRelayout()
+
+    def __getstate__(self) -> dict:
+        return {"_key": None, "_copy": None}

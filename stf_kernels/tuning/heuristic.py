@@ -1,0 +1,55 @@
+"""The configuration where no table speaks.
+
+Rule: the largest tile that still gives every multiprocessor one (about a hundred tiles), within the shared memory
+and the register file of the architecture. It is a default that fits everywhere, not a measurement.
+"""
+
+from .config import GemmConfig
+
+# Bytes of shared memory that one program may take, by architecture.
+SHARED_MEMORY_LIMIT = {
+    "sm_80": 166_912,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
+
+_MANY_TILES = 96  # roughly the multiprocessors of a data-centre GPU
+
+# Per family of architectures: tiles from large to small. 16-bit operands; fp32 below.
+_HALF = {
+    # 228 KB of shared memory, warpgroup products: wide tiles, 64 columns a step
+    "sm_90": (GemmConfig(128, 256, 64, 8, 8, 3), GemmConfig(128, 128, 64, 8, 8, 4), GemmConfig(64, 128, 64, 8, 4, 4)),
+    "sm_80": (GemmConfig(128, 256, 32, 8, 8, 4), GemmConfig(128, 128, 32, 8, 4, 4), GemmConfig(64, 128, 64, 8, 4, 4)),
+    # 99 KB of shared memory
+    "sm_89": (GemmConfig(128, 128, 32, 8, 4, 4), GemmConfig(128, 64, 64, 8, 4, 3), GemmConfig(64, 64, 64, 8, 4, 4)),
+    # 64 KB of shared memory, wavefronts of 64 threads
+    "gfx942": (GemmConfig(256, 128, 32, 8, 8, 2), GemmConfig(128, 128, 32, 8, 4, 2), GemmConfig(64, 128, 64, 8, 4, 2)),
+}
+_FLOAT = (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 32, 8, 4, 3), GemmConfig(32, 64, 32, 8, 4, 3))
+_FLOAT_AMD = (GemmConfig(128, 64, 16, 8, 8, 2), GemmConfig(64, 64, 16, 8, 4, 2), GemmConfig(32, 64, 16, 8, 4, 2))
+
+
+def _family(arch: str) -> str:
+    """The family whose tiles suit an architecture; unknown ones get the tiles that fit the smallest shared memory."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    return {"sm_90": "sm_90", "sm_100": "sm_90", "sm_103": "sm_90", "sm_80": "sm_80"}.get(arch, "sm_89")
+
+
+def tiles(arch: str, itemsize: int) -> tuple[GemmConfig, ...]:
+    """The heuristic's configurations for an architecture ("sm_90", "gfx942", ...), largest tile first."""
+    if itemsize == 4:
+        return _FLOAT_AMD if arch.startswith("gfx") else _FLOAT
+    return _HALF[_family(arch)]
+
+
+def default_config(arch: str, itemsize: int, m: int, n: int) -> GemmConfig:
+    """A configuration for y [m, n] on an architecture, operands of `itemsize` bytes."""
+    candidates = tiles(arch, itemsize)
+    for config in candidates:
+        if -(-m // config.block_m) * -(-n // config.block_n) >= _MANY_TILES:
+            return config
+    return candidates[-1]

@@ -1,0 +1,131 @@
+"""From a problem to a configuration: the device's table if it knows the stage, else the heuristic.
+
+A table is tables/<device-slug>.json:
+
+    {"version": 1, "device": "NVIDIA H200", "arch": "sm_90", "commit": ..., "torch": ..., "triton": ...,
+     "entries": [{"stage": "concat", "dtype": "bfloat16", "n": 4096, "k": 8192, "m_max": 1152,
+                  "provider": "triton", "config": {...}, "us": ..., "rival": ..., "rival_us": ...}, ...]}
+
+An entry serves every M up to m_max that no smaller entry serves; the largest one serves all beyond. `provider` is
+"triton", or "cublas" where the measurement said that plain torch is faster. `us`, `rival` and `rival_us` are the
+measurement that justifies the entry: cold-cache microseconds of it and of the best rival.
+"""
+
+import functools
+import json
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from .config import GemmConfig
+from .heuristic import SHARED_MEMORY_LIMIT, default_config
+
+TABLE_VERSION = 1
+STAGES = ("concat", "merge", "linear", "linear_merge")
+DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_TABLES = Path(__file__).with_name("tables")
+_TOP = {"version", "device", "arch", "commit", "torch", "triton", "entries"}
+_ENTRY = {"stage", "dtype", "n", "k", "m_max", "provider", "config", "us", "rival", "rival_us"}
+
+
+INTERPRETER_CONFIG = GemmConfig(block_m=32, block_n=32, block_k=32, group_m=2)
+
+# (stage, dtype, n, k) -> (m_max, configuration) in ascending order; None is cuBLAS.
+Table = dict[tuple[str, str, int, int], list[tuple[int, GemmConfig | None]]]
+
+
+def device_slug(name: str) -> str:
+    """ "NVIDIA H200" -> "nvidia-h200": the name of a device's table and of its folder of results."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def parse_table(text: str, arch: str) -> Table:
+    """Entries by (stage, dtype, n, k), sorted by m_max.  ValueError names what is unknown, wrong or cannot run."""
+    table = json.loads(text)
+    if not isinstance(table, dict):
+        raise ValueError(f"table: expected an object, got {type(table).__name__}")
+    if table.get("version") != TABLE_VERSION:
+        raise ValueError(f"version: expected {TABLE_VERSION}, got {table.get('version')!r}")
+    _check_fields("table", table, _TOP)
+    if table["arch"] != arch:
+        raise ValueError(f"arch: the table is for {table['arch']!r}, this device is {arch!r}")
+    parsed: Table = {}
+    for number, entry in enumerate(table["entries"]):
+        where = f"entries[{number}]"
+        _check_fields(where, entry, _ENTRY)
+        if entry["stage"] not in STAGES:
+            raise ValueError(f"{where}.stage: expected one of {list(STAGES)}, got {entry['stage']!r}")
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{where}.dtype: expected one of {list(DTYPES)}, got {entry['dtype']!r}")
+        key = (entry["stage"], entry["dtype"], entry["n"], entry["k"])
+        parsed.setdefault(key, []).append((entry["m_max"], _config(where, entry, arch)))
+    for choices in parsed.values():
+        choices.sort(key=lambda pair: pair[0])
+    return parsed
+
+
+def _check_fields(where: str, found: dict, expected: set[str]) -> None:
+    if unknown := sorted(set(found) - expected):
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}, expected {sorted(expected)}")
+    if missing := sorted(expected - set(found)):
+        raise ValueError(f"{where}: field {missing[0]!r} is missing")
+
+
+def _config(where: str, entry: dict, arch: str) -> GemmConfig | None:
+    if entry["provider"] == "cublas":
+        return None
+    if entry["provider"] != "triton":
+        raise ValueError(f"{where}.provider: expected 'triton' or 'cublas', got {entry['provider']!r}")
+    config = GemmConfig.from_dict(entry["config"])
+    need, limit = config.shared_bytes(DTYPES[entry["dtype"]]), SHARED_MEMORY_LIMIT.get(arch)
+    if limit is not None and need > limit:
+        raise ValueError(f"{where}.config: {config} needs {need} bytes of shared memory, {arch} has {limit}")
+    return config
+
+
+@functools.cache
+def _device(index: int) -> tuple[str, str]:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return device_slug(properties.name), properties.gcnArchName.split(":")[0]
+    return device_slug(properties.name), f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _table(slug: str, arch: str) -> Table:
+    path = _TABLES / f"{slug}.json"
+    if not path.exists():
+        return {}
+    try:
+        return parse_table(path.read_text(encoding="utf-8"), arch)
+    except (ValueError, TypeError, KeyError) as error:
+        warnings.warn(f"stf_kernels: {path.name} is not used, the heuristic serves instead. {error}", stacklevel=2)
+        return {}
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(slug: str, arch: str, stage: str, dtype: torch.dtype, m: int, n: int, k: int) -> GemmConfig | None:
+    choices = _table(slug, arch).get((stage, str(dtype).removeprefix("torch."), n, k))
+    if choices:
+        return next((config for m_max, config in choices if m <= m_max), choices[-1][1])
+    return default_config(arch, dtype.itemsize, m, n)
+
+
+def choose(
+    device: torch.device, stage: str, dtype: torch.dtype, m: int, n: int, k: int, *, may_decline: bool = True
+) -> GemmConfig | None:
+    """The configuration for y [m, n] = A [m, k] @ W^T at a stage of `STAGES` on `device`.
+
+    None where the table says that cuBLAS is faster, unless may_decline=False. On the CPU (the interpreter) it is one
+    small configuration: nothing there depends on speed.
+    """
+    if device.type == "cpu":
+        return INTERPRETER_CONFIG
+    index = torch.cuda.current_device() if device.index is None else device.index
+    slug, arch = _device(index)
+    config = _choose(slug, arch, stage, dtype, m, n, k)
+    if config is None and not may_decline:
+        return default_config(arch, dtype.itemsize, m, n)
+    return config
