@@ -75,8 +75,8 @@ class LlavaStfConfig(LlavaConfig):
     Args:
         vision_feature_layer (`int` or `list[int]`): hidden states of the tower in concatenation order; 0 is the
             embedding output, i the output of layer i. Stored non-negative.
-        vision_feature_select_strategy (`"default"`, `"full"` or `None`): "default" drops the CLS token, "full" keeps all
-            tokens. `None` is what the tower needs: "default" for CLIP, "full" for SigLIP, which has no CLS.
+        vision_feature_select_strategy (`"default"`, `"full"` or `None`): "default" drops the CLS token, "full" keeps
+            all tokens. `None` is what the tower needs: "default" for CLIP, "full" for SigLIP, which has no CLS.
         spatial_merge_size (`int`): side r of the window that becomes one token; 1 is MBTF alone.
         spatial_merge_truncate (`bool`): drop the last rows and columns of a grid that r does not divide.
         image_seq_length (`int`, *optional*): tokens per image; derived, an error where it contradicts the grid.
@@ -120,8 +120,8 @@ class LlavaStfConfig(LlavaConfig):
         projector_activation(self.projector_hidden_act)
         if self.feature_order != FEATURE_ORDER:
             raise ValueError(
-                f"feature_order: expected {FEATURE_ORDER!r}, the only order in which this model stores its weights, got "
-                f"{self.feature_order!r}; relay the stf.linear_1 weight out with stf_kernels.channel_to_patch_major"
+                f"feature_order: expected {FEATURE_ORDER!r}, the only order in which this model stores its weights, "
+                f"got {self.feature_order!r}; relay stf.linear_1.weight out with stf_kernels.channel_to_patch_major"
             )
         if not self.use_mbtf and len(self.vision_feature_layer) != 1:
             raise ValueError(

@@ -2,7 +2,7 @@
 
     pixels [N, 3, S, S] -> blocks, M x [N, prefix + H*W, C] -> projector -> [N, (H//r)*(W//r), D] -> inputs_embeds
 
-The blocks reach the projector as they are, CLS included: it skips prefix tokens by its strides and concatenates nothing.
+The blocks reach the projector as they are, CLS included: it skips prefix tokens by its strides, no concatenation.
 """
 
 import torch
@@ -13,7 +13,7 @@ from transformers.models.auto import AutoModel
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from reference import CompactTokenProjector  # DEV
+from stf_kernels import CompactTokenProjector
 
 from .configuration import LlavaStfConfig, prefix_tokens, projector_activation, resolve_layers, vision_grid
 from .placement import check_token_count, image_rows, is_captured
@@ -66,7 +66,6 @@ class LlavaStfModel(LlavaModel):
             if len(given) != len(layers):
                 raise ValueError(f"vision_feature_layer: expected {len(layers)} layers for this projector, got {given}")
             layers = given
-        pixel_values = pixel_values.to(self.vision_tower.device)
         device = next(self.multi_modal_projector.parameters()).device
         return [block.to(device) for block in tower_hidden_states(self.vision_tower, pixel_values, layers)]
 
@@ -149,7 +148,7 @@ class LlavaStfModel(LlavaModel):
         )
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-        """bool [B, S, 1], True at image tokens; ValueError when they are not as many as the rows of `image_features`."""
+        """bool [B, S, 1], True at image tokens; ValueError unless they are as many as the rows of `image_features`."""
         mask = self._image_mask(input_ids, inputs_embeds)
         per_image = self.config.image_seq_length
         check_token_count(

@@ -16,7 +16,8 @@ def is_captured() -> bool:
 def image_rows(mask: Tensor, count: int) -> Tensor:
     """The first `count` True positions of mask [B, S], row-major -> [count] int64, with no host-device synchronisation.
 
-    A stable descending sort has a fixed size where nonzero does not. With fewer than `count` True positions, False ones follow.
+    A stable descending sort has a fixed size where nonzero does not. With fewer than `count` True positions, False
+    ones follow.
     """
     return mask.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:count]
 
@@ -29,8 +30,8 @@ def check_token_count(mask: Tensor, images: int, tokens_per_image: int, image_to
     torch_compilable_check(
         found == needed,
         lambda: (
-            f"input_ids: found {int(found)} image tokens (id {image_token_id}), but pixel_values holds {images} image(s) of "
-            f"{tokens_per_image} tokens each, {needed} are needed; prepare prompts with LlavaStfProcessor, not with the "
-            "processor of the stock LLaVA"
+            f"input_ids: found {int(found)} image tokens (id {image_token_id}), but {needed} are needed for "
+            f"{images} image(s) in pixel_values, {tokens_per_image} each; prepare prompts with LlavaStfProcessor, "
+            "not with the processor of the stock LLaVA"
         ),
     )

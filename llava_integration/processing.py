@@ -1,6 +1,6 @@
 """Prompts and images for LLaVA-STF: every image placeholder becomes (h // p // r) * (w // p // r) image tokens.
 
-144 for 336x336 pixels, patches of p = 14 and windows of r = 2; a video is its frames, one after another, behind one placeholder.
+144 for 336x336 pixels, patches of p = 14 and windows of r = 2. A video is its frames in order, behind one placeholder.
 """
 
 import re
@@ -18,8 +18,8 @@ class LlavaStfProcessor(LlavaProcessor):
         image_processor: any that gives pixel values of the tower's size, without torchvision the *Pil classes.
         tokenizer: must hold `image_token` as one token.
         patch_size (`int`, defaults to 14): patch size of the vision tower.
-        vision_feature_select_strategy, num_additional_image_tokens: kept for LlavaProcessor's callers; the window covers
-            patches only, so neither changes a count.
+        vision_feature_select_strategy, num_additional_image_tokens: kept for LlavaProcessor's callers; the window
+            covers patches only, so neither changes a count.
         chat_template (`str`, *optional*): Jinja template for `apply_chat_template`.
         image_token (`str`, defaults to `"<image>"`): placeholder of one image in a prompt.
         spatial_merge_size (`int`, defaults to 2): side of the window that becomes one token.
@@ -82,8 +82,10 @@ class LlavaStfProcessor(LlavaProcessor):
     def __call__(self, images=None, text=None, videos=None, **kwargs):
         """As ProcessorMixin.__call__; -> input_ids, attention_mask [B, S], pixel_values [N, 3, h, w].
 
-        `text` holds one placeholder per image, or the expanded tokens of all of them. `videos`: instead of images, one video or a
-        list of them, each [T, h, w, 3], [T, 3, h, w] or a list of T frames; one placeholder a video, T images in pixel_values.
+        `text` holds one placeholder per image, or the expanded tokens of all of them. `videos`: instead of images, one
+        video or a list of them, each [T, h, w, 3], [T, 3, h, w] or a list of T frames; one placeholder a video, T
+        images in pixel_values.
+
         Raises ValueError or TypeError for counts that do not match, both kinds at once, or what is no image.
         """
         if videos is not None:
@@ -108,8 +110,8 @@ class LlavaStfProcessor(LlavaProcessor):
         per_image = self._tokens(*self._pixels(**kwargs))
         if found not in (count, count * per_image):
             raise ValueError(
-                f"text: found {found} {self.image_token} tokens for {count} image(s); expected {count}, one per image, or "
-                f"{count * per_image} where LlavaStfProcessor has expanded them already ({per_image} an image)"
+                f"text: found {found} {self.image_token} tokens for {count} image(s); expected {count}, one per image, "
+                f"or {count * per_image} where LlavaStfProcessor has expanded them already ({per_image} an image)"
             )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
-from .configuration import prefix_tokens, resolve_layers
+from .configuration import resolve_layers
 from .modeling import LlavaStfForConditionalGeneration
 from .placement import check_token_count, image_rows
 from .vision_tower import tower_hidden_states
@@ -49,11 +49,11 @@ class PrefillRunner:
         max_new_tokens: room in `.cache` for decoding afterwards.
         full_tower: also run the tower layers that the model computes without using, as the stock forward does.
 
-    `runner(input_ids, pixel_values)` -> logits [B, vocab] of the last position. A graph is captured at the first call with each
-    number of images N. `.cache` is then a StaticCache of length S; the next call overwrites it. Token counts are checked for ids
-    on the CPU; ids on the GPU are trusted, because reading them would wait for the device.
+    `runner(input_ids, pixel_values)` -> logits [B, vocab] of the last position. A graph is captured at the first call
+    with each number of images N. `.cache` is then a StaticCache of length S; the next call overwrites it. Token counts
+    are checked for ids on the CPU; ids on the GPU are trusted, because reading them would wait for the device.
 
-    Raises TypeError for another model, ValueError for a shape that is not the runner's and for caches that are not plain.
+    Raises TypeError for another model, ValueError for a shape that is not the runner's and for sliding-window layers.
     """
 
     def __init__(
@@ -158,7 +158,8 @@ class PrefillRunner:
             raise TypeError(f"input_ids: expected an int64 tensor of dtype torch.int64, got {got}")
         if tuple(input_ids.shape) != expected:
             raise ValueError(
-                f"input_ids: expected shape {list(expected)}, got {list(input_ids.shape)}; a PrefillRunner serves one shape"
+                f"input_ids: expected shape {list(expected)}, got {list(input_ids.shape)}; "
+                "a PrefillRunner serves one shape"
             )
         vision = self.model.config.vision_config
         shape = (images, vision.num_channels, vision.image_size, vision.image_size)

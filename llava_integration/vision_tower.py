@@ -17,13 +17,13 @@ def tower_hidden_states(
 ) -> list[Tensor]:
     """The hidden states `layers` (non-negative, any order) of a CLIP or SigLIP tower, in the order of `layers`.
 
-    pixel_values [N, 3, S, S] -> len(layers) tensors [N, prefix + H*W, C]. Layers deeper than max(layers) do not run unless
-    `run_all`, which costs what the stock tower costs. Gradient checkpointing and the attention implementation are the
-    layers' own. Raises ValueError for pixel values of another shape.
+    pixel_values [N, 3, S, S] -> len(layers) tensors [N, prefix + H*W, C]. Layers deeper than max(layers) do not run
+    unless `run_all`, for what they cost the stock model. Gradient checkpointing and the attention implementation are
+    the layers' own. Raises TypeError or ValueError for pixel values that are not a float tensor of this shape.
     """
     _check_pixels(tower, pixel_values)
     wanted, found = set(layers), {}
-    hidden = tower.embeddings(pixel_values)
+    hidden = tower.embeddings(pixel_values.to(tower.device))
     if hasattr(tower, "pre_layrnorm"):
         hidden = tower.pre_layrnorm(hidden)
     if 0 in wanted:

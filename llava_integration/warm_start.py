@@ -47,7 +47,8 @@ def from_llava(
 
     Args:
         model: a LlavaForConditionalGeneration with one vision_feature_layer and select strategy "default"; unchanged.
-        blocks: tower layers in concatenation order; must contain the one that `model` selects. Default: `default_blocks`.
+        blocks: tower layers in concatenation order; must contain the one that `model` selects. Default:
+            `default_blocks`.
         merge_size: side of the window that becomes one token.
         copy: copy tower and language model; otherwise both models share them.
         truncate: drop the last rows and columns of a grid that merge_size does not divide; otherwise that is an error.
@@ -81,7 +82,7 @@ def from_llava(
 def warm_start_projector(
     projector: nn.Module, linear_1: nn.Linear, linear_2: nn.Linear, config: LlavaStfConfig, selected: int
 ) -> None:
-    """Fill a CompactTokenProjector of `config` in place from the stock projector's linears, for stock layer `selected`."""
+    """Fill a CompactTokenProjector of `config` in place from the stock linears, which read layer `selected`."""
     copies = config.spatial_merge_size**2
     if projector.mbtf is not None:
         _pass_through(projector.mbtf, config.vision_feature_layer.index(selected), config.vision_config.hidden_size)
@@ -144,7 +145,8 @@ def _stf_config(
         )
     if mbtf_hidden_size is not None and mbtf_hidden_size < 2 * dim:
         raise ValueError(
-            f"mbtf_hidden_size: expected at least 2 * {dim} = {2 * dim} to pass a layer through exactly, got {mbtf_hidden_size}"
+            f"mbtf_hidden_size: expected at least 2 * {dim} = {2 * dim} to pass a layer through exactly, "
+            f"got {mbtf_hidden_size}"
         )
     config = LlavaStfConfig(
         vision_config=copying.deepcopy(stock.vision_config),
@@ -182,7 +184,8 @@ def _check_model(model: LlavaForConditionalGeneration) -> None:
         )
     if not prefix_tokens(config.vision_config):
         raise ValueError(
-            f"model: expected a tower with a CLS token under select strategy 'default', got {config.vision_config.model_type}"
+            "model: expected a tower with a CLS token under select strategy 'default', "
+            f"got {config.vision_config.model_type}"
         )
     projector = model.model.multi_modal_projector
     for name in ("linear_1", "linear_2"):
