@@ -4,6 +4,7 @@
     gelu_tanh  x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
     silu       x * sigmoid(x)
 
+Constants stand on the right of a product: the interpreter needs the tensor first.
 Infinities and NaN come out as torch's do: gelu(-inf) is NaN because -inf * 0 is.
 """
 
@@ -48,7 +49,7 @@ def activate(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
     if ACTIVATION == "gelu":
         return x * _normal_cdf(x, FAST)
     elif ACTIVATION == "gelu_tanh":
-        return x * _sigmoid(_TWO_SQRT_2_OVER_PI * (x + 0.044715 * x * x * x))
+        return x * _sigmoid((x + 0.044715 * x * x * x) * _TWO_SQRT_2_OVER_PI)
     elif ACTIVATION == "silu":
         return x * _sigmoid(x)
     else:
@@ -62,7 +63,7 @@ def activation_derivative(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
     if ACTIVATION == "gelu":
         return _normal_cdf(x, FAST) + x * _INV_SQRT_2PI * tl.exp2(-0.5 * x * x * _LOG2E)
     elif ACTIVATION == "gelu_tanh":
-        gate = _sigmoid(_TWO_SQRT_2_OVER_PI * (x + 0.044715 * x * x * x))
+        gate = _sigmoid((x + 0.044715 * x * x * x) * _TWO_SQRT_2_OVER_PI)
         return gate + x * gate * (1.0 - gate) * _TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * x * x)
     elif ACTIVATION == "silu":
         gate = _sigmoid(x)
