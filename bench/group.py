@@ -1,0 +1,170 @@
+"""One group of the prefill table: the same batch, text length and mode for every row, measured in interleaved rounds.
+
+Round i runs every row once, starting with another row each time, so drift of clocks or of a busy machine meets all rows
+alike, and a speed-up is a ratio of neighbours in time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import agreement
+from .memory import MB, weight_bytes
+from .models import Inputs, Row
+from .modes import Output, prepare
+from .stages import STAGES
+from .stats import median, spread_percent
+
+# row -> the row whose outputs it must repeat
+TWINS = {"llava-stf/fused": "llava-stf/reference", "llava-1.5-skip/mlp2x": "llava-1.5/mlp2x"}
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+@dataclass
+class Cell:
+    """One row of one group, with every raw sample."""
+
+    row: Row
+    batch: int
+    text_tokens: int
+    mode: str
+    weights: int
+    output: Output | None = None
+    samples: list[dict[str, float | None]] = field(default_factory=list)
+    wall_samples: list[dict[str, float]] = field(default_factory=list)
+    preprocess: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    failed: str | None = None
+
+    def series(self, stage: str) -> list[float]:
+        values = [sample[stage] for sample in self.samples]
+        return [] if any(value is None for value in values) else values  # type: ignore[return-value]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row of prefill.json: medians under DESIGN's names, the samples behind them beside."""
+        result: dict[str, Any] = {
+            "model": self.row.model, "projector": self.row.projector, "batch": self.batch,
+            "image_tokens": self.row.image_tokens, "text_tokens": self.text_tokens, "mode": self.mode,
+        }  # fmt: skip
+        for stage in (*STAGES, "total_ms"):
+            series = self.series(stage)
+            result[stage] = median(series) if series else None
+        total, projector = result["total_ms"], result["projector_ms"]
+        output = self.output
+        result |= {
+            "preprocess_ms": median(self.preprocess) if self.preprocess else None,
+            "end_to_end_ms": total + median(self.preprocess) if total and self.preprocess else None,
+            "decode_ms_per_token": median(self.decode) if self.decode else None,
+            "projector_share": projector / total if projector is not None and total else None,
+            "spread_percent": spread_percent(self.series("total_ms")) if self.samples else None,
+            "rounds": len(self.samples),
+            "peak_mb": (self.weights + output.peak_bytes) / MB if output else None,
+            "weights_mb": self.weights / MB,
+            "activations_mb": output.peak_bytes / MB if output else None,
+            "kv_mb": output.kv_bytes / MB if output and output.kv_bytes is not None else None,
+            "first_tokens": output.tokens if output else None,
+            "failed": self.failed,
+            "samples": {stage: [s[stage] for s in self.samples] for stage in (*STAGES, "total_ms")},
+            "wall_samples": {stage: [s[stage] for s in self.wall_samples] for stage in (*STAGES, "total_ms")},
+            "preprocess_samples": self.preprocess,
+            "decode_samples": self.decode,
+        }
+        return result
+
+
+class Group:
+    """Warm up and check every row, then take rounds."""
+
+    def __init__(
+        self, rows: list[Row], *, batch: int, text_tokens: int, mode: str, device: str, warmup: int,
+        inputs: Callable[[Row], Inputs], preprocess: Callable[[], float], decode_tokens: int = 0,
+    ) -> None:  # fmt: skip
+        self.device, self.warmup, self.preprocess, self.decode_tokens = device, warmup, preprocess, decode_tokens
+        self.inputs, self.mode = inputs, mode
+        self.cells = [Cell(row, batch, text_tokens, mode, weight_bytes(row.activate())) for row in rows]
+        self.runs: dict[str, Any] = {}
+        self.checks: list[agreement.Check] = []
+
+    def warm_up(self, cell: Cell) -> None:
+        """The first run is watched for memory and for its outputs; more follow on a GPU."""
+        try:
+            run = self.runs[cell.row.name] = prepare(
+                self.mode, cell.row, self.inputs(cell.row), self.device, self.decode_tokens
+            )
+            cell.output = run.output()
+            for _ in range(self.warmup):
+                run.run()
+        except _OUT_OF_MEMORY as error:
+            self._give_up(cell, f"does not fit into memory ({_first_line(error)})")
+        except Exception as error:
+            if self.mode == "eager":
+                raise
+            self._give_up(cell, f"{self.mode} does not work here ({type(error).__name__}: {_first_line(error)})")
+
+    def _give_up(self, cell: Cell, why: str) -> None:
+        cell.failed = why
+        self.runs.pop(cell.row.name, None)
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def check(self, eager: dict[str, Output]) -> list[agreement.Check]:
+        """Twins against each other; in other modes also each row against its own eager outputs."""
+        outputs = {cell.row.name: cell.output for cell in self.cells if cell.output is not None}
+        where = f"batch {self.cells[0].batch}, text {self.cells[0].text_tokens}, {self.mode}"
+        for name, other in TWINS.items():
+            ours, theirs = outputs.get(name), outputs.get(other)
+            if ours is None or theirs is None:
+                continue
+            pair = f"{name} against {other}, {where}"
+            if ours.features is not None and theirs.features is not None:
+                self.checks.append(
+                    agreement.compare(f"image features, {pair}", ours.features, theirs.features, agreement.FEATURES)
+                )
+            self.checks.append(agreement.compare(f"logits, {pair}", ours.logits, theirs.logits, agreement.LOGITS))
+        for name, output in outputs.items():
+            if self.mode != "eager" and name in eager:
+                title = f"logits, {name} against its eager run, {where}"
+                self.checks.append(agreement.compare(title, output.logits, eager[name].logits, agreement.LOGITS))
+        return self.checks
+
+    def round(self, index: int) -> None:
+        """Every row once, in an order that rotates."""
+        cells = [cell for cell in self.cells if cell.row.name in self.runs]
+        shift = index % max(len(cells), 1)
+        for cell in cells[shift:] + cells[:shift]:
+            run = self.runs[cell.row.name]
+            cell.preprocess.append(self.preprocess())
+            cell.samples.append(run.run())
+            if self.device.startswith("cuda") and (wall := run.run_wall()):
+                cell.wall_samples.append(wall)
+            if self.decode_tokens and self.mode == "eager":
+                cell.decode.append(run.decode())
+
+    @property
+    def measurable(self) -> bool:
+        return bool(self.runs)
+
+
+def take_rounds(
+    group: Group, *, fewest: int, most: int, until: float, after_each: Callable[[], None] = lambda: None
+) -> int:
+    """At least `fewest` rounds, at most `most`, none begun that would end after `until`; how many there were."""
+    taken, longest = 0, 0.0
+    while group.measurable and taken < most:
+        start = time.monotonic()
+        if taken >= fewest and start + longest > until:
+            break
+        group.round(taken)
+        longest = max(longest, time.monotonic() - start)
+        taken += 1
+        after_each()
+    return taken
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:160]

@@ -1,0 +1,215 @@
+"""LLaVA-1.5 at a preset's sizes with seeded random weights, and the rows that share its tower and language model.
+
+llava-1.5       mlp2x      the model as transformers runs it
+llava-1.5-skip  mlp2x      the same without the tower layer whose output nobody reads
+llava-1.5-pool  mlp2x      the stock projector's tokens averaged 2x2
+llava-stf       reference  LLaVA-STF with the projector of reference/, plain PyTorch
+llava-stf       fused      LLaVA-STF with the projector of stf_kernels, the same parameters
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .presets import Preset
+
+STD = 0.02
+POOL = 16_777_213  # a prime, so that rows of a matrix never line up with the pool's period
+SPECIAL = 8  # ids left free below the vocabulary's end; the image placeholder is one of them
+
+
+@dataclass
+class Row:
+    """One line of the table: a model, what to swap into it before a run, and how many image tokens its prompt holds."""
+
+    model: str
+    projector: str
+    module: nn.Module
+    image_tokens: int
+    swap: nn.Module | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/{self.projector}"
+
+    def activate(self) -> nn.Module:
+        if self.swap is not None:
+            self.module.model.multi_modal_projector = self.swap
+        return self.module
+
+
+def build_stock(preset: Preset, *, device: str, dtype: torch.dtype, seed: int) -> nn.Module:
+    """LlavaForConditionalGeneration at the preset's sizes; weights are uniform with standard deviation 0.02."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=preset.vision_dim, intermediate_size=preset.vision_intermediate,
+            projection_dim=preset.vision_dim,
+            num_hidden_layers=preset.vision_layers, num_attention_heads=preset.vision_heads,
+            image_size=preset.image_size, patch_size=preset.patch_size,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=preset.dim, intermediate_size=preset.intermediate, num_hidden_layers=preset.layers,
+            num_attention_heads=preset.heads, num_key_value_heads=preset.heads, vocab_size=preset.vocabulary,
+        ),
+        image_token_id=preset.vocabulary - SPECIAL, image_seq_length=preset.image_tokens(1),
+        vision_feature_layer=-2, vision_feature_select_strategy="default", attn_implementation="sdpa",
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights(), torch.device(device):
+            model = LlavaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    randomise(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Matrices uniform with standard deviation 0.02, biases small, scales of norms one; the same on every run.
+
+    A draw per element would take a quarter of the CPU run. Each matrix reads one pool of draws from a place of its own.
+    """
+    parameters = list(module.parameters())
+    generator = torch.Generator(parameters[0].device).manual_seed(seed)
+    bound = STD * 3**0.5
+    pool = torch.empty(POOL, device=parameters[0].device, dtype=torch.float32)
+    pool.uniform_(-bound, bound, generator=generator)
+    offset = 0
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 1 and re.search(r"norm[^.]*\.weight$", name):
+                parameter.fill_(1)
+                continue
+            flat, place = parameter.view(-1), 0
+            while place < flat.numel():
+                start = (offset + place) % POOL
+                count = min(POOL - start, flat.numel() - place)
+                flat[place : place + count].copy_(pool[start : start + count])
+                place += count
+            offset += flat.numel() + 7919
+
+
+def reference_projector(fused: nn.Module) -> nn.Module:
+    """reference.CompactTokenProjector on the very parameters of `fused` (no copy)."""
+    import reference
+
+    stf, mbtf = fused.stf, fused.mbtf
+    dim = stf.linear_1.in_features // stf.merge_size**2
+    module = reference.CompactTokenProjector(
+        mbtf.linear_1.in_features // dim, dim, stf.linear_2.out_features, merge_size=stf.merge_size,
+        skip_tokens=fused.skip_tokens, mbtf_hidden_dim=mbtf.linear_1.out_features,
+        stf_hidden_dim=stf.linear_1.out_features, device="meta",
+    )  # fmt: skip
+    module.load_state_dict(dict(fused.named_parameters()), assign=True)
+    return module.eval().requires_grad_(False)
+
+
+class PooledProjector(nn.Module):
+    """The stock projector, then the mean of every 2x2 neighbourhood: [B, H*W, C] -> [B, H*W/4, D]"""
+
+    def __init__(self, projector: nn.Module, grid: int) -> None:
+        super().__init__()
+        self.projector, self.grid = projector, grid
+
+    def forward(self, features: Tensor) -> Tensor:
+        return pool_tokens(self.projector(features), self.grid)
+
+
+def pool_tokens(tokens: Tensor, grid: int) -> Tensor:
+    """[B, grid*grid, D] -> [B, grid*grid/4, D]"""
+    image = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+    return F.avg_pool2d(image, 2).flatten(2).transpose(1, 2)
+
+
+def share(model: nn.Module) -> nn.Module:
+    """Another module tree over the same tensors: what is changed in the one's structure is not in the other's."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def without_last_layer(model: nn.Module) -> nn.Module:
+    """The stock model reading hidden_states[-2], as its own output of a tower that is one layer shorter."""
+    shorter = share(model)
+    encoder = shorter.model.vision_tower.encoder
+    kept = len(encoder.layers) - 1
+    encoder.layers = encoder.layers[:kept]
+    # Negative indices would count from the new end and silently read another layer.
+    shorter.config.vision_feature_layer = kept
+    shorter.config.vision_config.num_hidden_layers = kept
+    shorter.model.vision_tower.config.num_hidden_layers = kept
+    return shorter
+
+
+def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
+    """Three rows, or with `full` all five. The STF projector is the exact warm start until it is randomised."""
+    from llava_integration import from_llava
+
+    many, few = preset.image_tokens(1), preset.image_tokens(2)
+    rows = [Row("llava-1.5", "mlp2x", stock, many)]
+    if full:
+        pooled = share(stock)
+        pooled.model.multi_modal_projector = PooledProjector(pooled.model.multi_modal_projector, preset.grid)
+        rows += [
+            Row("llava-1.5-skip", "mlp2x", without_last_layer(stock), many),
+            Row("llava-1.5-pool", "mlp2x", pooled, few),
+        ]
+    stf = from_llava(stock).eval().requires_grad_(False)
+    fused = stf.model.multi_modal_projector
+    rows += [
+        Row("llava-stf", "reference", stf, few, swap=reference_projector(fused)),
+        Row("llava-stf", "fused", stf, few, swap=fused),
+    ]
+    return rows
+
+
+@dataclass
+class Inputs:
+    """One prompt: `text_tokens` seeded random ids around the image, the same photograph for every sequence."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor
+    preprocess_ms: float
+
+    def keywords(self) -> dict[str, Tensor]:
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "pixel_values": self.pixel_values}
+
+
+def image_processor(preset: Preset) -> Callable[[Any, int], Tensor]:
+    """(photograph, batch) -> pixel values, through the processor of LLaVA-1.5 (resize, crop, normalise)."""
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": preset.image_size}, crop_size={"height": preset.image_size, "width": preset.image_size}
+    )
+    return lambda image, batch: processor(images=[image] * batch, return_tensors="pt")["pixel_values"]
+
+
+def build_inputs(
+    preset: Preset, image: Any, *, batch: int, text_tokens: int, image_tokens: int, device: str, dtype: torch.dtype,
+    seed: int,
+) -> Inputs:  # fmt: skip
+    process = image_processor(preset)
+    start = time.perf_counter()
+    pixels = process(image, batch)
+    preprocess_ms = 1e3 * (time.perf_counter() - start)
+    text = torch.randint(
+        3, preset.vocabulary - SPECIAL, (batch, text_tokens), generator=torch.Generator().manual_seed(seed)
+    )
+    before = text_tokens // 2  # the system sentence stands before the image, the question after it
+    placeholder = torch.full((batch, image_tokens), preset.vocabulary - SPECIAL)
+    ids = torch.cat([text[:, :before], placeholder, text[:, before:]], dim=1).to(device)
+    return Inputs(ids, torch.ones_like(ids), pixels.to(device, dtype), preprocess_ms)

@@ -1,0 +1,170 @@
+"""How a row is run: one object per row and mode with `run()` (one timed prefill) and `output()` (its logits, untimed).
+
+eager    the model called as `generate()` calls it
+graph    llava_integration.PrefillRunner: pixel values -> logits as one CUDA graph, for the baseline alike
+compile  torch.compile of the model's forward, default settings, static shapes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .memory import peak_bytes
+from .models import Inputs, Row
+from .stages import ORDER, STAGES, Stopwatch, cache_bytes, first_token, measure, watched
+
+MODES = ("eager", "graph", "compile")
+
+
+@dataclass
+class Output:
+    """What a run leaves for the checks and the memory columns."""
+
+    logits: Tensor
+    features: Tensor | None
+    tokens: list[int]
+    kv_bytes: int | None
+    peak_bytes: int
+
+
+@dataclass
+class Eager:
+    """The model's own forward; every stage is timed."""
+
+    row: Row
+    inputs: Inputs
+    device: str
+    decode_tokens: int = 0
+
+    def output(self) -> Output:
+        model = self.row.activate()
+        (output, tokens), peak = peak_bytes(
+            lambda: first_token(model, self.inputs.keywords(), lambda name: None), self.device
+        )
+        features = output.image_hidden_states
+        features = None if features is None else torch.as_tensor(features).flatten(0, -2)
+        return Output(output.logits[:, -1], features, tokens, cache_bytes(output.past_key_values), peak)
+
+    def run(self) -> dict[str, float]:
+        return measure(self.row.activate(), self.inputs.keywords(), self.device)
+
+    def run_wall(self) -> dict[str, float]:
+        return measure(self.row.activate(), self.inputs.keywords(), self.device, wall=True)
+
+    def decode(self) -> float:
+        """Milliseconds per token of greedy decoding behind an untimed prefill."""
+        model = self.row.activate()
+        output, tokens = first_token(model, self.inputs.keywords(), lambda name: None)
+        watch = Stopwatch(self.device, wall=True)
+        watch.mark("start")
+        for _ in range(self.decode_tokens):
+            ids = torch.tensor(tokens, device=self.inputs.input_ids.device)[:, None]
+            output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+            tokens = output.logits[:, -1].argmax(-1).tolist()
+        watch.mark("end")
+        return 1e3 * (watch.marks["end"] - watch.marks["start"]) / self.decode_tokens
+
+
+@dataclass
+class Compiled(Eager):
+    """torch.compile around forward. The boundaries would break its graph, so only the total is timed."""
+
+    compiled: Any = field(default=None, init=False)
+
+    def _call(self) -> Any:
+        model = self.row.activate()
+        if self.compiled is None:
+            torch._dynamo.reset()
+            self.compiled = torch.compile(model.forward, dynamic=False)
+        return self.compiled(**self.inputs.keywords(), logits_to_keep=1, use_cache=True)
+
+    def output(self) -> Output:
+        self._call()
+        output, peak = peak_bytes(self._call, self.device)
+        logits = output.logits[:, -1]
+        return Output(logits, None, logits.argmax(-1).tolist(), cache_bytes(output.past_key_values), peak)
+
+    def run(self) -> dict[str, float]:
+        return time_total(lambda: self._call().logits[:, -1], self.device)
+
+    def run_wall(self) -> None:
+        return None
+
+
+class Captured:
+    """One CUDA graph. Events that are recorded outside of it are nodes inside: each replay times its own stages."""
+
+    def __init__(self, row: Row, inputs: Inputs, device: str) -> None:
+        from llava_integration import PrefillRunner
+
+        if not device.startswith("cuda"):
+            raise ValueError("modes: 'graph' needs a GPU")
+        self.row, self.inputs, self.device = row, inputs, device
+        self.events: dict[str, torch.cuda.Event] = {}
+        model = row.activate()
+        with watched(model, self._mark):
+            self.runner = PrefillRunner(model, *inputs.input_ids.shape)
+            self._call()  # captured by now, whether the runner captures at once or at its first call
+
+    def _mark(self, name: str) -> None:
+        event = self.events[name] = torch.cuda.Event(enable_timing=True, external=True)
+        event.record()
+
+    def _call(self) -> Tensor:
+        return self.runner(self.inputs.input_ids, self.inputs.pixel_values)
+
+    def output(self) -> Output:
+        logits, peak = peak_bytes(self._call, self.device)
+        return Output(logits.clone(), None, logits.argmax(-1).tolist(), cache_bytes(self.runner.cache), peak)
+
+    def run(self) -> dict[str, float | None]:
+        result: dict[str, float | None] = dict.fromkeys(STAGES)
+        torch.cuda.synchronize()
+        begin, logits_done, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        begin.record()
+        logits = self._call()
+        logits_done.record()
+        logits.argmax(-1).tolist()
+        end.record()
+        torch.cuda.synchronize()
+        result["total_ms"] = begin.elapsed_time(end)
+        inside = [self.events[name] for name in ORDER if name in self.events]
+        try:
+            if len(inside) == 4:  # vision, projector, insert, prefill
+                vision, projector, insert, prefill = inside
+                result |= {
+                    "vision_ms": vision.elapsed_time(projector),
+                    "projector_ms": projector.elapsed_time(insert),
+                    "insert_ms": begin.elapsed_time(vision) + insert.elapsed_time(prefill),
+                    "prefill_ms": prefill.elapsed_time(logits_done),
+                    "first_token_ms": logits_done.elapsed_time(end),
+                }
+        except RuntimeError:  # the driver or the runner does not time events inside a graph: the total stands alone
+            pass
+        return result
+
+    def run_wall(self) -> None:
+        return None
+
+
+def time_total(call: Any, device: str) -> dict[str, float | None]:
+    """The total of a run whose inside cannot be watched, token id on the host included."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    watch = Stopwatch(device, wall=True)
+    watch.mark("start")
+    call().argmax(-1).tolist()
+    watch.mark("end")
+    return {**dict.fromkeys(STAGES), "total_ms": 1e3 * (watch.marks["end"] - watch.marks["start"])}
+
+
+def prepare(mode: str, row: Row, inputs: Inputs, device: str, decode_tokens: int) -> Any:
+    if mode == "eager":
+        return Eager(row, inputs, device, decode_tokens)
+    if mode == "compile":
+        return Compiled(row, inputs, device)
+    return Captured(row, inputs, device)

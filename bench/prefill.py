@@ -1,0 +1,314 @@
+"""The main job: LLaVA-1.5 at 576 image tokens against LLaVA-STF at 144, stage by stage, from a photograph.
+
+    python -m bench.prefill [--preset cpu|7b|13b] [--image FILE] [--batch N ...] [--json FILE] [--full]
+
+How it measures is in METHOD.md. Exit codes: 0 measured, 1 outputs that should agree do not (no speed-up is printed),
+2 bad input, 130 interrupted (the file keeps what was measured and says `"complete": false`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .arguments import photograph, positive_float, positive_int, writable_file
+from .presets import PRESETS, Preset
+
+PHOTOGRAPH = Path(__file__).parent / "assets" / "rocket.jpg"
+SEED = 0
+FLAGS = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages for torch's CPU tensors; see METHOD.md
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.prefill", description="Compare LLaVA-1.5 with LLaVA-STF, stage by stage."
+    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="sizes; default: 7b with a GPU, cpu without")
+    parser.add_argument("--image", type=photograph, metavar="FILE", help="default: the photograph in bench/assets")
+    parser.add_argument("--batch", type=positive_int, nargs="+", metavar="N", help="batch sizes")
+    parser.add_argument("--text", type=positive_int, nargs="+", metavar="N", help="text tokens around the image")
+    parser.add_argument(
+        "--json", type=writable_file, metavar="FILE", help="default: .work/results/<device>/prefill.json"
+    )
+    parser.add_argument("--full", action="store_true", help="all five rows, decoding, and on a GPU all modes")
+    parser.add_argument(
+        "--modes", nargs="+", choices=("eager", "graph", "compile"), help="default: eager; graph on a GPU"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--decode", type=positive_int, metavar="N", help="also decode N tokens per round")
+    parser.add_argument("--rounds", type=positive_int, metavar="N", help="exactly N rounds instead of as many as fit")
+    parser.add_argument("--budget", type=positive_float, metavar="SECONDS", help="no round begins that would end later")
+    args = parser.parse_args(argv)
+    if args.image is None:
+        args.image = photograph(str(PHOTOGRAPH))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    began = time.monotonic()
+    args = parse(argv)
+    for name, value in FLAGS.items():
+        os.environ.setdefault(name, value)  # torch reads them when it is imported
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        return _bad_input("--device: 'cuda' was asked for and torch sees no GPU; use --device cpu")
+    args.preset = PRESETS[args.preset or ("7b" if has_gpu and args.device != "cpu" else "cpu")]
+    device = args.device if args.device != "auto" else "cuda" if has_gpu and args.preset.name != "cpu" else "cpu"
+    if "graph" in (args.modes or ()) and device == "cpu":
+        return _bad_input("--modes: 'graph' needs a GPU; on a CPU use eager or compile")
+    if problem := memory_problem(args.preset, args.batch, args.text, device):
+        return _bad_input(problem)
+
+    from . import environment, results
+
+    path = args.json or environment.results_folder(device) / "prefill.json"
+    print(f"{args.preset.name} on {environment.device_name(device)}", file=sys.stderr)
+    result: dict[str, Any] = {}
+
+    def save() -> None:
+        results.check(result, str(path))
+        results.write(path, result)
+
+    try:
+        run(args, device, began, result, save)
+    except KeyboardInterrupt:
+        if result:
+            save()
+            print(f"\ninterrupted; {path} keeps what was measured", file=sys.stderr)
+        return 130
+    save()
+    print(report(result))
+    print(f"\n{path}   ({time.monotonic() - began:.0f} s)")
+    return 1 if result["refused"] else 0
+
+
+def _bad_input(message: str) -> int:
+    print(f"python -m bench.prefill: error: {message}", file=sys.stderr)
+    return 2
+
+
+def memory_problem(preset: Preset, batches: list[int] | None, texts: list[int] | None, device: str) -> str | None:
+    """Why not even the smallest batch fits, from the sizes alone; None when it does."""
+    from .memory import available_bytes
+
+    item = 2 if device == "cuda" else 4
+    need = preset.memory_bytes(min(batches or preset.batches), min(texts or [preset.text_tokens]), item)
+    available = available_bytes(device)
+    if available is None or need <= available:
+        return None
+    return (
+        f"--preset: {preset.name!r} at batch {min(batches or preset.batches)} needs about {need / 2**30:.0f} GiB on "
+        f"{device} and {available / 2**30:.0f} GiB are free; use a smaller preset or a larger device"
+    )
+
+
+def run(
+    args: argparse.Namespace, device: str, began: float, result: dict[str, Any], save: Callable[[], None]
+) -> dict[str, Any]:
+    """Measure into `result`, calling `save` after every round."""
+    import torch
+
+    from . import environment, models
+    from .group import Group, take_rounds
+    from .progress import Progress
+
+    preset: Preset = args.preset
+    gpu = device == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    batches, texts = args.batch or list(preset.batches), args.text or [preset.text_tokens]
+    modes = args.modes or (["eager", "graph", *(["compile"] if args.full else [])] if gpu else ["eager"])
+    decode = args.decode or (8 if args.full else 0)
+    fewest, most = (args.rounds, args.rounds) if args.rounds else (2, 20 if gpu else 3)
+    until = began + (args.budget or (420.0 if gpu else 300.0 if args.full else 100.0))
+    plan = [(mode, batch, text) for batch in batches for text in texts for mode in modes]
+    result |= {
+        "schema": 1, "kind": "prefill", "complete": False, **environment.describe(device),
+        "dtype": str(dtype).removeprefix("torch."), "preset": preset.name, "attention": "sdpa", "seed": SEED,
+        "weights": "random", "output_tokens": 1, "decode_tokens": decode,
+        "command": ["python", "-m", "bench.prefill", *sys.argv[1:]],
+        "flags": {
+            **{name: os.environ.get(name) for name in FLAGS},
+            "threads": torch.get_num_threads(),
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+        },
+        "peak_mb_means": "the row's own weights + the peak of what one prefill allocates (bench/memory.py)",
+        "total_ms_means": "pixel values on the device to the first token on the host; preprocess_ms is not in it",
+        "checks": [], "rows": [], "comparisons": [], "speedup": {}, "refused": None, "notes": [],
+    }  # fmt: skip
+    rows_per_group = 5 if args.full else 3
+    with Progress(2 + len(plan) * (rows_per_group + most)) as bar, torch.no_grad():
+        bar.now(f"building LLaVA-1.5 ({preset.name}) with random weights")
+        stock = models.build_stock(preset, device=device, dtype=dtype, seed=SEED)
+        rows = models.build_rows(stock, preset, full=args.full)
+        bar.step()
+
+        bar.now("checking the warm start against the pooled stock projector")
+        process = models.image_processor(preset)
+        first = _inputs(args, preset, device, dtype, min(batches), texts[0])
+        checks = [check_warm_start(rows, first, preset)]
+        # From here on dense random weights: the warm start's zeros could run faster than a trained projector.
+        models.randomise(rows[-1].swap, SEED + 1)
+        bar.step()
+
+        eager_outputs: dict[tuple[int, int], dict[str, Any]] = {}
+        groups: list[Group] = []
+
+        def publish() -> None:
+            result["checks"] = [check.as_dict() for check in checks]
+            for group in groups:
+                result["checks"] += [check.as_dict() for check in group.checks]
+            result["rows"] = [cell.as_dict() for group in groups for cell in group.cells]
+            conclude(result)
+            save()
+
+        for index, (mode, batch, text) in enumerate(plan):
+            name = f"{mode}, batch {batch}, {text} text tokens"
+
+            def preprocess(batch: int = batch) -> float:
+                start = time.perf_counter()
+                process(args.image, batch)
+                return 1e3 * (time.perf_counter() - start)
+
+            group = Group(
+                rows, batch=batch, text_tokens=text, mode=mode, device=device, warmup=2 if gpu else 0,
+                inputs=_inputs(args, preset, device, dtype, batch, text), preprocess=preprocess, decode_tokens=decode,
+            )  # fmt: skip
+            groups.append(group)
+            for cell in group.cells:
+                bar.now(f"{name}: warm-up of {cell.row.name}")
+                group.warm_up(cell)
+                bar.step()
+            group.check(eager_outputs.get((batch, text), {}))
+            if mode == "eager":
+                eager_outputs[batch, text] = {c.row.name: c.output for c in group.cells if c.output is not None}
+            publish()
+
+            share = (until - time.monotonic()) / (len(plan) - index)
+
+            def after_round(name: str = name, group: Group = group) -> None:
+                bar.step()
+                bar.now(f"{name}: round {len(next(iter(group.cells)).samples) + 1}")
+                publish()
+
+            bar.now(f"{name}: round 1")
+            taken = take_rounds(group, fewest=fewest, most=most, until=time.monotonic() + share, after_each=after_round)
+            if taken < most:
+                result["notes"].append(f"{name}: {taken} rounds of {most} fit into the time budget")
+            group.runs.clear()  # a captured graph holds its memory
+        bar.finish("done")
+    result["complete"] = True
+    conclude(result)
+    return result
+
+
+def _inputs(args: argparse.Namespace, preset: Preset, device: str, dtype: Any, batch: int, text: int) -> Callable:
+    from . import models
+
+    made: dict[int, Any] = {}
+
+    def inputs(row: Any) -> Any:
+        """Rows of one prompt length share one set of tensors."""
+        if row.image_tokens not in made:
+            made[row.image_tokens] = models.build_inputs(
+                preset, args.image, batch=batch, text_tokens=text, image_tokens=row.image_tokens, device=device,
+                dtype=dtype, seed=SEED,
+            )  # fmt: skip
+        return made[row.image_tokens]
+
+    return inputs
+
+
+def check_warm_start(rows: list[Any], inputs: Callable, preset: Preset) -> Any:
+    """LLaVA-STF fresh from `from_llava` against the stock model's image features, averaged 2x2, on the photograph."""
+    import torch
+
+    from . import agreement
+    from .models import pool_tokens
+
+    stock, fused = rows[0], rows[-1]
+
+    def features(row: Any) -> torch.Tensor:
+        encoded = row.activate().model.get_image_features(pixel_values=inputs(row).pixel_values)
+        return torch.stack(list(encoded.pooler_output))
+
+    pooled = pool_tokens(features(stock), preset.grid)
+    return agreement.compare(
+        "warm start against the pooled stock projector", features(fused), pooled, agreement.FEATURES
+    )
+
+
+def conclude(result: dict[str, Any]) -> None:
+    """Speed-ups from the rows measured so far, or the reason why there are none."""
+    from .speedup import compare_rows, refusal, speedup_field
+
+    result["refused"] = refusal(result["checks"])
+    result["comparisons"] = [] if result["refused"] else compare_rows(result["rows"])
+    result["speedup"] = speedup_field(result["comparisons"])
+
+
+HEADER = (
+    "model", "projector", "mode", "batch", "image", "preprocess", "vision", "projector", "insert", "prefill", "first",
+    "total", "spread", "projector's", "speed-up", "peak", "KV",
+)  # fmt: skip
+UNITS = ("", "", "", "", "tokens", *["ms"] * 7, "%", "share %", "", "MB", "MB")
+
+
+def report(result: dict[str, Any]) -> str:
+    """What the terminal shows."""
+    from .speedup import label
+    from .table import number, render
+
+    speedups = {
+        (c["row"], c["batch"], c["text_tokens"], c["mode"]): c["ratio"]
+        for c in result["comparisons"]
+        if c["mode"] == c["baseline_mode"]
+    }
+    lines = []
+    for row in result["rows"]:
+        key = (label(row), row["batch"], row["text_tokens"], row["mode"])
+        baseline = label(row) == "llava-1.5/mlp2x" and row["total_ms"] is not None and not result["refused"]
+        share = row["projector_share"]
+        lines.append((
+            row["model"], row["projector"], row["mode"], str(row["batch"]), str(row["image_tokens"]),
+            *(number(row[f"{s}_ms"]) for s in ("preprocess", "vision", "projector", "insert", "prefill", "first_token", "total")),
+            number(row["spread_percent"]), number(None if share is None else 100 * share),
+            "1.00x" if baseline else f"{speedups[key]:.2f}x" if key in speedups else "-",
+            number(row["peak_mb"], 0), number(row["kv_mb"]),
+        ))  # fmt: skip
+    out = [
+        "",
+        f"{result['device']}   {result['dtype']}, attention {result['attention']}, torch {result['torch']}, "
+        f"transformers {result['transformers']}, commit {result['commit'][:12]}",
+        f"{result['rows'][0]['text_tokens'] if result['rows'] else '-'} text tokens, one photograph per sequence, random weights; "
+        f"median of {max((row['rounds'] for row in result['rows']), default=0)} interleaved rounds",
+        "",
+        render(HEADER, [UNITS, *lines], left=3),
+        "",
+        "total: from pixel values on the device to the first token on the host, preprocessing not included.",
+    ]
+    out += [
+        f"{label(row)} {row['mode']}, batch {row['batch']}: {row['failed']}" for row in result["rows"] if row["failed"]
+    ]
+    out += [f"note: {note}" for note in result["notes"]]
+    out += ["checked: " + _sentence(check) for check in result["checks"]]
+    if result["refused"]:
+        out += ["", f"NO SPEED-UP IS REPORTED: {result['refused']}"]
+    return "\n".join(out)
+
+
+def _sentence(check: dict[str, Any]) -> str:
+    error = "not finite" if check["error"] is None else f"{check['error']:.1e}"
+    return f"{check['name']}: difference {error} (allowed {check['bound']:.0e})" + (
+        "" if check["agrees"] else "  DIFFERS"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""From rows to speed-ups, and the refusal to report any when outputs that should agree do not.
+
+speed-up = median over rounds of  total(baseline, round i) / total(row, round i)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .stats import median, paired_ratio
+
+BASELINE = ("llava-1.5", "mlp2x")
+
+
+def label(row: dict[str, Any]) -> str:
+    return f"{row['model']}/{row['projector']}"
+
+
+def compare_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every row against LLaVA-1.5 of its batch, text length and mode; captured rows also against eager LLaVA-1.5."""
+    measured = [row for row in rows if row["total_ms"] is not None]
+    baselines = {
+        (row["batch"], row["text_tokens"], row["mode"]): row
+        for row in measured
+        if (row["model"], row["projector"]) == BASELINE
+    }
+    result = []
+    for row in measured:
+        for mode in dict.fromkeys((row["mode"], "eager")):
+            baseline = baselines.get((row["batch"], row["text_tokens"], mode))
+            if baseline is not None and baseline is not row:
+                result.append(_comparison(row, baseline))
+    return result
+
+
+def _comparison(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+    ours, theirs = row["samples"]["total_ms"], baseline["samples"]["total_ms"]
+    if row["mode"] == baseline["mode"]:
+        count = min(len(ours), len(theirs))
+        ratio = paired_ratio(theirs[:count], ours[:count])
+    else:  # not taken side by side: the ratio of medians, and its extremes
+        ratio = {
+            "ratio": median(theirs) / median(ours), "low": min(theirs) / max(ours), "high": max(theirs) / min(ours),
+        }  # fmt: skip
+    return {
+        "row": label(row), "baseline": label(baseline), "batch": row["batch"], "text_tokens": row["text_tokens"],
+        "mode": row["mode"], "baseline_mode": baseline["mode"], **ratio,
+        "beyond_noise": ratio["low"] > 1 or ratio["high"] < 1,
+    }  # fmt: skip
+
+
+def speedup_field(comparisons: list[dict[str, Any]]) -> dict[str, float]:
+    """The `speedup` of prefill.json: a sentence -> a number."""
+    field = {}
+    for c in comparisons:
+        where = f"batch {c['batch']}, text {c['text_tokens']}"
+        field[f"{c['row']} {c['mode']} over {c['baseline']} {c['baseline_mode']}, {where}"] = c["ratio"]
+    return field
+
+
+def refusal(checks: list[dict[str, Any]]) -> str | None:
+    """Why no speed-up is reported, or None when everything that should agree does."""
+    broken = [check["name"] for check in checks if not check["agrees"]]
+    return None if not broken else "outputs that should agree differ by more than rounding: " + "; ".join(broken)
