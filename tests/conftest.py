@@ -1,0 +1,55 @@
+"""What every test shares: the checkout on the path, one random seed a test, and who runs where.
+
+tests/interpreter needs TRITON_INTERPRET=1 before the kernels are imported, so it is a process of its own; tests/gpu
+needs a GPU that Triton serves, and is the only folder that may skip.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # plain `pytest` does not put the checkout there
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+os.environ.pop("STF_KERNELS_BACKEND", None)  # the tests choose the backend themselves
+
+# The interpreter's kernels cannot be had without the variable; with it nothing is compiled ahead of time.
+collect_ignore = [] if INTERPRETED else ["interpreter"]
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    if INTERPRETED:
+        return ["stf_kernels: Triton kernels run in the interpreter (TRITON_INTERPRET=1)"]
+    return ["stf_kernels: tests/interpreter is a run of its own: TRITON_INTERPRET=1 python -m pytest tests/interpreter"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needing_gpu and not _has_gpu():
+        for item in needing_gpu:
+            item.add_marker(pytest.mark.skip(reason="no GPU that Triton serves"))
+
+
+def _has_gpu() -> bool:
+    from stf_kernels.backend import triton_serves
+
+    return torch.cuda.is_available() and triton_serves(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20260707)
+
+
+@pytest.fixture
+def poison():
+    """torch.empty holds NaN, so that an element nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,91 @@
+"""If this fails, weights of one feature order are read as the other's: shapes agree, outputs are silently wrong.
+
+The independent witness is F.unfold, which is channel-major; neither package uses it.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import reference
+import stf_kernels
+
+PACKAGES = pytest.mark.parametrize("package", [stf_kernels, reference], ids=["stf_kernels", "reference"])
+
+
+def unfolded(x, grid, merge_size):
+    """[B, H*W, C] -> [B, windows, C*r*r], channel-major, windows row-major."""
+    image = x.transpose(1, 2).unflatten(2, grid)
+    return F.unfold(image, merge_size, stride=merge_size).transpose(1, 2)
+
+
+@PACKAGES
+@pytest.mark.parametrize(("merge_size", "grid"), [(1, (3, 4)), (2, (4, 6)), (3, (3, 6)), (4, (8, 4))])
+def test_channel_major_is_unfold(package, merge_size, grid):
+    x = torch.randn(2, grid[0] * grid[1], 5, dtype=torch.float64)
+    weight = torch.randn(7, merge_size**2 * 5, dtype=torch.float64)
+    y = package.spatial_merge_linear(x, weight, grid=grid, merge_size=merge_size, feature_order="channel_major")
+    torch.testing.assert_close(y, unfolded(x, grid, merge_size) @ weight.t())
+
+
+@PACKAGES
+def test_unfold_truncates_the_same_way(package):
+    x, weight = torch.randn(2, 35, 5, dtype=torch.float64), torch.randn(7, 20, dtype=torch.float64)
+    options = {"grid": (5, 7), "feature_order": "channel_major", "truncate": True}
+    y = package.spatial_merge_linear(x, weight, **options)
+    torch.testing.assert_close(y, unfolded(x, (5, 7), 2) @ weight.t())
+
+
+def test_patch_major_columns_by_hand():
+    """Column (dy*r + dx)*C + c of the weight meets channel c at (dy, dx)."""
+    x = torch.arange(2 * 3 * 2 * 3, dtype=torch.float64).view(1, 2 * 2, 9)[:, :, :3].contiguous()  # grid 2x2, C = 3
+    weight = torch.eye(12, dtype=torch.float64)
+    y = stf_kernels.spatial_merge_linear(x, weight, grid=(2, 2))
+    assert torch.equal(y.flatten(), x.flatten())  # windows of one 2x2 grid are its rows in order
+
+
+@pytest.mark.parametrize("merge_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8], ids=str)
+def test_relayout_round_trip(merge_size, dtype):
+    weight = torch.randint(-100, 100, (6, merge_size**2 * 5)).to(dtype)
+    patch = stf_kernels.channel_to_patch_major(weight, merge_size)
+    assert torch.equal(stf_kernels.patch_to_channel_major(patch, merge_size), weight)
+    assert patch.is_contiguous()
+    # by hand: column c*r*r + w goes to w*C + c
+    expected = torch.stack([weight[:, c * merge_size**2 + w] for w in range(merge_size**2) for c in range(5)], 1)
+    assert torch.equal(patch, expected)
+
+
+def test_relayout_keeps_the_gradient_and_takes_a_strided_weight():
+    weight = torch.randn(12, 6, dtype=torch.float64).t().requires_grad_()  # columns are not contiguous
+    patch = stf_kernels.channel_to_patch_major(weight, 2)
+    assert torch.equal(patch, stf_kernels.channel_to_patch_major(weight.contiguous(), 2))
+    patch.square().sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * weight.detach())
+
+
+@pytest.mark.parametrize("name", ["channel_to_patch_major", "patch_to_channel_major"])
+@pytest.mark.parametrize(
+    ("weight", "merge_size", "match"),
+    [
+        (torch.zeros(6, 10), 2, r"weight.*4.*\(6, 10\)"),
+        (torch.zeros(16), 2, r"weight.*\(16,\)"),
+        (torch.zeros(6, 16), 0, "merge_size.*0"),
+        (torch.zeros(6, 16), 2.0, "merge_size.*2.0"),
+        (torch.zeros(6, 16), True, "merge_size.*True"),
+    ],
+)
+def test_relayout_refuses(name, weight, merge_size, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        getattr(stf_kernels, name)(weight, merge_size)
+
+
+def test_relaid_out_weights_give_the_same_module_output():
+    options = {"merge_size": 2, "hidden_dim": 24, "dtype": torch.float64}
+    channel = stf_kernels.SpatialTokenFusion(6, 10, feature_order="channel_major", **options)
+    patch = stf_kernels.SpatialTokenFusion(6, 10, **options)
+    state = channel.state_dict()
+    state["linear_1.weight"] = stf_kernels.channel_to_patch_major(state["linear_1.weight"], 2)
+    patch.load_state_dict(state)
+    x = torch.randn(2, 24, 6, dtype=torch.float64)
+    torch.testing.assert_close(channel(x, (4, 6)), patch(x, (4, 6)), rtol=0, atol=0)

@@ -1,0 +1,1 @@
+"""Helpers of the tests: the numerical rule, comparisons with the reference, allocations, other processes."""
