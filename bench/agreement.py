@@ -4,7 +4,7 @@
     warm start against pooled   LLaVA-STF fresh from `from_llava` is the 2x2 mean of the stock projector's tokens
     skip against stock          the tower without its unread layer gives the same logits
 
-The bounds are a few roundings of the dtype: both sides round every intermediate once. tf32 (3e-4) is above that of fp32.
+The bounds are a few roundings of the dtype: both sides round every intermediate once. tf32 (3e-4) exceeds fp32's.
 """
 
 from __future__ import annotations

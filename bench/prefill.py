@@ -32,13 +32,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image", type=photograph, metavar="FILE", help="default: the photograph in bench/assets")
     parser.add_argument("--batch", type=positive_int, nargs="+", metavar="N", help="batch sizes")
     parser.add_argument("--text", type=positive_int, nargs="+", metavar="N", help="text tokens around the image")
-    parser.add_argument(
-        "--json", type=writable_file, metavar="FILE", help="default: .work/results/<device>/prefill.json"
-    )
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="default: .work/results/<device>/")
     parser.add_argument("--full", action="store_true", help="all five rows, decoding, and on a GPU all modes")
-    parser.add_argument(
-        "--modes", nargs="+", choices=("eager", "graph", "compile"), help="default: eager; graph on a GPU"
-    )
+    parser.add_argument("--modes", nargs="+", choices=("eager", "graph", "compile"), help="eager; on a GPU also graph")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--decode", type=positive_int, metavar="N", help="also decode N tokens per round")
     parser.add_argument("--rounds", type=positive_int, metavar="N", help="exactly N rounds instead of as many as fit")
@@ -67,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         return _bad_input(problem)
 
     from . import environment, results
+    from .terminal import report
 
     path = args.json or environment.results_folder(device) / "prefill.json"
     print(f"{args.preset.name} on {environment.device_name(device)}", file=sys.stderr)
@@ -125,7 +122,7 @@ def run(
     batches, texts = args.batch or list(preset.batches), args.text or [preset.text_tokens]
     modes = args.modes or (["eager", "graph", *(["compile"] if args.full else [])] if gpu else ["eager"])
     decode = args.decode or (8 if args.full else 0)
-    fewest, most = (args.rounds, args.rounds) if args.rounds else (2, 20 if gpu else 3)
+    fewest, most = (args.rounds, args.rounds) if args.rounds else (2, 20 if gpu else 4)
     until = began + (args.budget or (420.0 if gpu else 300.0 if args.full else 100.0))
     plan = [(mode, batch, text) for batch in batches for text in texts for mode in modes]
     result |= {
@@ -200,7 +197,7 @@ def run(
             bar.now(f"{name}: round 1")
             taken = take_rounds(group, fewest=fewest, most=most, until=time.monotonic() + share, after_each=after_round)
             if taken < most:
-                result["notes"].append(f"{name}: {taken} rounds of {most} fit into the time budget")
+                result["notes"].append(f"{name}: {taken} rounds fitted into the time budget, {most} were planned")
             group.runs.clear()  # a captured graph holds its memory
         bar.finish("done")
     result["complete"] = True
@@ -251,63 +248,6 @@ def conclude(result: dict[str, Any]) -> None:
     result["refused"] = refusal(result["checks"])
     result["comparisons"] = [] if result["refused"] else compare_rows(result["rows"])
     result["speedup"] = speedup_field(result["comparisons"])
-
-
-HEADER = (
-    "model", "projector", "mode", "batch", "image", "preprocess", "vision", "projector", "insert", "prefill", "first",
-    "total", "spread", "projector's", "speed-up", "peak", "KV",
-)  # fmt: skip
-UNITS = ("", "", "", "", "tokens", *["ms"] * 7, "%", "share %", "", "MB", "MB")
-
-
-def report(result: dict[str, Any]) -> str:
-    """What the terminal shows."""
-    from .speedup import label
-    from .table import number, render
-
-    speedups = {
-        (c["row"], c["batch"], c["text_tokens"], c["mode"]): c["ratio"]
-        for c in result["comparisons"]
-        if c["mode"] == c["baseline_mode"]
-    }
-    lines = []
-    for row in result["rows"]:
-        key = (label(row), row["batch"], row["text_tokens"], row["mode"])
-        baseline = label(row) == "llava-1.5/mlp2x" and row["total_ms"] is not None and not result["refused"]
-        share = row["projector_share"]
-        lines.append((
-            row["model"], row["projector"], row["mode"], str(row["batch"]), str(row["image_tokens"]),
-            *(number(row[f"{s}_ms"]) for s in ("preprocess", "vision", "projector", "insert", "prefill", "first_token", "total")),
-            number(row["spread_percent"]), number(None if share is None else 100 * share),
-            "1.00x" if baseline else f"{speedups[key]:.2f}x" if key in speedups else "-",
-            number(row["peak_mb"], 0), number(row["kv_mb"]),
-        ))  # fmt: skip
-    out = [
-        "",
-        f"{result['device']}   {result['dtype']}, attention {result['attention']}, torch {result['torch']}, "
-        f"transformers {result['transformers']}, commit {result['commit'][:12]}",
-        f"{result['rows'][0]['text_tokens'] if result['rows'] else '-'} text tokens, one photograph per sequence, random weights; "
-        f"median of {max((row['rounds'] for row in result['rows']), default=0)} interleaved rounds",
-        "",
-        render(HEADER, [UNITS, *lines], left=3),
-        "",
-        "total: from pixel values on the device to the first token on the host, preprocessing not included.",
-    ]
-    out += [
-        f"{label(row)} {row['mode']}, batch {row['batch']}: {row['failed']}" for row in result["rows"] if row["failed"]
-    ]
-    out += [f"note: {note}" for note in result["notes"]]
-    out += ["checked: " + _sentence(check) for check in result["checks"]]
-    if result["refused"]:
-        out += ["", f"NO SPEED-UP IS REPORTED: {result['refused']}"]
-    return "\n".join(out)
-
-
-def _sentence(check: dict[str, Any]) -> str:
-    error = "not finite" if check["error"] is None else f"{check['error']:.1e}"
-    return f"{check['name']}: difference {error} (allowed {check['bound']:.0e})" + (
-        "" if check["agrees"] else "  DIFFERS"
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""A prefill result as the terminal shows it: one table, then what was checked, what failed, what was refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .speedup import label
+from .table import number, render
+
+HEADER = (
+    "model", "projector", "mode", "batch", "image", "preprocess", "vision", "projector", "insert", "prefill", "first",
+    "total", "spread", "projector's", "speed-up", "peak", "KV",
+)  # fmt: skip
+TIMES = ("preprocess", "vision", "projector", "insert", "prefill", "first_token", "total")
+UNITS = ("", "", "", "", "tokens", *["ms"] * 7, "%", "share %", "", "MB", "MB")
+
+
+def report(result: dict[str, Any]) -> str:
+    """What the terminal shows."""
+    speedups = {
+        (c["row"], c["batch"], c["text_tokens"], c["mode"]): c["ratio"]
+        for c in result["comparisons"]
+        if c["mode"] == c["baseline_mode"]
+    }
+    lines = []
+    for row in result["rows"]:
+        key = (label(row), row["batch"], row["text_tokens"], row["mode"])
+        baseline = label(row) == "llava-1.5/mlp2x" and row["total_ms"] is not None and not result["refused"]
+        share = row["projector_share"]
+        lines.append((
+            row["model"], row["projector"], row["mode"], str(row["batch"]), str(row["image_tokens"]),
+            *(number(row[f"{stage}_ms"]) for stage in TIMES),
+            number(row["spread_percent"]), number(None if share is None else 100 * share),
+            "1.00x" if baseline else f"{speedups[key]:.2f}x" if key in speedups else "-",
+            number(row["peak_mb"], 0), number(row["kv_mb"]),
+        ))  # fmt: skip
+    out = [
+        "",
+        f"{result['device']}   {result['dtype']}, attention {result['attention']}, torch {result['torch']}, "
+        f"transformers {result['transformers']}, commit {result['commit'][:12]}",
+        f"{result['preset']}, {_texts(result)} text tokens, one photograph per sequence, random weights; median of "
+        f"{max((row['rounds'] for row in result['rows']), default=0)} interleaved rounds",
+        "",
+        render(HEADER, [UNITS, *lines], left=3),
+        "",
+        "total: from pixel values on the device to the first token on the host, preprocessing not included.",
+    ]
+    out += [
+        f"{label(row)} {row['mode']}, batch {row['batch']}: {row['failed']}" for row in result["rows"] if row["failed"]
+    ]
+    out += [f"note: {note}" for note in result["notes"]]
+    out += ["checked: " + _sentence(check) for check in result["checks"]]
+    if result["refused"]:
+        out += ["", f"NO SPEED-UP IS REPORTED: {result['refused']}"]
+    return "\n".join(out)
+
+
+def _sentence(check: dict[str, Any]) -> str:
+    error = "not finite" if check["error"] is None else f"{check['error']:.1e}"
+    verdict = "" if check["agrees"] else "  DIFFERS"
+    return f"{check['name']}: difference {error} (allowed {check['bound']:.0e}){verdict}"
+
+
+def _texts(result: dict[str, Any]) -> str:
+    return ", ".join(str(n) for n in dict.fromkeys(row["text_tokens"] for row in result["rows"])) or "no"
