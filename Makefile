@@ -37,7 +37,7 @@ test-gpu-pins: $(PINS_VENV)/.installed
 	TRITON_INTERPRET=1 $(PINS_VENV)/bin/python -m pytest tests/interpreter
 
 aot: $(VENV)/.installed
-	$(RUN) -m stf_kernels.aot --all
+	$(RUN) -m stf_kernels.aot
 
 gpu:
 	$(PYTHON) -m bench.gpu

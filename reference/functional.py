@@ -1,7 +1,7 @@
 """The two operators of LLaVA-STF (arXiv 2506.07138), written as the paper states them.
 
-    concat_linear          y = act(concat(blocks, -1) @ W^T + b)     Multi-Block Token Fusion
-    spatial_merge_linear   y = act(merge_rxr(x) @ W^T + b)           Spatial Token Fusion
+concat_linear          y = act(concat(blocks, -1) @ W^T + b)     Multi-Block Token Fusion
+spatial_merge_linear   y = act(merge_rxr(x) @ W^T + b)           Spatial Token Fusion
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,7 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     return _ACTIVATIONS[activation](x)
 
 
-def spatial_merge(
-    x: Tensor, grid: tuple[int, int], merge_size: int, feature_order: str, truncate: bool
-) -> Tensor:
+def spatial_merge(x: Tensor, grid: tuple[int, int], merge_size: int, feature_order: str, truncate: bool) -> Tensor:
     """[B, H*W, C] -> [B, (H//r)*(W//r), r*r*C]; rows and columns past the last window are cut with `truncate`."""
     if feature_order not in _MERGE_PATTERNS:
         raise ValueError(f"feature_order: expected one of {list(_MERGE_PATTERNS)}, got {feature_order!r}")
@@ -42,7 +40,9 @@ def spatial_merge(
     if x.shape[1] != height * width:
         raise ValueError(f"grid: expected {height} * {width} tokens for {tuple(grid)}, got {x.shape[1]}")
     if (height % merge_size or width % merge_size) and not truncate:
-        raise ValueError(f"grid: {tuple(grid)} is not divisible by merge_size={merge_size}; pass truncate=True to cut it")
+        raise ValueError(
+            f"grid: {tuple(grid)} is not divisible by merge_size={merge_size}; pass truncate=True to cut it"
+        )
     x = rearrange(x, "b (h w) c -> b h w c", h=height, w=width)
     x = x[:, : height // merge_size * merge_size, : width // merge_size * merge_size]
     return rearrange(x, _MERGE_PATTERNS[feature_order], dy=merge_size, dx=merge_size)

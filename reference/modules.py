@@ -72,7 +72,9 @@ class CompactTokenProjector(nn.Module):
         self.skip_tokens = skip_tokens
         factory = {"activation": activation, "bias": bias, "device": device, "dtype": dtype}
         self.mbtf = (
-            MultiBlockTokenFusion(num_blocks, dim, mbtf_hidden_dim, skip_tokens=skip_tokens, **factory) if mbtf else None
+            MultiBlockTokenFusion(num_blocks, dim, mbtf_hidden_dim, skip_tokens=skip_tokens, **factory)
+            if mbtf
+            else None
         )
         self.stf = SpatialTokenFusion(
             dim, out_dim, merge_size=merge_size, hidden_dim=stf_hidden_dim, truncate=truncate,
@@ -87,7 +89,7 @@ class CompactTokenProjector(nn.Module):
         out: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """With `out` [R, out_dim] and `rows` [B*(H//r)*(W//r)] int64, token i is written to out[rows[i]]; returns out."""
+        """With out [R, out_dim] and rows [B*(H//r)*(W//r)] int64, token i goes to out[rows[i]]; returns out."""
         x = blocks[0][:, self.skip_tokens :] if self.mbtf is None else self.mbtf(blocks)
         z = self.stf(x, grid)
         if out is None:

@@ -59,7 +59,9 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
         raise TypeError(f"{name}: expected the dtype of {other_name} {other.dtype}, got dtype {tensor.dtype}")
     if tensor.device != other.device:
         where = " (load the module's weights, or `to_empty` it, before use)" if tensor.device.type == "meta" else ""
-        raise ValueError(f"{name}: expected the device of {other_name} {other.device}, got device {tensor.device}{where}")
+        raise ValueError(
+            f"{name}: expected the device of {other_name} {other.device}, got device {tensor.device}{where}"
+        )
 
 
 def check_linear(weight: object, bias: object, k: int, k_meaning: str, x_name: str, x: Tensor) -> None:

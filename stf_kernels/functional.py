@@ -1,7 +1,7 @@
 """The two operators of LLaVA-STF (arXiv 2506.07138) as functions.
 
-    concat_linear          y = act(concat(blocks, -1) @ W^T + b)     Multi-Block Token Fusion
-    spatial_merge_linear   y = act(merge_rxr(x) @ W^T + b)           Spatial Token Fusion
+concat_linear          y = act(concat(blocks, -1) @ W^T + b)     Multi-Block Token Fusion
+spatial_merge_linear   y = act(merge_rxr(x) @ W^T + b)           Spatial Token Fusion
 """
 
 from collections.abc import Sequence

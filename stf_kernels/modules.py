@@ -227,9 +227,7 @@ class CompactTokenProjector(nn.Module):
         """
         check_module_blocks(blocks, self.num_blocks, self.dim, self.skip_tokens)
         stf = self.stf
-        height, width = checks.resolve_grid(
-            grid, blocks[0].shape[1] - self.skip_tokens, stf.merge_size, stf.truncate
-        )
+        height, width = checks.resolve_grid(grid, blocks[0].shape[1] - self.skip_tokens, stf.merge_size, stf.truncate)
         if out is not None or rows is not None:
             count = blocks[0].shape[0] * (height // stf.merge_size) * (width // stf.merge_size)
             self._check_target(blocks, out, rows, count)

@@ -1,8 +1,8 @@
 """The activation's derivative, with what else the backward wants of the same bytes.
 
-    dpre = dy * act'(pre)        may take dy's memory
-    act  = act(pre)              if WRITE_ACT: the input of the next layer's weight gradient, never kept by the forward
-    db   = sum over rows of dpre if SUM_ROWS: one partial sum per program and column, added up by the caller in order
+dpre = dy * act'(pre)        may take dy's memory
+act  = act(pre)              if WRITE_ACT: the input of the next layer's weight gradient, never kept by the forward
+db   = sum over rows of dpre if SUM_ROWS: one partial sum per program and column, added up by the caller in order
 """
 
 import triton
@@ -17,7 +17,7 @@ def _activation_bwd_kernel(
     ACTIVATION: tl.constexpr, FAST_ACTIVATION: tl.constexpr, WRITE_ACT: tl.constexpr, SUM_ROWS: tl.constexpr,
     ROWS_PER_PROGRAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dy, pre, dpre, act contiguous [M, N]; partial fp32 [cdiv(M, ROWS_PER_PROGRAM), N]. A program owns a strip of rows."""
+    """A program owns a strip of rows. dy, pre, dpre, act contiguous [M, N]; partial fp32 [strips, N]."""
     strip = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = n < N

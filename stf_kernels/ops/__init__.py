@@ -1,11 +1,11 @@
 """One file per operator, on a shared core:
 
-    stage.py         what one segmented GEMM computes: geometry, shapes, where its rows come from and go
-    launch.py        the Triton launcher: takes a configuration, never searches
-    torch_path.py    the same stage in plain torch
-    chain.py         stages in a row, forward and backward, with the rule of what is kept for the backward
-    registration.py  torch.library: schema, fake, autograd, autocast, and the eager bypass
-    concat_linear.py, spatial_merge_linear.py, compact_projector.py   the operators
+stage.py         what one segmented GEMM computes: geometry, shapes, where its rows come from and go
+launch.py        the Triton launcher: takes a configuration, never searches
+torch_path.py    the same stage in plain torch
+chain.py         stages in a row, forward and backward, with the rule of what is kept for the backward
+registration.py  torch.library: schema, fake, autograd, autocast, and the eager bypass
+concat_linear.py, spatial_merge_linear.py, compact_projector.py   the operators
 """
 
 from .concat_linear import concat_linear

@@ -67,18 +67,41 @@ def launch_stage(
                 m, n, tokens, stage.grid[1], stage.grid[0],
                 tuple(stride[0] for stride in strides), tuple(stride[1] for stride in strides),
                 weight.stride(0), y_stride, y.shape[0],
-                NUM_BLOCKS=len(blocks), C=c, GATHER=stage.gather, UNIFORM_STRIDES=uniform,
-                STORE="scatter" if out is not None else "merge" if stage.scatter > 1 else "rows",
-                MERGE=stage.scatter, ACTIVATION=stage.activation or "none", FAST_ACTIVATION=x.dtype in _HALF,
-                HAS_BIAS=bias is not None, SAVE_PRE=save_pre, INPUT_PRECISION=input_precision(),
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
                 num_warps=config.num_warps, num_stages=config.num_stages,
+                **stage_constants(
+                    stage, len(blocks), c, x.dtype, config, uniform_strides=uniform, has_bias=bias is not None,
+                    save_pre=save_pre, scatter_rows=out is not None,
+                ),
             )  # fmt: skip
     if out is not None:
         if y is not out:
             out.copy_(y)
         return out, None if pre is None else pre.to(x.dtype)
     return y.to(x.dtype), None if pre is None else pre.to(x.dtype)
+
+
+def stage_constants(
+    stage: Stage, num_blocks: int, c: int, dtype: torch.dtype, config: GemmConfig, *, uniform_strides: bool,
+    has_bias: bool, save_pre: bool, scatter_rows: bool,
+) -> dict[str, object]:  # fmt: skip
+    """The kernel's constexpr parameters: what a compiled specialisation is made for, beside types and alignment."""
+    return {
+        "NUM_BLOCKS": num_blocks,
+        "C": c,
+        "GATHER": stage.gather,
+        "UNIFORM_STRIDES": uniform_strides,
+        "STORE": "scatter" if scatter_rows else "merge" if stage.scatter > 1 else "rows",
+        "MERGE": stage.scatter,
+        "ACTIVATION": stage.activation or "none",
+        "FAST_ACTIVATION": dtype in _HALF,
+        "HAS_BIAS": has_bias,
+        "SAVE_PRE": save_pre,
+        "INPUT_PRECISION": input_precision(),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
 
 
 def input_precision() -> str:

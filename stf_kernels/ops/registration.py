@@ -53,6 +53,10 @@ def _in_form_of(value, items: list):
     return items[0] if isinstance(value, Tensor) else items
 
 
+def _in_form_of_all(values: Sequence, groups: Sequence[list]) -> list:
+    return [_in_form_of(value, group) for value, group in zip(values, groups, strict=True)]
+
+
 class ChainOperator:
     """One operator: call it with (blocks, weights, biases, *static) -> y."""
 
@@ -107,18 +111,16 @@ class ChainOperator:
 
     def _autograd_backward(self, ctx, grads):
         _refuse_double_backward()
-        blocks, weights, biases, *static, _ = ctx.inputs_form
-        flags = [_as_flags(flag, value) for flag, value in zip(ctx.needs_input_grad, (blocks, weights, biases))]
+        values, static = ctx.inputs_form[:3], ctx.inputs_form[3:-1]
+        flags = [_as_flags(flag, value) for flag, value in zip(ctx.needs_input_grad[:3], values, strict=True)]
         sizes = [len(flag) for flag in flags]
-        kept = list(ctx.saved_tensors)
-        saved, tensors = kept[: len(kept) - sum(sizes)], kept[len(kept) - sum(sizes) :]
-        groups = _split(tensors, sizes)
         needs = [need for flag in flags for need in flag]
-        arguments = [_in_form_of(value, group) for value, group in zip((blocks, weights, biases), groups)]
+        kept = list(ctx.saved_tensors)
+        saved, tensors = kept[: len(kept) - len(needs)], kept[len(kept) - len(needs) :]
+        arguments = _in_form_of_all(values, _split(tensors, sizes))
         found = iter(self._backward_op(grads[0], saved, *arguments, *static, needs))
-        all_grads = _split([next(found) if need else None for need in needs], sizes)
-        formed = [_in_form_of(value, group) for value, group in zip((blocks, weights, biases), all_grads)]
-        return (*formed, *(None for _ in static), None)
+        in_order = _split([next(found) if need else None for need in needs], sizes)
+        return (*_in_form_of_all(values, in_order), *(None for _ in static), None)
 
     def _backward(self, grad, saved, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
         *static, needs = static_and_needs

@@ -1,19 +1,22 @@
 """The layers of the three modules as one chain, so that the backward keeps as little as it can.
 
-    MBTF        act(concat(blocks) W1 + b1) W2 + b2                                      2 stages
-    STF         act(merge(x) W3 + b3) W4 + b4                                            2 stages
-    projector   STF(MBTF(blocks)): W2's GEMM writes its rows merged, W3's reads them dense   4 stages
+MBTF        act(concat(blocks) W1 + b1) W2 + b2                                      2 stages
+STF         act(merge(x) W3 + b3) W4 + b4                                            2 stages
+projector   STF(MBTF(blocks)): W2's GEMM writes its rows merged, W3's reads them dense   4 stages
 """
 
 from .registration import ChainOperator, Plan, define, run_plan
 from .stage import Stage
 
+
 def _two_layers(activation: str | None, skip_tokens: int, merge_size: int, grid_h: int, grid_w: int) -> Plan:
     return Plan((Stage(activation, gather=merge_size, grid=(grid_h, grid_w)), Stage()), skip_tokens)
+
 
 def _four_layers(activation: str | None, skip_tokens: int, merge_size: int, grid_h: int, grid_w: int) -> Plan:
     merged = Stage(scatter=merge_size, grid=(grid_h, grid_w))
     return Plan((Stage(activation), merged, Stage(activation), Stage()), skip_tokens)
+
 
 _TENSORS = "Tensor[] blocks, Tensor[] weights, Tensor[] biases"
 _STATIC = "str? activation, int skip_tokens, int merge_size, int grid_h, int grid_w"

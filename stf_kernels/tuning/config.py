@@ -26,7 +26,9 @@ class GemmConfig:
                 raise ValueError(f"{name}: expected a power of two, got {value!r}")
         for name in ("block_m", "block_n", "block_k"):
             if getattr(self, name) < 16:
-                raise ValueError(f"{name}: expected at least 16 (the smallest matrix product), got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name}: expected at least 16 (the smallest matrix product), got {getattr(self, name)}"
+                )
         for name in ("group_m", "num_stages"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

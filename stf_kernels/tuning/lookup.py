@@ -129,3 +129,16 @@ def choose(
     if config is None and not may_decline:
         return default_config(arch, dtype.itemsize, m, n)
     return config
+
+
+def shipped_configs(arch: str, dtype: str) -> list[GemmConfig]:
+    """Every configuration that a shipped table of an architecture names for a dtype (torch's name)."""
+    found: dict[GemmConfig, None] = {}
+    for path in sorted(_TABLES.glob("*.json")):
+        text = path.read_text(encoding="utf-8")
+        if json.loads(text).get("arch") != arch:
+            continue
+        for (_, entry_dtype, _, _), choices in parse_table(text, arch).items():
+            if entry_dtype == dtype:
+                found.update((config, None) for _, config in choices if config is not None)
+    return list(found)

@@ -1,0 +1,194 @@
+"""python -m stf_kernels.aot: compile every shipped kernel configuration for GPUs that are not here, and check the code.
+
+Asserted of each:
+
+    shared memory within the architecture's limit
+    nothing spilled
+    tensor-core instructions for 16-bit and tf32 operands (IEEE fp32 has none on NVIDIA)
+    on NVIDIA, asynchronous copies and no plain load or store in the loop that multiplies
+
+The last three are asserted of the specialisation that a launch on 16-byte aligned memory takes; the unaligned one
+need only fit. gfx942 has no asynchronous copy.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+
+import torch
+
+from .ops.launch import stage_constants
+from .ops.stage import Stage
+from .tuning import SHARED_MEMORY_LIMIT, GemmConfig
+from .tuning.heuristic import tiles
+from .tuning.lookup import DTYPES, shipped_configs
+
+_TRITON_TYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One stage at the sizes of LLaVA-1.5-7B; `store` "scatter" is a last stage that writes into inputs_embeds."""
+
+    name: str
+    stage: Stage
+    num_blocks: int
+    c: int
+    n: int
+    tokens: int
+    save_pre: bool = False
+    scatter_rows: bool = False
+
+
+_GRID = (24, 24)
+PROBLEMS = {
+    problem.name: problem
+    for problem in (
+        Problem("concat", Stage("gelu"), 8, 1024, 4096, 576),
+        Problem("linear_merge", Stage(scatter=2, grid=_GRID), 1, 4096, 1024, 576),
+        Problem("linear", Stage("gelu"), 1, 4096, 16384, 144),
+        Problem("merge", Stage("gelu", gather=2, grid=_GRID), 1, 1024, 16384, 144),
+        Problem("linear_scatter", Stage(), 1, 16384, 4096, 144, scatter_rows=True),
+        Problem("concat_train", Stage("gelu"), 8, 1024, 4096, 576, save_pre=True),
+        Problem("linear_train", Stage("gelu"), 1, 4096, 16384, 144, save_pre=True),
+    )
+}
+_DEFAULT_PROBLEMS = ("concat", "linear_merge", "merge", "linear_scatter")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of the segmented GEMM on one architecture."""
+
+    arch: str
+    problem: str
+    dtype: str  # torch's name
+    config: GemmConfig
+    aligned: bool = True
+    tf32: bool = False
+
+    def __str__(self) -> str:
+        kind = "tf32" if self.tf32 else _TRITON_TYPE[self.dtype]
+        return f"{self.arch:7} {self.problem:14} {kind:4} {self.config!s:23}{'' if self.aligned else ' unaligned'}"
+
+
+def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
+    """Every shipped specialisation of an architecture, or only the inference defaults in bf16 and fp32."""
+    if defaults_only:
+        for config in tiles(arch, 2):
+            yield from (Case(arch, name, "bfloat16", config) for name in _DEFAULT_PROBLEMS)
+        yield from (Case(arch, "concat", "float32", config) for config in tiles(arch, 4))
+        yield Case(arch, "concat", "bfloat16", tiles(arch, 2)[-1], aligned=False)
+        return
+    for dtype, itemsize in DTYPES.items():
+        for config in dict.fromkeys((*tiles(arch, itemsize), *shipped_configs(arch, dtype))):
+            for name in PROBLEMS:
+                case = Case(arch, name, dtype, config)
+                yield case
+                yield replace(case, aligned=False)
+                if dtype == "float32":
+                    yield replace(case, tf32=True)
+
+
+def kernel_arguments(case: Case) -> dict[str, object]:
+    """The arguments of the launch that `case` stands for, in the form of `codegen.compile_for`."""
+    from .codegen import Pointer
+
+    p, config = PROBLEMS[case.problem], case.config
+    pointer = Pointer(_TRITON_TYPE[case.dtype], case.aligned)
+    # An odd pitch is what keeps rows from being aligned, whatever the base address.
+    pitch = p.c if case.aligned else p.c + 1
+    constants = stage_constants(
+        p.stage, p.num_blocks, p.c, getattr(torch, case.dtype), config, uniform_strides=True, has_bias=True,
+        save_pre=p.save_pre, scatter_rows=p.scatter_rows,
+    )  # fmt: skip
+    constants["INPUT_PRECISION"] = "tf32" if case.tf32 else "ieee"
+    k = p.num_blocks * p.stage.gather**2 * p.c
+    source_tokens = p.tokens * p.stage.gather**2
+    return {
+        "block_ptrs": (pointer,) * p.num_blocks,
+        "w_ptr": pointer,
+        "bias_ptr": pointer,
+        "y_ptr": pointer,
+        "pre_ptr": pointer if p.save_pre else None,
+        "rows_ptr": Pointer("i64") if p.scatter_rows else None,
+        "M": 8 * p.tokens,
+        "N": p.n,
+        "tokens": p.tokens,
+        "grid_w": p.stage.grid[1],
+        "grid_h": p.stage.grid[0],
+        "x_strides_b": ((source_tokens + 1) * pitch,),
+        "x_strides_t": (pitch,),
+        "w_stride_n": k if case.aligned else k + 1,
+        "y_stride": p.stage.scatter**2 * p.n,
+        "y_rows": 0,
+        **constants,
+    }
+
+
+def examine(case: Case) -> tuple[str, list[str]]:
+    """Compile one case -> (its line of the report, its violations)."""
+    from .codegen import compile_for
+    from .kernels.segmented_linear import _segmented_linear_fwd_kernel
+
+    config = case.config
+    try:
+        code = compile_for(
+            case.arch, _segmented_linear_fwd_kernel, kernel_arguments(case),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    except Exception as error:  # the compiler raises what it likes; a case that does not compile is a violation
+        return f"{case}  does not compile", [f"does not compile: {error!s:.300}"]
+    line = (
+        f"{case}  registers {code.registers:3}  spilled {code.spilled:3}  shared {code.shared:6}  "
+        f"tensor-core {code.tensor_core:3}  loop: async {code.loop_async_copies:2}, plain {code.loop_plain_copies:3}"
+    )
+    return line, violations(case, code)
+
+
+def violations(case: Case, code) -> list[str]:
+    """What is wrong with the compiled code, one sentence each; [] if nothing is."""
+    nvidia = case.arch.startswith("sm_")
+    found = []
+    limit = SHARED_MEMORY_LIMIT[case.arch]
+    if code.shared > limit:
+        found.append(f"shared memory {code.shared} bytes, the limit of {case.arch} is {limit}")
+    if not case.aligned:
+        return found
+    if code.spilled:
+        found.append(f"{code.spilled} spilled")
+    if code.tensor_core == 0 and not (nvidia and case.dtype == "float32" and not case.tf32):
+        found.append("no tensor-core instruction")
+    if nvidia and code.loop_async_copies == 0:
+        found.append("no asynchronous copy in the loop")
+    if nvidia and code.loop_plain_copies:
+        found.append(f"{code.loop_plain_copies} plain loads or stores in the loop")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m stf_kernels.aot", description=__doc__.splitlines()[0])
+    archs = list(SHARED_MEMORY_LIMIT)
+    parser.add_argument("--target", nargs="+", choices=archs, default=archs, metavar="ARCH", help=f"of {archs}")
+    parser.add_argument("--defaults", action="store_true", help="only the default configurations of inference")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled; unset it")
+    todo = [case for arch in options.target for case in cases(arch, defaults_only=options.defaults)]
+    broken = 0
+    with ProcessPoolExecutor(max(1, options.jobs), mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(examine, case) for case in todo]):
+            line, found = future.result()
+            print(line, *(f"\n    VIOLATION: {violation}" for violation in found), flush=True)
+            broken += bool(found)
+    print(f"{len(todo)} configurations compiled for {len(options.target)} architectures, {broken} with violations")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
