@@ -52,7 +52,7 @@ def test_unknown_target_is_refused():
 
 @pytest.mark.parametrize("trap", [True, False])
 def test_the_remainder_trap_goes_red(trap):
-    """`k % C` per lane compiles and computes the right thing, with plain loads and stores instead of async copies."""
+    """A bare `k % C` compiles and computes the right thing, with plain loads and stores instead of async copies."""
     pointer = Pointer("bf16")
     code = compile_for(
         "sm_90",
