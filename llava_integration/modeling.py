@@ -117,7 +117,7 @@ class LlavaStfModel(LlavaModel):
         if pixel_values is not None and encoded is not None:
             raise ValueError("pixel_values, mm_encoder_outputs: expected at most one of them, got both")
         self._check_options(vision_feature_select_strategy, image_sizes)
-        self._check_prompt(input_ids, pixel_values, encoded, past_key_values)
+        self.check_prompt(input_ids, pixel_values, encoded, past_key_values)
 
         own_embeds = inputs_embeds is None
         if own_embeds:
@@ -208,8 +208,10 @@ class LlavaStfModel(LlavaModel):
         if image_sizes is not None:
             raise ValueError("image_sizes: expected None, every image has the grid of the vision tower; got sizes")
 
-    def _check_prompt(self, input_ids: Tensor | None, pixel_values, encoded, cache: Cache | None) -> None:
-        """Counts in ids on the CPU, before anything runs. On a GPU counting would wait for the device."""
+    def check_prompt(
+        self, input_ids: Tensor | None, pixel_values: Tensor | None, encoded=None, cache: Cache | None = None
+    ) -> None:
+        """ValueError unless ids on the CPU hold the image tokens that the images need; counting on a GPU would wait."""
         if input_ids is None or is_captured() or input_ids.device.type != "cpu":
             return
         per_image = self.config.image_seq_length
@@ -233,6 +235,16 @@ class LlavaStfForConditionalGeneration(LlavaForConditionalGeneration):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """As GenerationMixin.generate; counts image tokens before it encodes images, and takes pixel_values=None."""
+        if kwargs.get("pixel_values") is None:
+            kwargs.pop("pixel_values", None)
+        if kwargs.get("past_key_values") is None:
+            input_ids = kwargs.get("input_ids") if inputs is None else inputs
+            encoded = kwargs.get("mm_encoder_outputs")
+            self.model.check_prompt(input_ids, kwargs.get("pixel_values"), encoded)
+        return super().generate(inputs, *args, **kwargs)
+
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
     ):
@@ -242,9 +254,6 @@ class LlavaStfForConditionalGeneration(LlavaForConditionalGeneration):
             pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None:
             images = (input_ids == self.config.image_token_id).sum(1) // self.config.image_seq_length
-            if int(images.sum()) != len(pixel_values):
-                per_image, token = self.config.image_seq_length, self.config.image_token_id
-                check_token_count(input_ids == token, len(pixel_values), per_image, token)
             groups = pixel_values.split(images.tolist())
             pixel_values = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in groups])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(

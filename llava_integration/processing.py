@@ -92,10 +92,19 @@ class LlavaStfProcessor(LlavaProcessor):
             if images is not None:
                 raise ValueError("videos: expected images or videos, which share a placeholder, got both")
             images, text = self._frames(videos, text)
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        """Text as a list, images fetched; errors that say which argument it was."""
+        samples = [text] if isinstance(text, str) else text
+        if text is not None and not (
+            isinstance(samples, (list, tuple)) and all(isinstance(sample, str) for sample in samples)
+        ):
+            raise ValueError(f"text: expected a string or a list of strings, got {text!r}")
         try:
-            return super().__call__(images=images, text=text, **kwargs)
-        except StopIteration as error:  # a tokenizer-level mismatch that validate_inputs could not see
-            raise ValueError(f"text: more {self.image_token} placeholders than images") from error
+            return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+        except (ValueError, TypeError, OSError) as error:
+            raise ValueError(f"images: expected PIL images, arrays, paths or lists of them, got {images!r}") from error
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """ValueError unless the placeholders, or the expanded image tokens, are as many as the images need."""
@@ -103,8 +112,6 @@ class LlavaStfProcessor(LlavaProcessor):
             raise ValueError("images, text: expected at least one of them, got neither")
         if text is None:
             return
-        if not isinstance(text, list) or not all(isinstance(sample, str) for sample in text):
-            raise ValueError(f"text: expected a string or a list of strings, got {type(text).__name__}")
         found = self._count(text)
         count = 0 if images is None else len(self._flat(images))
         per_image = self._tokens(*self._pixels(**kwargs))
@@ -142,6 +149,8 @@ class LlavaStfProcessor(LlavaProcessor):
         options = {**kwargs, **kwargs.get("images_kwargs", {})}
         for name in ("crop_size", "size"):
             size = options.get(name) or getattr(self.image_processor, name, None)
+            if isinstance(size, int):
+                return size, size
             if size and "height" in dict(size):
                 return dict(size)["height"], dict(size)["width"]
         raise ValueError("image_processor: expected a crop_size or size with height and width, got neither")
@@ -154,17 +163,15 @@ class LlavaStfProcessor(LlavaProcessor):
         try:
             return make_flat_list_of_images(images)
         except ValueError as error:
-            raise ValueError(
-                f"images: expected PIL images or arrays, or lists of them, got {type(images).__name__}"
-            ) from error
+            raise ValueError(f"images: expected PIL images, arrays, paths or lists of them, got {images!r}") from error
 
     def _frames(self, videos, text):
         """videos -> all frames as one list of images, and text with one placeholder per frame."""
         if isinstance(videos, str) or (isinstance(videos, (list, tuple)) and any(isinstance(v, str) for v in videos)):
             raise TypeError("videos: expected frames, got a path; read the frames first")
-        batched = [list(video) for video in make_batched_videos(videos)] if len(videos) else []
-        if not batched or not all(batched):
-            raise ValueError(f"videos: expected at least one frame in each, got {[len(video) for video in batched]}")
+        if len(videos) == 0 or any(len(video) == 0 for video in videos if isinstance(video, (list, tuple))):
+            raise ValueError(f"videos: expected at least one frame in each, got {videos!r}")
+        batched = [list(video) for video in make_batched_videos(videos)]
         frames = [frame for video in batched for frame in video]
         if text is None:
             return frames, None

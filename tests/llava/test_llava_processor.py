@@ -1,0 +1,195 @@
+"""Broken if this fails: prompts carry a number of image tokens that the model does not expect, or say so too late."""
+
+import pytest
+import torch
+from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaProcessor, SiglipImageProcessorPil
+
+import llava_integration as li
+
+
+def counts(processor, inputs):
+    return (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
+
+
+def test_144_tokens_for_the_paper_model(build):
+    images = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    processor = li.LlavaStfProcessor(images, build.tokenizer())
+    inputs = processor(images=build.image(), text="USER : <image> what is", return_tensors="pt")
+    assert counts(processor, inputs) == [144]
+    assert inputs["pixel_values"].shape == (1, 3, 336, 336)
+    assert processor._get_num_multimodal_tokens(image_sizes=[(10, 20), (500, 300)])["num_image_tokens"] == [144, 144]
+
+
+@pytest.mark.parametrize(("merge_size", "expected"), [(1, 16), (2, 4), (3, 1), (4, 1)])
+def test_window_sizes(build, processor, merge_size, expected):
+    processor = li.LlavaStfProcessor(
+        processor.image_processor, processor.tokenizer, patch_size=14, spatial_merge_size=merge_size
+    )
+    inputs = processor(images=build.image(), text="<image> a cat", return_tensors="pt")
+    assert counts(processor, inputs) == [expected]
+    assert processor._get_num_multimodal_tokens(image_sizes=[(1, 1)])["num_image_tokens"] == [expected]
+
+
+def test_siglip_images_have_no_crop(build):
+    images = SiglipImageProcessorPil(size={"height": 56, "width": 56})
+    processor = li.LlavaStfProcessor(images, build.tokenizer(), vision_feature_select_strategy="full")
+    inputs = processor(images=build.image(), text="<image>", return_tensors="pt")
+    assert counts(processor, inputs) == [4]
+    assert processor._get_num_multimodal_tokens(image_sizes=[(1, 1)])["num_image_tokens"] == [4]
+
+
+def test_what_it_writes_the_model_takes(build, stf, processor):
+    texts = ["USER : <image> and <image> ASSISTANT :", "what is", "<image>"]
+    inputs = processor(images=[build.image(i) for i in range(3)], text=texts, padding=True, return_tensors="pt")
+    assert counts(processor, inputs) == [8, 0, 4]
+    assert inputs["attention_mask"][:, 0].tolist() == [1, 0, 0], "left padding"
+    assert stf.float().generate(**inputs, max_new_tokens=2).shape[0] == 3
+
+
+def test_images_nested_by_prompt(build, processor):
+    images = [[build.image(0), build.image(1)], [build.image(2)]]
+    inputs = processor(images=images, text=["<image> <image>", "<image>"], padding=True, return_tensors="pt")
+    assert counts(processor, inputs) == [8, 4]
+    assert inputs["pixel_values"].shape[0] == 3
+
+
+def test_expanded_prompts_are_left_alone(build, processor):
+    once = processor(images=[build.image()], text="USER : <image> a cat", return_tensors="pt")
+    expanded = "USER : " + "<image>" * 4 + " a cat"
+    again = processor(images=[build.image()], text=expanded, return_tensors="pt")
+    assert torch.equal(once["input_ids"], again["input_ids"])
+    two = processor(images=[build.image()] * 2, text=["<image>" * 4] * 2, return_tensors="pt")
+    assert counts(processor, two) == [4, 4]
+
+
+def test_text_or_images_alone(build, processor):
+    assert "pixel_values" not in processor(text="a cat", return_tensors="pt")
+    assert "input_ids" not in processor(images=build.image(), return_tensors="pt")
+
+
+class TestVideo:
+    """T frames are T images' worth of tokens, in order, behind one placeholder."""
+
+    def test_frames_behind_one_placeholder(self, build, processor):
+        frames = [build.image(i) for i in range(5)]
+        video = processor(
+            videos=[frames[:3], frames[3:]], text=["<image> a cat", "dog <image>"], return_tensors="pt", padding=True
+        )
+        assert counts(processor, video) == [12, 8]
+        images = processor(images=frames, return_tensors="pt")
+        assert torch.equal(video["pixel_values"], images["pixel_values"]), "frames in order, two videos in order"
+
+    def test_one_video_as_an_array(self, build, processor):
+        frames = torch.randint(0, 256, (3, 60, 80, 3), dtype=torch.uint8)
+        inputs = processor(videos=frames.numpy(), text="<image> what is", return_tensors="pt")
+        assert counts(processor, inputs) == [12]
+        assert inputs["pixel_values"].shape[0] == 3
+
+    def test_frames_encoded_together_equal_frames_one_by_one(self, build, stf, processor):
+        inputs = processor(videos=[build.image(i) for i in range(4)], text="<image> what is", return_tensors="pt")
+        pixels = inputs["pixel_values"].double()
+        together = stf.model.project_images(pixels)
+        assert torch.allclose(together, torch.cat([stf.model.project_images(p) for p in pixels.split(1)]), atol=1e-12)
+        assert torch.isfinite(stf(input_ids=inputs["input_ids"], pixel_values=pixels).logits).all()
+
+    @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+    def test_generates(self, build, stf, processor, options):
+        inputs = processor(
+            videos=[[build.image(i) for i in range(3)], [build.image(7)]],
+            text=["<image> a cat", "dog <image>"],
+            return_tensors="pt",
+            padding=True,
+        )
+        assert stf.float().generate(**inputs, max_new_tokens=2, **options).shape[0] == 2
+
+    @pytest.mark.parametrize("videos", [[], [[]]])
+    def test_without_frames(self, processor, videos):
+        with pytest.raises(ValueError, match="videos: expected at least one frame"):
+            processor(videos=videos, text="<image>")
+
+    def test_bad_videos(self, build, processor):
+        with pytest.raises(TypeError, match="videos: expected frames, got a path"):
+            processor(videos="film.mp4", text="<image>")
+        with pytest.raises(ValueError, match=r"videos: expected images or videos, .* got both"):
+            processor(videos=[build.image()], images=[build.image()], text="<image>")
+        with pytest.raises(ValueError, match=r"text: found 3 <image> tokens for 2 image\(s\)"):
+            processor(videos=[build.image(), build.image()], text="<image> <image> <image>")
+
+
+def test_saved_and_loaded_by_auto_processor(build, processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is li.LlavaStfProcessor
+    assert (loaded.patch_size, loaded.spatial_merge_size) == (14, 2)
+    inputs, again = (p(images=build.image(), text="<image> a cat", return_tensors="pt") for p in (processor, loaded))
+    assert torch.equal(inputs["input_ids"], again["input_ids"])
+    assert torch.equal(inputs["pixel_values"], again["pixel_values"])
+
+
+def test_from_the_stock_processor(build, processor):
+    stock = LlavaProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    assert counts(stock, stock(images=build.image(), text="<image>", return_tensors="pt")) == [16]
+    ours = li.LlavaStfProcessor.from_llava(stock)
+    assert counts(ours, ours(images=build.image(), text="<image>", return_tensors="pt")) == [4]
+    with pytest.raises(TypeError, match="processor: expected a LlavaProcessor, got NoneType"):
+        li.LlavaStfProcessor.from_llava(None)
+
+
+def test_chat_template(build, processor):
+    content = [{"type": "image", "image": build.image()}, {"type": "text", "text": "what is"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "USER", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert counts(processor, inputs) == [4]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("images", "text", "found", "expected"),
+        [
+            (1, "<image> <image>", 2, "expected 1, one per image, or 4"),
+            (2, "<image>", 1, "expected 2, one per image, or 8"),
+            (1, "a cat", 0, "expected 1"),
+            (0, "<image> a cat", 1, "expected 0"),
+            (1, "<image>" * 16, 16, "expected 1, one per image, or 4 where LlavaStfProcessor has expanded"),
+        ],
+    )
+    def test_counts_that_do_not_match(self, build, processor, images, text, found, expected):
+        images = [build.image()] * images or None
+        with pytest.raises(ValueError, match=rf"text: found {found} <image> tokens for \d image\(s\); {expected}"):
+            processor(images=images, text=text)
+
+    def test_neither_text_nor_images(self, processor):
+        with pytest.raises(ValueError, match="images, text: expected at least one"):
+            processor()
+
+    @pytest.mark.parametrize("text", [7, [3, 4], [["a"]]])
+    def test_text_that_is_none(self, build, processor, text):
+        with pytest.raises((ValueError, TypeError), match="text: expected a string or a list of strings"):
+            processor(images=build.image(), text=text)
+
+    @pytest.mark.parametrize("image", [3, {"a": 1}, "no-such-file.png", [None]])
+    def test_an_image_that_is_none(self, processor, image):
+        with pytest.raises((ValueError, TypeError), match="images: expected"):
+            processor(images=image, text="<image>")
+
+    @pytest.mark.parametrize(("name", "value"), [("patch_size", None), ("patch_size", 0), ("spatial_merge_size", 2.0)])
+    def test_sizes(self, processor, name, value):
+        with pytest.raises(ValueError, match=f"{name}: expected a positive int, got {value}"):
+            li.LlavaStfProcessor(processor.image_processor, processor.tokenizer, **{name: value})
+
+    def test_a_tokenizer_without_the_image_token(self, build, processor):
+        with pytest.raises(ValueError, match=r"tokenizer: expected one token for '<image>'.*add_tokens"):
+            li.LlavaStfProcessor(processor.image_processor, build.tokenizer(with_image=False))
+
+    def test_parts_that_are_missing(self, processor):
+        with pytest.raises(ValueError, match="tokenizer: expected one, got None"):
+            li.LlavaStfProcessor(processor.image_processor)
+        with pytest.raises(ValueError, match="image_processor: expected one, got None"):
+            li.LlavaStfProcessor(tokenizer=processor.tokenizer)

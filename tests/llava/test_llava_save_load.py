@@ -1,0 +1,124 @@
+"""Broken if this fails: a saved LLaVA-STF folder does not come back bit for bit, or not through the Auto classes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+
+import llava_integration as li
+
+ROOT = Path(__file__).parents[2]
+
+
+def same_state(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bit_for_bit_through_the_auto_classes(build, tmp_path, dtype):
+    stf = build.stf(dtype)
+    stf.save_pretrained(tmp_path)
+    for loader in (AutoModelForImageTextToText, li.LlavaStfForConditionalGeneration):
+        loaded, report = loader.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(loaded) is li.LlavaStfForConditionalGeneration
+        assert loaded.dtype == dtype
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert same_state(stf, loaded)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is li.LlavaStfConfig
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is li.LlavaStfModel
+    assert same_state(stf.model, base)
+
+
+def test_in_shards(stf, tmp_path):
+    stf.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert same_state(stf, AutoModelForImageTextToText.from_pretrained(tmp_path))
+
+
+def test_module_names_as_keys(stf, tmp_path):
+    stf.save_pretrained(tmp_path, save_original_format=False)
+    assert same_state(stf, AutoModelForImageTextToText.from_pretrained(tmp_path))
+
+
+def test_a_warm_started_model(build, stock, tmp_path):
+    stf = li.from_llava(stock, merge_size=4)
+    stf.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert same_state(stf, loaded)
+    ids, _ = build.prompt([1], 1)
+    pixels = build.pixels(1)
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=ids, pixel_values=pixels).logits for model in (stf, loaded))
+    assert torch.equal(ours, theirs)
+
+
+def test_old_llava_key_names_load(stf, tmp_path):
+    """language_model.model.*, vision_tower.vision_model.*: the names of older checkpoints, as for the stock LLaVA."""
+    from safetensors.torch import load_file, save_file
+
+    stf.save_pretrained(tmp_path, save_original_format=False)
+    file = tmp_path / "model.safetensors"
+
+    def old(name):
+        name = name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.")
+        name = name.replace("language_model.", "language_model.model.")
+        return name.replace("lm_head", "language_model.lm_head")
+
+    save_file({old(name): tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert same_state(stf, loaded)
+
+
+def test_a_fresh_process_needs_only_the_import(build, stf, processor, tmp_path):
+    stf.float().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    build.image().save(tmp_path / "image.png")
+    inputs = processor(images=build.image(), text="USER : <image> what is ASSISTANT :", return_tensors="pt")
+    expected = stf.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist()
+    script = f"""
+import json, llava_integration
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained({str(tmp_path)!r})
+processor = AutoProcessor.from_pretrained({str(tmp_path)!r})
+image = Image.open({str(tmp_path / "image.png")!r})
+inputs = processor(images=image, text="USER : <image> what is ASSISTANT :", return_tensors="pt")
+print(json.dumps(model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist()))
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == expected
+
+
+def test_another_element_order_on_disk_is_refused(stf, tmp_path):
+    """Shapes agree either way, so nothing else would notice."""
+    stf.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("patch_major", "channel_major"))
+    with pytest.raises(ValueError, match=r"feature_order: expected 'patch_major'.* got 'channel_major'"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
+def test_pipeline(build, stf, processor, tmp_path):
+    stf.float().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    pipe = pipeline(
+        "image-text-to-text",
+        model=AutoModelForImageTextToText.from_pretrained(tmp_path),
+        processor=AutoProcessor.from_pretrained(tmp_path),
+    )
+    content = [{"type": "image", "image": build.image()}, {"type": "text", "text": "what is in the picture"}]
+    messages = [{"role": "USER", "content": content}]
+    (out,) = pipe(text=messages, max_new_tokens=3, return_full_text=False)
+    assert isinstance(out["generated_text"], str)

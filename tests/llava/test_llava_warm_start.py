@@ -1,0 +1,194 @@
+"""Broken if this fails: from_llava changes what an LLaVA-1.5 checkpoint computes, or leaves it unable to train."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlavaForConditionalGeneration
+
+import llava_integration as li
+from llava_integration.warm_start import default_blocks
+
+
+def pooled(tokens, side, merge_size):
+    """[N, side*side, D] -> the merge_size x merge_size average, row-major; truncating."""
+    grid = tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
+    return F.avg_pool2d(grid, merge_size).flatten(2).transpose(1, 2)
+
+
+def features(model, pixels):
+    with torch.no_grad():
+        return torch.stack(list(model.get_image_features(pixel_values=pixels).pooler_output))
+
+
+def check_equals_pooled_stock(stock, stf, pixels, merge_size=2):
+    expected = features(stock, pixels)
+    expected = pooled(expected, int(expected.shape[1] ** 0.5), merge_size)
+    ours = features(stf, pixels)
+    assert ours.shape == expected.shape
+    assert (ours - expected).abs().max() < 1e-13 * expected.abs().max()
+
+
+@pytest.mark.parametrize("merge_size", [1, 2, 4])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "silu"])
+def test_image_tokens_are_the_average_of_the_stock_tokens(build, merge_size, activation):
+    stock = build.stock(projector_hidden_act=activation)
+    stf = li.from_llava(stock, merge_size=merge_size)
+    assert stf.config.image_seq_length == (4 // merge_size) ** 2
+    check_equals_pooled_stock(stock, stf, build.pixels(3), merge_size)
+
+
+def test_without_projector_bias(build):
+    stock = build.stock(multimodal_projector_bias=False)
+    check_equals_pooled_stock(stock, li.from_llava(stock), build.pixels(2))
+
+
+def test_a_projector_wider_than_four_channels(build):
+    """13B: the stock projector is 5120 wide, not 4 * 1024, and STF needs r*r of that."""
+    stock = build.stock(text=build.text(hidden_size=80))
+    stf = li.from_llava(stock)
+    assert stf.config.stf_hidden_size == 4 * 80 != 16 * 32
+    check_equals_pooled_stock(stock, stf, build.pixels(2))
+
+
+@pytest.mark.parametrize("blocks", [[5], [1, 5, 3], [-1, -2]])
+def test_chosen_blocks_in_any_order(build, blocks):
+    stock = build.stock()
+    stf = li.from_llava(stock, blocks=blocks)
+    assert stf.config.vision_feature_layer == [block % 7 for block in blocks]
+    check_equals_pooled_stock(stock, stf, build.pixels(2))
+
+
+def test_another_selected_layer(build):
+    stock = build.stock(vision_feature_layer=4)
+    check_equals_pooled_stock(stock, li.from_llava(stock), build.pixels(2))
+
+
+def test_the_narrowest_exact_mbtf(build):
+    stock = build.stock()
+    stf = li.from_llava(stock, mbtf_hidden_size=64)
+    check_equals_pooled_stock(stock, stf, build.pixels(2))
+
+
+def test_truncated_grid_when_asked(build):
+    stock = build.stock(vision=build.clip(image_size=70))
+    stf = li.from_llava(stock, truncate=True)
+    check_equals_pooled_stock(stock, stf, build.pixels(2, size=70))
+
+
+def test_whole_model_runs_on_it(build, stock):
+    stf = li.from_llava(stock)
+    ids, mask = build.prompt([1, 2])
+    logits = stf(input_ids=ids, attention_mask=mask, pixel_values=build.pixels(3)).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_logits_are_those_of_the_stock_model_with_pooled_tokens(build, stock):
+    """The language model behind it is the stock one: feed it the pooled tokens by hand."""
+    stf = li.from_llava(stock)
+    ids, _ = build.prompt([1])
+    pixels = build.pixels(1)
+    with torch.no_grad():
+        embeds = stock.get_input_embeddings()(ids)
+        embeds[ids == build.image_token] = pooled(features(stock, pixels), 4, 2)[0]
+        expected = stock(inputs_embeds=embeds).logits
+        assert torch.allclose(stf(input_ids=ids, pixel_values=pixels).logits, expected, atol=1e-12)
+
+
+def test_every_projector_weight_learns_within_two_steps(build, stock):
+    """Zero W2 columns under random W1 rows are alive; zero under zero would never move."""
+    stf = li.from_llava(stock).train()
+    projector = stf.model.multi_modal_projector
+    before = copy.deepcopy(projector.state_dict())
+    optimiser = torch.optim.SGD(projector.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimiser.zero_grad()
+        sum(f.square().sum() for f in stf.get_image_features(pixel_values=build.pixels(2)).pooler_output).backward()
+        optimiser.step()
+    for name, after in projector.state_dict().items():
+        moved = (after != before[name]).double().mean()
+        assert moved > 0.99, f"{name}: {1 - moved:.0%} of the weights are dead"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_sharing_and_the_stock_model_untouched(build, stock, shared):
+    before, config = copy.deepcopy(stock.state_dict()), stock.config.to_dict()
+    stf = li.from_llava(stock, copy=not shared)
+    for name in ("vision_tower", "language_model"):
+        assert (getattr(stf.model, name) is getattr(stock.model, name)) == shared
+    assert (stf.lm_head is stock.lm_head) == shared
+    with torch.no_grad():
+        for parameter in stf.model.multi_modal_projector.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(value, before[name]) for name, value in stock.state_dict().items())
+    assert stock.config.to_dict() == config
+    assert not any(p.is_meta for p in stf.parameters())
+
+
+def test_tied_embeddings_stay_tied_in_a_copy(build):
+    stock = build.stock(text=build.text(tie_word_embeddings=True), tie_word_embeddings=True)
+    stf = li.from_llava(stock, copy=True)
+    assert stf.lm_head.weight is stf.get_input_embeddings().weight
+    assert stf.lm_head.weight is not stock.lm_head.weight
+
+
+def test_dtype_and_mode_follow_the_stock_model(build):
+    stf = li.from_llava(build.stock(torch.bfloat16).train())
+    assert {p.dtype for p in stf.parameters()} == {torch.bfloat16}
+    assert stf.training
+
+
+@pytest.mark.parametrize(
+    ("selected", "expected"),
+    [
+        (23, [23, 21, 18, 15, 12, 9, 6, 3]),
+        (22, [22, 21, 18, 15, 12, 9, 6, 3]),
+        (24, [24, 21, 18, 15, 12, 9, 6, 3]),
+        (26, [26, 24, 21, 18, 15, 12, 9, 6]),
+        (11, [11, 10, 8, 7, 6, 4, 3, 1]),
+        (5, [5, 4, 3, 2, 1]),
+        (1, [1]),
+        (0, [0]),
+    ],
+)
+def test_default_blocks(selected, expected):
+    assert default_blocks(selected) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"vision_feature_layer": [-2, -3]}, {}, r"model: expected one vision_feature_layer, got the list"),
+        ({"vision_feature_select_strategy": "full"}, {}, r"model: expected vision_feature_select_strategy='default'"),
+        ({}, {"blocks": [6, 3]}, r"blocks: expected layer 5 among them"),
+        ({}, {"blocks": [5, 9]}, r"blocks: expected layers from -7 to 6"),
+        ({}, {"blocks": []}, r"blocks: expected at least one layer"),
+        ({}, {"merge_size": 3}, r"merge_size: expected a divisor of the 4x4 grid, got 3"),
+        ({}, {"merge_size": 0}, r"merge_size: expected a divisor"),
+        ({}, {"mbtf_hidden_size": 63}, r"mbtf_hidden_size: expected at least 2 \* 32 = 64 .* got 63"),
+    ],
+)
+def test_refusals(build, changes, options, message):
+    with pytest.raises(ValueError, match=message):
+        li.from_llava(build.stock(**changes), **options)
+
+
+def test_wrong_models_are_refused(build, stock, stf):
+    for wrong in (stf, stock.model, None):
+        with pytest.raises(TypeError, match="model: expected a stock transformers LlavaForConditionalGeneration, got"):
+            li.from_llava(wrong)
+    stock.model.multi_modal_projector.linear_2 = torch.nn.Sequential(stock.model.multi_modal_projector.linear_2)
+    with pytest.raises(TypeError, match=r"model: expected multi_modal_projector.linear_2 to be a plain nn.Linear"):
+        li.from_llava(stock)
+    with pytest.raises(TypeError, match="merge_size: expected an int"):
+        li.from_llava(build.stock(), merge_size=2.0)
+    with pytest.raises(TypeError, match="blocks: expected an int or a list of ints"):
+        li.from_llava(build.stock(), blocks=["5"])
+
+
+def test_weights_that_are_not_there_are_refused(stock):
+    with torch.device("meta"):
+        empty = LlavaForConditionalGeneration(stock.config)
+    with pytest.raises(ValueError, match=r"model: .* meta device"):
+        li.from_llava(empty)
