@@ -67,10 +67,10 @@ class Stopwatch:
             torch.cuda.synchronize()
         result = dict.fromkeys(STAGES, 0.0)
         for begin, end in itertools.pairwise(ORDER):
-            result[_INTERVALS[begin]] += self._between(begin, end)
-        return {**result, "total_ms": self._between("start", "end")}
+            result[_INTERVALS[begin]] += self.between(begin, end)
+        return {**result, "total_ms": self.between("start", "end")}
 
-    def _between(self, begin: str, end: str) -> float:
+    def between(self, begin: str, end: str) -> float:
         first, second = self.marks[begin], self.marks[end]
         if isinstance(first, float):
             return 1e3 * (second - first)
