@@ -13,7 +13,9 @@ STF_COMMIT where there is no .git.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("tests", "kernels", "prefill")
 # Seconds out of a total of 570: tests first, because a number from a wrong kernel is worth nothing.
 BUDGET = {"tests": 170.0, "kernels": 220.0, "prefill": 170.0}
+OPTIONAL = ("hypothesis", "peft", "accelerate", "sentencepiece")  # a GPU machine may lack them
 NOT_ON_A_GPU = ("tests/interpreter", "tests/aot", "tests/bench", "tests/project")  # other machines run these
 
 
@@ -111,7 +114,8 @@ def run_tests(folder: Path, seconds: float) -> Part:
     begin = time.monotonic()
     report = folder / "tests.xml"
     report.unlink(missing_ok=True)
-    ignored = [f"--ignore={path}" for path in NOT_ON_A_GPU]
+    unavailable = tests_that_need(missing_packages())
+    ignored = [f"--ignore={path}" for path in (*NOT_ON_A_GPU, *unavailable)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *ignored]
     # The device's own tests in a process of their own: a GPU fault in one must not count against the rest.
     status, output = run_limited([*command, "tests/gpu"], 0.6 * seconds)
@@ -128,6 +132,7 @@ def run_tests(folder: Path, seconds: float) -> Part:
         **{key: device[key] + rest[key] for key in ("passed", "failed", "skipped")},
         "failures": device["failures"] + rest["failures"], "device_tests": device, "other_tests": rest,
         "exit_status": {"tests/gpu": status, "tests": rest_status}, "compute_sanitizer": sanitizer,
+        "not_run": {"other machines run these": list(NOT_ON_A_GPU), "a package is missing": unavailable},
         "output_tail": output[-4000:],
     }  # fmt: skip
     results.write(folder / "tests.json", result)
@@ -136,6 +141,18 @@ def run_tests(folder: Path, seconds: float) -> Part:
     if not result["complete"]:
         message += ", stopped at the time limit"
     return Part("tests", passed, time.monotonic() - begin, message)
+
+
+def missing_packages() -> list[str]:
+    return [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+
+
+def tests_that_need(packages: list[str]) -> list[str]:
+    """Test files that import one of `packages`, relative to the checkout."""
+    wanted = [re.compile(rf"^\s*(import|from) {name}\b", re.MULTILINE) for name in packages]
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    texts = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in files}
+    return [name for name, text in texts.items() if any(pattern.search(text) for pattern in wanted)]
 
 
 def read_junit(path: Path) -> dict[str, Any]:

@@ -246,7 +246,7 @@ class Bench:
 
 
 def poison(shape: Any, device: str, elements: int) -> None:
-    """Leave NaN in the memory that the next allocation of this size is likely to get: unwritten elements show."""
+    """Leave NaN in the memory that the next allocation of this size is likely to get: what is unwritten shows."""
     import torch
 
     for dtype in (torch.float32, torch.bfloat16):
