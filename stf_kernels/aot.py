@@ -24,7 +24,7 @@ import torch
 from .ops.launch import stage_constants
 from .ops.stage import Stage
 from .tuning import SHARED_MEMORY_LIMIT, GemmConfig
-from .tuning.heuristic import tiles
+from .tuning.heuristic import split_tiles, tiles
 from .tuning.lookup import DTYPES, shipped_configs
 
 _TRITON_TYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -83,9 +83,12 @@ def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
             yield from (Case(arch, name, "bfloat16", config) for name in _DEFAULT_PROBLEMS)
         yield from (Case(arch, "concat", "float32", config) for config in tiles(arch, 4))
         yield Case(arch, "concat", "bfloat16", tiles(arch, 2)[-1], aligned=False)
+        yield Case(arch, "linear_merge", "bfloat16", split_tiles(arch, 2)[-1])
         return
     for dtype, itemsize in DTYPES.items():
-        for config in dict.fromkeys((*tiles(arch, itemsize), *shipped_configs(arch, dtype))):
+        for config in dict.fromkeys(
+            (*tiles(arch, itemsize), *split_tiles(arch, itemsize), *shipped_configs(arch, dtype))
+        ):
             for name in PROBLEMS:
                 case = Case(arch, name, dtype, config)
                 yield case
@@ -126,6 +129,9 @@ def kernel_arguments(case: Case) -> dict[str, object]:
         "w_stride_n": k if case.aligned else k + 1,
         "y_stride": p.stage.scatter**2 * p.n,
         "y_rows": 0,
+        "workspace_ptr": Pointer("fp32"),  # these three only where K is split
+        "arrived_ptr": Pointer("i32"),
+        "SPLIT_K": config.split_k,
         **constants,
     }
 
@@ -134,11 +140,13 @@ def examine(case: Case) -> tuple[str, list[str]]:
     """Compile one case -> (its line of the report, its violations)."""
     from .codegen import compile_for
     from .kernels.segmented_linear import _segmented_linear_fwd_kernel
+    from .kernels.split_k import _segmented_linear_split_k_fwd_kernel
 
     config = case.config
+    kernel = _segmented_linear_fwd_kernel if config.split_k == 1 else _segmented_linear_split_k_fwd_kernel
     try:
         code = compile_for(
-            case.arch, _segmented_linear_fwd_kernel, kernel_arguments(case),
+            case.arch, kernel, kernel_arguments(case),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     except Exception as error:  # the compiler raises what it likes; a case that does not compile is a violation

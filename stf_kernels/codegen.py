@@ -114,7 +114,8 @@ def _tool(name: str, *arguments: str) -> str:
 def _read_nvidia(arch: str, usage: str, sass: str, shared: int) -> Code:
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     loop = innermost_math_loop(sass.splitlines(), r"^\s*(\.L_x_\d+):", r"\bBRA\w*\b.*\(?(\.L_x_\d+)")
-    copies = sum(bool(re.search(rf"\b{_ASYNC_COPY}\b", line)) for line in loop)
+    # A loop of few known steps is unrolled and gone; its copies are then counted in the whole kernel.
+    copies = sum(bool(re.search(rf"\b{_ASYNC_COPY}\b", line)) for line in loop or sass.splitlines())
     plain = sum(bool(re.search(r"\b(?:LDG|STS)\b", line)) for line in loop)
     return Code(
         registers=found["REG"],

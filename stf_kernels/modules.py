@@ -235,7 +235,7 @@ class CompactTokenProjector(nn.Module):
             static = (stf.activation, self.skip_tokens, stf.merge_size, height, width)
             if out is None:
                 return run_chain(ops.compact_token_projector, blocks, [self.mbtf, stf], stf, *static)
-            run_chain(ops.compact_token_projector_out, blocks, [self.mbtf, stf], stf, *static, out, rows)
+            run_chain(ops.compact_token_projector_out, blocks, [self.mbtf, stf], stf, *static, out, rows.contiguous())
             return out
         x = blocks[0][:, self.skip_tokens :] if self.mbtf is None else self.mbtf(blocks)
         z = stf(x, (height, width))

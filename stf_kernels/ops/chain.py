@@ -39,16 +39,25 @@ def run_stage(
     """One stage on the path that the backend and the device's table say -> (y or out, pre-activation or None)."""
     x = blocks[0]
     if backend.use_triton(x.device, x.dtype):
-        m = x.shape[0] * stage.tokens(x)
-        # cuBLAS is the table's to name, unless the user asked for Triton
-        may_decline = backend.current_backend() == "auto"
-        config = tuning.choose(x.device, stage.kind(len(blocks)), x.dtype, m, *weight.shape, may_decline=may_decline)
+        config = _configuration(x, len(blocks), weight, stage)
         if config is not None:
+            try:
+                return launch.launch_stage(blocks, weight, bias, stage, config, save_pre=save_pre, out=out, rows=rows)
+            except launch.out_of_resources() as error:
+                tuning.reject(x.device, config, error)
+            config = _configuration(x, len(blocks), weight, stage)
             return launch.launch_stage(blocks, weight, bias, stage, config, save_pre=save_pre, out=out, rows=rows)
     y, pre = torch_path.run_stage(blocks, weight, bias, stage, save_pre)
     if out is None:
         return y, pre
     return out.index_copy_(0, rows, y.flatten(0, 1)), pre
+
+
+def _configuration(x: Tensor, num_blocks: int, weight: Tensor, stage: Stage) -> tuning.GemmConfig | None:
+    """The device's choice; None is cuBLAS, the table's to name unless the user asked for Triton."""
+    m = x.shape[0] * stage.tokens(x)
+    may_decline = backend.current_backend() == "auto"
+    return tuning.choose(x.device, stage.kind(num_blocks), x.dtype, m, *weight.shape, may_decline=may_decline)
 
 
 def chain_fwd(

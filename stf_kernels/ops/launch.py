@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..backend import interpreting
 from ..tuning import GemmConfig
+from .direct_launch import launch
 from .stage import Stage
+from .workspace import arrival_counters, partial_sums
 
 _HALF = (torch.float16, torch.bfloat16)
 _ROWS_PER_PROGRAM, _BLOCK_M, _BLOCK_N = 128, 16, 128  # the elementwise backward: a strip of rows, its tile
@@ -22,6 +24,13 @@ def on_device(device: torch.device) -> AbstractContextManager:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def out_of_resources() -> type[Exception]:
+    """What Triton raises for a configuration that asks more of a GPU than it has."""
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources
 
 
 def launch_stage(
@@ -41,8 +50,6 @@ def launch_stage(
     y has the stage's output shape, or is `out` [R, N] with row i of the GEMM written to out[rows[i]], rows int64 [M];
     rows outside [0, R) are not written.
     """
-    from ..kernels.segmented_linear import _segmented_linear_fwd_kernel
-
     x = blocks[0]
     n, c = weight.shape[0], x.shape[-1]
     tokens = stage.tokens(x)
@@ -60,24 +67,43 @@ def launch_stage(
         uniform = all(stride == strides[0] for stride in strides)
         if uniform:
             strides = strides[:1]
-        grid = (-(-m // config.block_m) * -(-n // config.block_n),)
+        pointers = (tuple(blocks), weight, bias, y, pre, rows)
+        sizes = (
+            m, n, tokens, stage.grid[1], stage.grid[0],
+            tuple(stride[0] for stride in strides), tuple(stride[1] for stride in strides),
+            weight.stride(0), y_stride, y.shape[0],
+        )  # fmt: skip
+        constants = stage_constants(
+            stage, len(blocks), c, x.dtype, config, uniform_strides=uniform, has_bias=bias is not None,
+            save_pre=save_pre, scatter_rows=out is not None,
+        )  # fmt: skip
         with on_device(x.device):
-            _segmented_linear_fwd_kernel[grid](
-                tuple(blocks), weight, bias, y, pre, rows,
-                m, n, tokens, stage.grid[1], stage.grid[0],
-                tuple(stride[0] for stride in strides), tuple(stride[1] for stride in strides),
-                weight.stride(0), y_stride, y.shape[0],
-                num_warps=config.num_warps, num_stages=config.num_stages,
-                **stage_constants(
-                    stage, len(blocks), c, x.dtype, config, uniform_strides=uniform, has_bias=bias is not None,
-                    save_pre=save_pre, scatter_rows=out is not None,
-                ),
-            )  # fmt: skip
+            _launch(config, m, n, pointers, sizes, constants)
     if out is not None:
         if y is not out:
             out.copy_(y)
         return out, None if pre is None else pre.to(x.dtype)
     return y.to(x.dtype), None if pre is None else pre.to(x.dtype)
+
+
+def _launch(config: GemmConfig, m: int, n: int, pointers: tuple, sizes: tuple, constants: dict[str, object]) -> None:
+    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.split_k == 1:
+        from ..kernels.segmented_linear import _segmented_linear_fwd_kernel
+
+        launch(_segmented_linear_fwd_kernel, (tiles,), pointers + sizes, constants, **options)
+        return
+    from ..kernels.split_k import _segmented_linear_split_k_fwd_kernel
+
+    device = pointers[1].device
+    shared = (
+        partial_sums(tiles, config.split_k, config.block_m * config.block_n, device),
+        arrival_counters(tiles, device),
+    )
+    constants = {**constants, "SPLIT_K": config.split_k}
+    grid = (tiles, config.split_k)
+    launch(_segmented_linear_split_k_fwd_kernel, grid, pointers + shared + sizes, constants, **options)
 
 
 def stage_constants(

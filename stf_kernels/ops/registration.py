@@ -174,6 +174,7 @@ def run_plan(plan: Plan, blocks, weights, biases, *, save: bool, out=None, rows=
     if skip:
         blocks = [block[:, skip:] for block in blocks]
     weights = [weight if weight.stride(-1) == 1 else weight.contiguous() for weight in weights]
+    biases = [bias.contiguous() for bias in biases]
     return chain_fwd(blocks, weights, biases or [None] * len(weights), stages, save=save, out=out, rows=rows)
 
 

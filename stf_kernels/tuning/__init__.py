@@ -1,7 +1,7 @@
 """Kernel configurations: measured tables per GPU, a heuristic where they are silent, and the look-up of both."""
 
 from .config import GemmConfig
-from .heuristic import SHARED_MEMORY_LIMIT, default_config
-from .lookup import choose
+from .heuristic import SHARED_MEMORY_LIMIT, default_config, smallest
+from .lookup import choose, reject
 
-__all__ = ["SHARED_MEMORY_LIMIT", "GemmConfig", "choose", "default_config"]
+__all__ = ["SHARED_MEMORY_LIMIT", "GemmConfig", "choose", "default_config", "reject", "smallest"]

@@ -9,7 +9,7 @@ class GemmConfig:
 
     block_m x block_n is the tile of y that one program computes, block_k the columns of one step of its loop,
     group_m the tile rows that share W in L2, num_warps and num_stages the compiler's options (warps per program,
-    depth of the software pipeline).
+    depth of the software pipeline). split_k > 1 shares the K axis out among that many programs (kernels/split_k.py).
     """
 
     block_m: int
@@ -18,6 +18,7 @@ class GemmConfig:
     group_m: int = 8
     num_warps: int = 4
     num_stages: int = 3
+    split_k: int = 1
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k", "num_warps"):
@@ -29,7 +30,7 @@ class GemmConfig:
                 raise ValueError(
                     f"{name}: expected at least 16 (the smallest matrix product), got {getattr(self, name)}"
                 )
-        for name in ("group_m", "num_stages"):
+        for name in ("group_m", "num_stages", "split_k"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected a positive int, got {value!r}")
@@ -52,7 +53,10 @@ class GemmConfig:
         return self.num_stages * self.block_k * (self.block_m + self.block_n) * itemsize
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}x{self.block_k} g{self.group_m} w{self.num_warps} s{self.num_stages}"
+        split = f" k{self.split_k}" if self.split_k > 1 else ""
+        return (
+            f"{self.block_m}x{self.block_n}x{self.block_k} g{self.group_m} w{self.num_warps} s{self.num_stages}{split}"
+        )
 
 
 def _is_power_of_two(value: object) -> bool:

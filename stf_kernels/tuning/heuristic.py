@@ -4,6 +4,8 @@ Rule: the largest tile that still gives every multiprocessor one (about a hundre
 and the register file of the architecture. It is a default that fits everywhere, not a measurement.
 """
 
+from dataclasses import replace
+
 from .config import GemmConfig
 
 # Bytes of shared memory that one program may take, by architecture.
@@ -46,6 +48,11 @@ def tiles(arch: str, itemsize: int) -> tuple[GemmConfig, ...]:
     return _HALF[_family(arch)]
 
 
+def split_tiles(arch: str, itemsize: int) -> list[GemmConfig]:
+    """The smaller tiles with the K axis split, for the tuner to try at few rows: never run on hardware, so no default."""
+    return [replace(config, split_k=splits) for config in tiles(arch, itemsize)[1:] for splits in (2, 4, 8)]
+
+
 def default_config(arch: str, itemsize: int, m: int, n: int) -> GemmConfig:
     """A configuration for y [m, n] on an architecture, operands of `itemsize` bytes."""
     candidates = tiles(arch, itemsize)
@@ -53,3 +60,8 @@ def default_config(arch: str, itemsize: int, m: int, n: int) -> GemmConfig:
         if -(-m // config.block_m) * -(-n // config.block_n) >= _MANY_TILES:
             return config
     return candidates[-1]
+
+
+def smallest(itemsize: int) -> GemmConfig:
+    """A configuration that fits every GPU: 16 KB of shared memory, one warpgroup."""
+    return GemmConfig(32, 32, 32, 8, 4, 2) if itemsize == 2 else GemmConfig(32, 32, 16, 8, 4, 2)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .config import GemmConfig
-from .heuristic import SHARED_MEMORY_LIMIT, default_config
+from .heuristic import SHARED_MEMORY_LIMIT, default_config, smallest
 
 TABLE_VERSION = 1
 STAGES = ("concat", "merge", "linear", "linear_merge")
@@ -30,6 +30,7 @@ _TOP = {"version", "device", "arch", "commit", "torch", "triton", "entries"}
 _ENTRY = {"stage", "dtype", "n", "k", "m_max", "provider", "config", "us", "rival", "rival_us"}
 
 
+_too_large: set[tuple[str, GemmConfig | None]] = set()
 INTERPRETER_CONFIG = GemmConfig(block_m=32, block_n=32, block_k=32, group_m=2)
 
 # (stage, dtype, n, k) -> (m_max, configuration) in ascending order; None is cuBLAS.
@@ -127,8 +128,21 @@ def choose(
     slug, arch = _device(index)
     config = _choose(slug, arch, stage, dtype, m, n, k)
     if config is None and not may_decline:
-        return default_config(arch, dtype.itemsize, m, n)
-    return config
+        config = default_config(arch, dtype.itemsize, m, n)
+    return smallest(dtype.itemsize) if (slug, config) in _too_large else config
+
+
+def reject(device: torch.device, config: GemmConfig, reason: object) -> None:
+    """Remember that a configuration does not run on a device; `choose` then gives the smallest. Warns once for each."""
+    slug, arch = _device(torch.cuda.current_device() if device.index is None else device.index)
+    if (slug, config) in _too_large:
+        return
+    _too_large.add((slug, config))
+    warnings.warn(
+        f"stf_kernels: {config} does not run on {slug} ({arch}): {reason}. {smallest(2)} serves instead; "
+        "`python -m stf_kernels.tuning` finds better ones",
+        stacklevel=2,
+    )
 
 
 def shipped_configs(arch: str, dtype: str) -> list[GemmConfig]:
