@@ -230,7 +230,8 @@ class Bench:
                 row["failed"] = f"wrong gradients: error {error:.1e} against float64, allowed {allowed:.1e}"
                 error = error if error == error and error != float("inf") else None
             self.rows.append({**row, "rel_error": error, "allowed_error": allowed,
-                              **self.floor("chain", operands.batch, dtype, backward=True), **asdict(times)})  # fmt: skip
+                              **self.floor("chain", operands.batch, dtype, backward=True),
+                              **asdict(times)})  # fmt: skip
 
     def uncaptured(self, call: Callable[[], Any], median: Callable) -> Any:
         from .coldtime import Times, eager_samples
@@ -246,7 +247,7 @@ class Bench:
 
 
 def poison(shape: Any, device: str, elements: int) -> None:
-    """Leave NaN in the memory that the next allocation of this size is likely to get: what is unwritten shows."""
+    """Leave NaN in memory that the next allocation of this size is likely to get: what is not written shows."""
     import torch
 
     for dtype in (torch.float32, torch.bfloat16):

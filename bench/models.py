@@ -10,7 +10,6 @@ llava-stf       fused      LLaVA-STF with the projector of stf_kernels, the same
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ def randomise(module: nn.Module, seed: int) -> None:
     offset = 0
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if parameter.ndim == 1 and re.search(r"norm[^.]*\.weight$", name):
+            if parameter.ndim == 1 and name.endswith("weight"):  # a norm's scale
                 parameter.fill_(1)
                 continue
             flat, place = parameter.view(-1), 0

@@ -115,9 +115,11 @@ def run(
     from . import environment, models
     from .group import Group, take_rounds
     from .progress import Progress
+    from .roofline import measure_ceilings
 
     preset: Preset = args.preset
     gpu = device == "cuda"
+    item = 2 if gpu else 4
     dtype = torch.bfloat16 if gpu else torch.float32
     batches, texts = args.batch or list(preset.batches), args.text or [preset.text_tokens]
     modes = args.modes or (["eager", "graph", *(["compile"] if args.full else [])] if gpu else ["eager"])
@@ -141,6 +143,9 @@ def run(
     }  # fmt: skip
     rows_per_group = 5 if args.full else 3
     with Progress(2 + len(plan) * (rows_per_group + most)) as bar, torch.no_grad():
+        bar.now("measuring the ceilings of this device")
+        ceilings = measure_ceilings(device, dtype)
+        result["ceilings"] = ceilings.as_dict()
         bar.now(f"building LLaVA-1.5 ({preset.name}) with random weights")
         stock = models.build_stock(preset, device=device, dtype=dtype, seed=SEED)
         rows = models.build_rows(stock, preset, full=args.full)
@@ -161,7 +166,7 @@ def run(
             result["checks"] = [check.as_dict() for check in checks]
             for group in groups:
                 result["checks"] += [check.as_dict() for check in group.checks]
-            result["rows"] = [cell.as_dict() for group in groups for cell in group.cells]
+            result["rows"] = [with_floor(cell.as_dict(), preset, ceilings, item) for g in groups for cell in g.cells]
             conclude(result)
             save()
 
@@ -239,6 +244,16 @@ def check_warm_start(rows: list[Any], inputs: Callable, preset: Preset) -> Any:
     return agreement.compare(
         "warm start against the pooled stock projector", features(fused), pooled, agreement.FEATURES
     )
+
+
+def with_floor(row: dict[str, Any], preset: Preset, ceilings: Any, item: int) -> dict[str, Any]:
+    """The row with the floor of each stage, and the ratio of what was measured to it."""
+    from .roofline import floors_ms, prefill_work
+
+    work = prefill_work(preset, model=row["model"], batch=row["batch"], text_tokens=row["text_tokens"], item=item)
+    floors = floors_ms(ceilings, work)
+    ratios = {stage: row[stage] / floor if row[stage] is not None else None for stage, floor in floors.items()}
+    return {**row, "floor_ms": floors, "floor_ratio": ratios}
 
 
 def conclude(result: dict[str, Any]) -> None:

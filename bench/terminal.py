@@ -45,6 +45,7 @@ def report(result: dict[str, Any]) -> str:
         "",
         "total: from pixel values on the device to the first token on the host, preprocessing not included.",
     ]
+    out += ["", *_floors(result), ""]
     out += [
         f"{label(row)} {row['mode']}, batch {row['batch']}: {row['failed']}" for row in result["rows"] if row["failed"]
     ]
@@ -53,6 +54,24 @@ def report(result: dict[str, Any]) -> str:
     if result["refused"]:
         out += ["", f"NO SPEED-UP IS REPORTED: {result['refused']}"]
     return "\n".join(out)
+
+
+def _floors(result: dict[str, Any]) -> list[str]:
+    """Measured over floor, stage by stage."""
+    stages = ("vision", "projector", "insert", "prefill", "total")
+    lines = [
+        (
+            row["model"], row["projector"], row["mode"], str(row["batch"]),
+            *(number(row["floor_ratio"][f"{stage}_ms"], 2) for stage in stages),
+        )
+        for row in result["rows"]
+    ]  # fmt: skip
+    ceilings = result["ceilings"]
+    title = (
+        f"Measured over floor, at {ceilings['flops'] / 1e12:.3g} TFLOP/s and {ceilings['bandwidth'] / 1e9:.0f} GB/s "
+        f"({ceilings['source']}):"
+    )
+    return [title, render(("model", "projector", "mode", "batch", *stages), lines, left=3)]
 
 
 def _sentence(check: dict[str, Any]) -> str:

@@ -1,0 +1,62 @@
+"""If this fails, a bad option costs the user a model load before it is noticed, or ends in a traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Exits with the program's own status, or 99 when torch was imported on the way to the error.
+RUN = """
+import sys
+from bench.prefill import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as end:
+    status = end.code
+sys.exit(99 if "torch" in sys.modules else status)
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "words"),
+    [
+        (["--preset", "70b"], "--preset", "'70b'"),
+        (["--image", "absent.jpg"], "--image", "does not exist"),
+        (["--image", "README.md"], "--image", "cannot be read as an image"),
+        (["--json", "absent/folder/x.json"], "--json", "does not exist"),
+        (["--json", "bench"], "--json", "is a folder"),
+        (["--batch", "0"], "--batch", "at least 1"),
+        (["--batch", "two"], "--batch", "'two'"),
+        (["--rounds", "-1"], "--rounds", "at least 1"),
+        (["--modes", "fast"], "--modes", "'fast'"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_loaded(arguments, option, words):
+    done = run(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert option in done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_photograph_cut_short_is_found_before_anything_is_loaded(tmp_path):
+    whole = (ROOT / "bench" / "assets" / "rocket.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    done = run("--image", str(tmp_path / "half.jpg"))
+    assert done.returncode == 2, done.stderr
+    assert "--image" in done.stderr
+
+
+def test_a_file_that_cannot_be_written_is_named():
+    done = run("--json", "/proc/prefill.json")
+    assert done.returncode == 2, done.stderr
+    assert "--json" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,62 @@
+"""If this fails, a result file can be half written, or a broken one can pass for a measurement."""
+
+import copy
+import json
+
+import pytest
+
+from bench.results import ResultError, check, read, write
+
+KERNELS = {
+    "schema": 1, "kind": "kernels", "device": "a", "torch": "2", "triton": None, "commit": "c", "clock_mhz": None,
+    "rows": [{
+        "stage": "G1", "batch": 1, "dtype": "bfloat16", "provider": "stf", "us": 1.5, "us_eager": 2, "floor_us": 1.0,
+        "rel_error": None,
+    }],
+}  # fmt: skip
+
+
+def test_what_is_written_is_read(tmp_path):
+    write(tmp_path / "new" / "kernels.json", KERNELS)
+    assert read(tmp_path / "new" / "kernels.json") == KERNELS
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "kernels.json"
+    write(path, KERNELS)
+    for broken in ({"rows": [object()]}, {"rows": [float("nan")]}):
+        with pytest.raises((TypeError, ValueError)):
+            write(path, broken)
+    assert read(path) == KERNELS
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kernels.json"]
+
+
+def test_a_file_cut_short_is_named(tmp_path):
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps(KERNELS)[:-20])
+    with pytest.raises(ResultError, match=r"kernels\.json: not JSON, perhaps cut short"):
+        read(path)
+    with pytest.raises(ResultError, match=r"absent\.json: cannot be read"):
+        read(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(kind="speed"), "kind"),
+        (lambda r: r.update(schema=7), "schema"),
+        (lambda r: r.pop("commit"), "commit: missing"),
+        (lambda r: r.update(torch=None), "torch: expected str"),
+        (lambda r: r["rows"][0].pop("floor_us"), r"rows\[0\]: floor_us: missing"),
+        (lambda r: r["rows"][0].update(batch="1"), r"rows\[0\]: batch: expected int"),
+        (lambda r: r["rows"][0].update(batch=True), r"rows\[0\]: batch: expected int"),
+        (lambda r: r["rows"][0].update(us="fast"), r"rows\[0\]: us: expected float or null"),
+        (lambda r: r["rows"].append(3), r"rows\[1\]: expected an object"),
+    ],
+)
+def test_a_file_of_another_schema_is_refused_by_field(change, message):
+    result = copy.deepcopy(KERNELS)
+    check(result, "file")
+    change(result)
+    with pytest.raises(ResultError, match=message):
+        check(result, "file")

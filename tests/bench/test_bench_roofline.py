@@ -1,0 +1,61 @@
+"""If this fails, the floors that every ratio in the tables stands on are wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.presets import PRESETS
+from bench.problems import LLAVA, STAGES
+from bench.roofline import DEVICES, Ceilings, floors_ms, linear, main, plan_fleet, prefill_work
+
+H200 = DEVICES["nvidia-h200"]
+
+
+def test_the_projector_is_82_gflop_an_image():
+    assert sum(LLAVA.flops(stage, 1) for stage in STAGES) == pytest.approx(82.1e9, rel=1e-3)
+    work = prefill_work(PRESETS["7b"], model="llava-stf", batch=1, text_tokens=64, item=2)
+    assert sum(piece.flops for piece in work["projector_ms"]) == sum(LLAVA.flops(stage, 1) for stage in STAGES)
+
+
+@pytest.mark.parametrize(("batch", "microseconds"), [(1, 120), (2, 208), (8, 832), (64, 6654)])
+def test_the_projector_floors_of_the_design(batch, microseconds):
+    work = prefill_work(PRESETS["7b"], model="llava-stf", batch=batch, text_tokens=64, item=2)
+    assert 1e3 * floors_ms(H200, work)["projector_ms"] == pytest.approx(microseconds, rel=0.02)
+
+
+def test_a_floor_is_the_slower_of_arithmetic_and_memory():
+    ceilings = Ceilings(flops=100.0, bandwidth=10.0, memory=1.0, source="test")
+    assert ceilings.seconds(flops=200.0, nbytes=1.0) == 2.0
+    assert ceilings.seconds(flops=1.0, nbytes=50.0) == 5.0
+    work = linear(2, 3, 5, 2)
+    assert (work.flops, work.bytes) == (60.0, 2 * (6 + 15 + 10))
+
+
+def test_parameters_are_those_of_the_models():
+    preset = PRESETS["7b"]
+    assert preset.language_parameters == pytest.approx(6.74e9, rel=0.01)
+    assert preset.vision_parameters == pytest.approx(0.304e9, rel=0.02)
+    assert preset.projector_parameters["stf"] / preset.projector_parameters["mlp2x"] == pytest.approx(8.2, rel=0.01)
+    assert preset.kv_bytes(1, 1, 2) == 2 * 32 * 4096 * 2
+
+
+def test_a_fleet_grows_with_load_and_shrinks_with_tokens():
+    kwargs = {"batch": 8, "text_tokens": 64, "efficiency": 0.5}
+    stock = plan_fleet(PRESETS["7b"], H200, model="llava-1.5", images_per_second=1000, **kwargs)
+    fused = plan_fleet(PRESETS["7b"], H200, model="llava-stf", images_per_second=1000, **kwargs)
+    twice = plan_fleet(PRESETS["7b"], H200, model="llava-stf", images_per_second=2000, **kwargs)
+    assert fused.gpus < stock.gpus
+    assert fused.gpus < twice.gpus <= 2 * fused.gpus
+    assert fused.kv_bytes_per_image / stock.kv_bytes_per_image == pytest.approx(208 / 640)
+    with pytest.raises(ValueError, match="efficiency"):
+        plan_fleet(PRESETS["7b"], H200, model="llava-stf", images_per_second=1, batch=1, text_tokens=1, efficiency=2)
+
+
+def test_the_command_prints_floors_without_torch(capsys):
+    assert main(["--batch", "1", "--images-per-second", "100"]) == 0
+    assert "llava-stf" in capsys.readouterr().out
+    code = "import sys, bench.roofline; bench.roofline.main([]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
