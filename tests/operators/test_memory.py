@@ -60,23 +60,29 @@ def test_no_concatenation_when_a_later_layer_is_wrapped():
     assert recorder.largest() < CONCATENATION
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
-def test_peak_memory_is_below_the_references(backward):
-    def peak(package):
-        module, inputs = projector(package), blocks()
-        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        with profile, torch.set_grad_enabled(backward):
-            y = module(inputs, GRID)
-            if backward:
-                y.sum().backward()
-        held = highest = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                highest = max(highest, held)
-        return highest
+def peak(package, *, backward):
+    """Bytes held at the worst moment, at the proportions of LLaVA-1.5 with channels divided by 32; parameters not counted."""
+    module = package.CompactTokenProjector(8, 32, 128, skip_tokens=1)
+    inputs = [torch.randn(8, 24 * 24 + 1, 32) for _ in range(8)]
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with profile, torch.set_grad_enabled(backward):
+        y = module(inputs)
+        if backward:
+            y.backward(torch.ones_like(y))
+    held = highest = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest
 
-    ours, theirs = peak(stf_kernels), peak(reference)
-    assert 0 < ours < theirs
-    if backward:  # the concatenation and the unfold are also kept by the reference, and dX is not asked for
-        assert theirs - ours >= 4 * CONCATENATION
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
+def test_peak_memory(backward):
+    """Below the reference's by the bytes of the concatenation and, with the tower frozen, of the unfold."""
+    ours, theirs = peak(stf_kernels, backward=backward), peak(reference, backward=backward)
+    concatenation, unfold = 8 * 576 * 8 * 32 * 4, 8 * 576 * 32 * 4
+    assert 0 < ours
+    assert theirs - ours >= concatenation // 2 if not backward else theirs - ours >= concatenation + unfold

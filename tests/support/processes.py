@@ -8,15 +8,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def python(*arguments: str, timeout: float = 120, **environment: str | None) -> subprocess.CompletedProcess:
-    """Run python with the checkout importable; environment: variables to set, None to remove."""
-    settings = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET",)}
+def clean_environment(**changes: str | None) -> dict[str, str]:
+    """This process's environment with the checkout importable and no backend chosen; changes: None removes."""
+    settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     settings |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for name, value in environment.items():
-        if value is None:
-            settings.pop(name, None)
-        else:
+    for name, value in changes.items():
+        settings.pop(name, None)
+        if value is not None:
             settings[name] = value
+    return settings
+
+
+def python(*arguments: str, timeout: float = 120, **environment: str | None) -> subprocess.CompletedProcess:
+    """Run python in the checkout; environment: variables to set, None to remove."""
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=timeout
-    )
+        [sys.executable, *arguments],
+        cwd=ROOT, env=clean_environment(**environment), capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip

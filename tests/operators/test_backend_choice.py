@@ -1,0 +1,167 @@
+"""If this fails, use_backend picks another path than it says, leaks out of its block or its thread, or hides an error."""
+
+import threading
+
+import pytest
+import torch
+
+import stf_kernels
+from stf_kernels.backend import current_backend
+from support.processes import python
+
+BLOCKS, WEIGHT = [torch.randn(1, 2, 4)] * 2, torch.randn(3, 8)
+
+
+def call(blocks=BLOCKS, weight=WEIGHT):
+    return stf_kernels.concat_linear(blocks, weight)
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Triton", None, 1, ["torch"]])
+def test_an_unknown_name_is_refused_at_once(name):
+    with pytest.raises(ValueError, match="backend.*auto.*triton.*torch") as error:
+        stf_kernels.use_backend(name)
+    assert repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_triton_on_cpu_tensors_names_the_remedy(module):
+    projector = stf_kernels.CompactTokenProjector(2, 4, 5).requires_grad_(False)
+    out = torch.zeros(4, 5)
+    with stf_kernels.use_backend("triton"), pytest.raises(ValueError, match=r"backend.*triton.*cpu.*TRITON_INTERPRET=1"):
+        projector([torch.ones(1, 16, 4)] * 2, out=out, rows=torch.arange(4)) if module else call()
+    assert not out.any()
+
+
+def test_triton_refuses_float64_by_name():
+    with stf_kernels.use_backend("triton"), pytest.raises(TypeError, match=r"dtype.*float16.*float64.*torch"):
+        call([b.double() for b in BLOCKS], WEIGHT.double())
+
+
+def test_nesting_and_the_way_back():
+    assert current_backend() == "auto"
+    with stf_kernels.use_backend("torch"):
+        with stf_kernels.use_backend("auto"):
+            assert current_backend() == "auto"
+            with stf_kernels.use_backend("triton"):
+                assert current_backend() == "triton"
+        assert current_backend() == "torch"
+    assert current_backend() == "auto"
+
+
+def test_an_exception_ends_the_block():
+    with pytest.raises(KeyError), stf_kernels.use_backend("torch"):
+        raise KeyError
+    assert current_backend() == "auto"
+
+
+def test_a_decorator():
+    @stf_kernels.use_backend("torch")
+    def inner():
+        return current_backend()
+
+    assert [inner(), inner(), current_backend()] == ["torch", "torch", "auto"]
+
+
+def test_threads_do_not_see_each_other():
+    inside, done, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        with stf_kernels.use_backend("triton"):
+            inside.set()
+            done.wait(10)
+            seen.append(current_backend())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    assert current_backend() == "auto"
+    call()  # "triton" would raise here
+    with stf_kernels.use_backend("torch"):
+        done.set()
+        thread.join(10)
+    assert seen == ["triton"]
+
+
+def test_auto_and_torch_agree_on_the_cpu():
+    with stf_kernels.use_backend("torch"):
+        expected = call()
+    assert torch.equal(call(), expected)
+
+
+PROBE = """
+import torch, stf_kernels
+from stf_kernels.backend import current_backend
+try:
+    stf_kernels.concat_linear([torch.zeros(1, 2, 4)], torch.zeros(3, 4))
+    print("ran", current_backend())
+except ValueError as error:
+    print("refused", error)
+with stf_kernels.use_backend("torch"):
+    print(current_backend())
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "ran auto"),
+        ("", "ran auto"),
+        ("torch", "ran torch"),
+        ("triton", "refused backend"),
+        ("fast", "refused backend (STF_KERNELS_BACKEND)"),
+    ],
+)
+def test_environment(value, expected):
+    result = python("-c", PROBE, STF_KERNELS_BACKEND=value)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first.startswith(expected)
+    assert value != "fast" or "'fast'" in first
+    assert second == "torch"  # the block wins over the environment
+
+
+def test_the_interpreter_makes_triton_available():
+    result = python("-c", PROBE, STF_KERNELS_BACKEND="triton", TRITON_INTERPRET="1")
+    assert result.stdout.splitlines()[0] == "ran triton", result.stdout + result.stderr
+
+
+ALONE = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"triton", "transformers", "einops", "peft", "accelerate", "PIL"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] == "triton" else find(name, package)
+
+import torch, stf_kernels
+module = stf_kernels.CompactTokenProjector(2, 4, 5)
+y = module([torch.zeros(1, 16, 4, requires_grad=True)] * 2)
+y.sum().backward()
+print(tuple(y.shape))
+try:
+    with stf_kernels.use_backend("triton"):
+        module([torch.zeros(1, 16, 4)] * 2)
+except ValueError as error:
+    print(error)
+assert "triton" not in sys.modules and "reference" not in sys.modules and not torch.cuda.is_initialized()
+"""
+
+
+def test_without_triton_and_transformers():
+    result = python("-c", ALONE)
+    assert result.returncode == 0, result.stderr
+    shape, refusal = result.stdout.splitlines()
+    assert shape == "(1, 4, 5)"
+    assert "triton" in refusal
+    assert "install" in refusal
+
+
+def test_import_brings_in_neither_triton_nor_transformers():
+    code = "import sys, stf_kernels; print(sorted({'triton', 'transformers', 'einops', 'numba'} & set(sys.modules)))"
+    before = python("-c", "import sys, torch; print(sorted({'triton', 'transformers', 'einops'} & set(sys.modules)))")
+    assert python("-c", code).stdout == before.stdout  # whatever torch itself brings

@@ -1,0 +1,8 @@
+"""Every test here runs with poisoned memory."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(poison):
+    yield

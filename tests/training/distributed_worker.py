@@ -1,0 +1,209 @@
+"""One rank of a two-process run on CPU (gloo): python distributed_worker.py CASE RANK FILE. Raises where it differs.
+
+Each rank has half of the batch; its gradients must be those of the whole batch in one process.
+"""
+
+import copy
+import datetime
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import reference
+import stf_kernels
+
+WORLD, BATCH = 2, 4
+
+
+def build(**options):
+    torch.manual_seed(1)  # the same on every rank
+    theirs = reference.CompactTokenProjector(3, 8, 20, skip_tokens=1, **options)
+    ours = stf_kernels.CompactTokenProjector(3, 8, 20, skip_tokens=1, **options)
+    ours.load_state_dict(theirs.state_dict())
+    blocks = [torch.randn(BATCH, 17, 8) for _ in range(3)]
+    return ours, theirs, blocks, torch.randn(BATCH, 4, 20)
+
+
+def share(tensor, rank):
+    return tensor.chunk(WORLD)[rank]
+
+
+def step(module, blocks, target):
+    y = module(blocks)
+    (y - target).square().mean().backward()
+    return y.detach()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check(module, theirs, blocks, target, rank, rounds=2):
+    """Two optimiser steps, so that what one leaves behind is what the next one starts from."""
+    mine, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, theirs))
+    for _ in range(rounds):
+        mine.zero_grad()
+        other.zero_grad()
+        y = step(module, [share(block, rank) for block in blocks], share(target, rank))
+        expected = step(theirs, blocks, target)
+        torch.testing.assert_close(y, share(expected, rank), rtol=1e-4, atol=1e-5)
+        theirs_by_name = dict(theirs.named_parameters())
+        seen = 0
+        for name, parameter in module.named_parameters():
+            exact = theirs_by_name[name.removeprefix("module.")].grad
+            torch.testing.assert_close(whole(parameter.grad), exact, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            seen += 1
+        assert seen == len(theirs_by_name)
+        mine.step()
+        other.step()
+
+
+def ddp(rank, mesh):
+    ours, theirs, blocks, target = build()
+    check(nn.parallel.DistributedDataParallel(ours), theirs, blocks, target, rank)
+
+
+def ddp_frozen_layers(rank, mesh):
+    """Only STF is trained; the rest must not be waited for."""
+    ours, theirs, blocks, target = build()
+    ours.mbtf.requires_grad_(False)
+    module = nn.parallel.DistributedDataParallel(ours)
+    step(module, [share(block, rank) for block in blocks], share(target, rank))
+    step(theirs, blocks, target)
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is None) == name.startswith("mbtf")
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, dict(theirs.named_parameters())[name].grad, rtol=1e-4, atol=1e-5)
+
+
+def fsdp_whole(rank, mesh):
+    ours, theirs, blocks, target = build()
+    fully_shard(ours, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in ours.parameters())
+    check(ours, theirs, blocks, target, rank)
+
+
+def fsdp_channel_major(rank, mesh):
+    ours, theirs, blocks, target = build(feature_order="channel_major")
+    fully_shard(ours, mesh=mesh)
+    check(ours, theirs, blocks, target, rank)
+
+
+def fsdp_channel_major_frozen(rank, mesh):
+    """A relaid-out copy may be kept of a frozen weight: of the whole one, not of a shard."""
+    ours, theirs, blocks, _ = build(feature_order="channel_major")
+    fully_shard(ours.eval().requires_grad_(False), mesh=mesh)
+    for scale in (1, 2):
+        for module in (ours, theirs):
+            for parameter in module.parameters():
+                with torch.no_grad():
+                    parameter.mul_(scale)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(blocks), theirs(blocks), rtol=1e-4, atol=1e-5)
+
+
+def fsdp_children(rank, mesh):
+    ours, theirs, blocks, target = build()
+    for child in (ours.mbtf, ours.stf):
+        fully_shard(child, mesh=mesh)
+    fully_shard(ours, mesh=mesh)
+    check(ours, theirs, blocks, target, rank)
+
+
+def fsdp_one_child(rank, mesh):
+    ours, theirs, blocks, target = build()
+    fully_shard(ours.stf, mesh=mesh)
+    fully_shard(ours, mesh=mesh)
+    check(ours, theirs, blocks, target, rank)
+
+
+def fsdp_linears(rank, mesh):
+    ours, theirs, blocks, target = build()
+    for linear in (ours.mbtf.linear_1, ours.mbtf.linear_2, ours.stf.linear_1, ours.stf.linear_2):
+        fully_shard(linear, mesh=mesh)
+    fully_shard(ours, mesh=mesh)
+    check(ours, theirs, blocks, target, rank)
+
+
+def fsdp_inside_a_model(rank, mesh):
+    """The projector is part of something larger that is sharded as one."""
+
+    class Model(nn.Module):
+        def __init__(self, projector):
+            super().__init__()
+            self.projector, self.head = projector, nn.Linear(20, 20)
+
+        def forward(self, blocks):
+            return self.head(self.projector(blocks))
+
+    ours, theirs, blocks, target = build()
+    mine = Model(ours)
+    other = copy.deepcopy(mine)
+    other.projector = theirs
+    fully_shard(mine, mesh=mesh)
+    check(mine, other, blocks, target, rank)
+
+
+def dtensor_replicated(rank, mesh):
+    """Weights and blocks that are DTensors, as tensor parallelism hands them on: right, or refused with the place."""
+    ours, theirs, blocks, _ = build()
+    for linear in (ours.mbtf.linear_1, ours.mbtf.linear_2, ours.stf.linear_1, ours.stf.linear_2):
+        for name, parameter in list(linear.named_parameters()):
+            setattr(linear, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Replicate()])))
+    spread = [distribute_tensor(block, mesh, [Replicate()]) for block in blocks]
+    right_or_told_where(lambda: ours(spread), theirs(blocks))
+
+
+def dtensor_weight_plain_blocks(rank, mesh):
+    ours, theirs, blocks, _ = build()
+    linear = ours.mbtf.linear_1
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(0)]))
+    right_or_told_where(lambda: ours(blocks), theirs(blocks))
+
+
+def dtensor_function(rank, mesh):
+    _, _, blocks, _ = build()
+    weight = torch.randn(5, 24)
+    sharded = distribute_tensor(weight, mesh, [Shard(0)])
+    expected = stf_kernels.concat_linear(blocks, weight)
+    right_or_told_where(lambda: stf_kernels.concat_linear(blocks, sharded), expected)
+
+
+def right_or_told_where(call, expected):
+    try:
+        found = call()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        text = str(error)
+        assert "DTensor" in text, text
+        assert "fully_shard" in text or "full_tensor" in text or "to_local" in text, f"does not say where to shard: {text}"
+    else:
+        torch.testing.assert_close(whole(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def main() -> None:
+    rank, store, *cases = int(sys.argv[1]), sys.argv[2], *sys.argv[3:]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, WORLD), rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60)
+    )
+    mesh = init_device_mesh("cpu", (WORLD,))
+    failed = False
+    for case in cases:
+        try:
+            globals()[case](rank, mesh)
+            print(f"{case}: passed", flush=True)
+        except Exception as error:
+            failed = True
+            print(f"{case}: {type(error).__name__}: {str(error)[:2000]}".replace("\n", " | "), flush=True)
+        dist.barrier()
+    dist.destroy_process_group()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
