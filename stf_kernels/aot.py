@@ -22,7 +22,7 @@ from multiprocessing import get_context
 import torch
 
 from .ops.launch import stage_constants
-from .ops.stage import Stage
+from .problems import PROBLEMS
 from .tuning import SHARED_MEMORY_LIMIT, GemmConfig
 from .tuning.heuristic import split_tiles, tiles
 from .tuning.lookup import DTYPES, shipped_configs
@@ -30,33 +30,6 @@ from .tuning.lookup import DTYPES, shipped_configs
 _TRITON_TYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One stage at the sizes of LLaVA-1.5-7B; `store` "scatter" is a last stage that writes into inputs_embeds."""
-
-    name: str
-    stage: Stage
-    num_blocks: int
-    c: int
-    n: int
-    tokens: int
-    save_pre: bool = False
-    scatter_rows: bool = False
-
-
-_GRID = (24, 24)
-PROBLEMS = {
-    problem.name: problem
-    for problem in (
-        Problem("concat", Stage("gelu"), 8, 1024, 4096, 576),
-        Problem("linear_merge", Stage(scatter=2, grid=_GRID), 1, 4096, 1024, 576),
-        Problem("linear", Stage("gelu"), 1, 4096, 16384, 144),
-        Problem("merge", Stage("gelu", gather=2, grid=_GRID), 1, 1024, 16384, 144),
-        Problem("linear_scatter", Stage(), 1, 16384, 4096, 144, scatter_rows=True),
-        Problem("concat_train", Stage("gelu"), 8, 1024, 4096, 576, save_pre=True),
-        Problem("linear_train", Stage("gelu"), 1, 4096, 16384, 144, save_pre=True),
-    )
-}
 _DEFAULT_PROBLEMS = ("concat", "linear_merge", "merge", "linear_scatter")
 
 
@@ -110,8 +83,6 @@ def kernel_arguments(case: Case) -> dict[str, object]:
         save_pre=p.save_pre, scatter_rows=p.scatter_rows,
     )  # fmt: skip
     constants["INPUT_PRECISION"] = "tf32" if case.tf32 else "ieee"
-    k = p.num_blocks * p.stage.gather**2 * p.c
-    source_tokens = p.tokens * p.stage.gather**2
     return {
         "block_ptrs": (pointer,) * p.num_blocks,
         "w_ptr": pointer,
@@ -124,9 +95,9 @@ def kernel_arguments(case: Case) -> dict[str, object]:
         "tokens": p.tokens,
         "grid_w": p.stage.grid[1],
         "grid_h": p.stage.grid[0],
-        "x_strides_b": ((source_tokens + 1) * pitch,),
+        "x_strides_b": ((p.source_tokens + 1) * pitch,),
         "x_strides_t": (pitch,),
-        "w_stride_n": k if case.aligned else k + 1,
+        "w_stride_n": p.k if case.aligned else p.k + 1,
         "y_stride": p.stage.scatter**2 * p.n,
         "y_rows": 0,
         "workspace_ptr": Pointer("fp32"),  # these three only where K is split

@@ -49,7 +49,7 @@ def tiles(arch: str, itemsize: int) -> tuple[GemmConfig, ...]:
 
 
 def split_tiles(arch: str, itemsize: int) -> list[GemmConfig]:
-    """The smaller tiles with the K axis split, for the tuner to try at few rows: never run on hardware, so no default."""
+    """The smaller tiles with K split, for the tuner to try at few rows: never run on hardware, so no default."""
     return [replace(config, split_k=splits) for config in tiles(arch, itemsize)[1:] for splits in (2, 4, 8)]
 
 

@@ -42,6 +42,10 @@ def device_slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def table_path(slug: str) -> Path:
+    return _TABLES / f"{slug}.json"
+
+
 def parse_table(text: str, arch: str) -> Table:
     """Entries by (stage, dtype, n, k), sorted by m_max.  ValueError names what is unknown, wrong or cannot run."""
     table = json.loads(text)
@@ -60,6 +64,9 @@ def parse_table(text: str, arch: str) -> Table:
             raise ValueError(f"{where}.stage: expected one of {list(STAGES)}, got {entry['stage']!r}")
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{where}.dtype: expected one of {list(DTYPES)}, got {entry['dtype']!r}")
+        for name in ("n", "k", "m_max"):
+            if type(entry[name]) is not int or entry[name] < 1:
+                raise ValueError(f"{where}.{name}: expected a positive int, got {entry[name]!r}")
         key = (entry["stage"], entry["dtype"], entry["n"], entry["k"])
         parsed.setdefault(key, []).append((entry["m_max"], _config(where, entry, arch)))
     for choices in parsed.values():
@@ -87,7 +94,8 @@ def _config(where: str, entry: dict, arch: str) -> GemmConfig | None:
 
 
 @functools.cache
-def _device(index: int) -> tuple[str, str]:
+def device_identity(index: int) -> tuple[str, str]:
+    """(slug, architecture) of a GPU: ("nvidia-h200", "sm_90")."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         return device_slug(properties.name), properties.gcnArchName.split(":")[0]
@@ -96,7 +104,7 @@ def _device(index: int) -> tuple[str, str]:
 
 @functools.cache
 def _table(slug: str, arch: str) -> Table:
-    path = _TABLES / f"{slug}.json"
+    path = table_path(slug)
     if not path.exists():
         return {}
     try:
@@ -125,7 +133,7 @@ def choose(
     if device.type == "cpu":
         return INTERPRETER_CONFIG
     index = torch.cuda.current_device() if device.index is None else device.index
-    slug, arch = _device(index)
+    slug, arch = device_identity(index)
     config = _choose(slug, arch, stage, dtype, m, n, k)
     if config is None and not may_decline:
         config = default_config(arch, dtype.itemsize, m, n)
@@ -134,7 +142,7 @@ def choose(
 
 def reject(device: torch.device, config: GemmConfig, reason: object) -> None:
     """Remember that a configuration does not run on a device; `choose` then gives the smallest. Warns once for each."""
-    slug, arch = _device(torch.cuda.current_device() if device.index is None else device.index)
+    slug, arch = device_identity(torch.cuda.current_device() if device.index is None else device.index)
     if (slug, config) in _too_large:
         return
     _too_large.add((slug, config))

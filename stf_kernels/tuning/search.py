@@ -1,0 +1,186 @@
+"""The offline search: which configuration is fastest for a problem on the GPU at hand, or whether cuBLAS is.
+
+Candidates are pruned before anything runs:
+
+    shared memory    stages * block_k * (block_m + block_n) * itemsize  within the device's limit
+    registers        the fp32 accumulator takes at most 128 registers a thread
+    cost             waves of tiles over the multiprocessors times the work of a tile, padding included;
+                     what is over twice the best is not tried
+
+A measurement is a median over repetitions, each on a cold cache (`triton.testing.do_bench`). Every one goes to a
+journal at once, so that an interrupted search goes on where it stopped.
+"""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..ops import launch, torch_path
+from ..problems import Problem
+from .config import GemmConfig
+from .lookup import TABLE_VERSION
+
+_ACCUMULATOR_REGISTERS = 128
+_NOT_WORTH_TRYING = 2.0  # times the best estimate
+CUBLAS_MARGIN = 0.98  # cuBLAS must be this much faster than the best kernel to be named
+
+
+def candidates(m: int, n: int, k: int, itemsize: int, *, shared_limit: int, multiprocessors: int) -> list[GemmConfig]:
+    """Configurations worth measuring for y [m, n] = A [m, k] @ W^T, the most promising first.
+
+    Tiles come in the order of their cost, first each with one pipeline, then each with its next, so that a search cut
+    short has tried every promising tile.
+    """
+    tiles = [
+        (cost(bm, bn, splits, m, n, k, multiprocessors), bm, bn, splits)
+        for bm, bn, splits in itertools.product((16, 32, 64, 128, 256), (32, 64, 128, 256), (1, 2, 4, 8))
+    ]
+    best = min(tiles)[0]
+    promising = [tile[1:] for tile in sorted(tiles) if tile[0] <= _NOT_WORTH_TRYING * best]
+    pipelines = [list(_pipelines(*tile, itemsize, shared_limit)) for tile in promising]
+    return [config for turn in itertools.zip_longest(*pipelines) for config in turn if config is not None]
+
+
+def _pipelines(bm: int, bn: int, splits: int, itemsize: int, shared_limit: int) -> Iterator[GemmConfig]:
+    """The ways to run one tile: warps that hold its accumulator, and the deepest pipelines that fit."""
+    for bk in (64, 32, 128) if itemsize == 2 else (32, 16):
+        for warps in (8, 4):
+            if not 512 * warps // 4 <= bm * bn <= _ACCUMULATOR_REGISTERS * warps * 32:
+                continue
+            fitting = [
+                config
+                for stages in (5, 4, 3, 2)
+                if (config := GemmConfig(bm, bn, bk, 8, warps, stages, splits)).shared_bytes(itemsize) <= shared_limit
+            ]
+            yield from fitting[:2]
+
+
+def cost(bm: int, bn: int, splits: int, m: int, n: int, k: int, multiprocessors: int) -> float:
+    """Relative time of a tile: waves of programs, times what one does.
+
+    A program multiplies and adds bm * bn * k / splits times and reads (bm + bn) * k / splits elements, each worth 64 of
+    those; a split one also writes its part, and the last reads them all.
+    """
+    programs = math.ceil(m / bm) * math.ceil(n / bn) * splits
+    reduction = 64 * 2 * splits * bm * bn if splits > 1 else 0
+    return math.ceil(programs / multiprocessors) * ((bm * bn + 64 * (bm + bn)) * k / splits + reduction)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What an entry of the table is for."""
+
+    problem: str
+    dtype: str
+    m: int
+
+
+class Journal:
+    """Measurements as they come, one JSON line each: {"problem", "dtype", "m", "config" or null, "us" or null}."""
+
+    def __init__(self, path: Path, header: dict) -> None:
+        """header: device and versions; a journal of another header is not mixed with this one."""
+        self._path, self._seen = path, {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if lines and json.loads(lines[0]) != header:
+            raise ValueError(
+                f"--journal: {path} is of {lines[0]}, this search is of {json.dumps(header)}; name another"
+            )
+        for line in lines[1:]:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line that an interruption cut short
+            self._seen[self._index(Key(row["problem"], row["dtype"], row["m"]), row["config"])] = row["us"]
+        if not lines:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def _index(key: Key, config: dict | None) -> tuple:
+        return key, None if config is None else tuple(sorted(config.items()))
+
+    def time(self, key: Key, config: GemmConfig | None, measure: Callable[[], float | None]) -> float | None:
+        """Microseconds as noted, or measured now and noted; None is a configuration that does not run."""
+        values = None if config is None else config.to_dict()
+        index = self._index(key, values)
+        if index not in self._seen:
+            us = measure()
+            row = {"problem": key.problem, "dtype": key.dtype, "m": key.m, "config": values, "us": us}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("\n" + json.dumps(row))
+            self._seen[index] = us
+        return self._seen[index]
+
+
+def entry_for(
+    problem: Problem, key: Key, configs: list[GemmConfig], measure: Callable[[GemmConfig | None], float | None],
+    journal: Journal,
+) -> dict:  # fmt: skip
+    """Measure cuBLAS and every configuration -> the table's entry, with the measurement that justifies it."""
+    rival = journal.time(key, None, lambda: measure(None))
+    times = {config: journal.time(key, config, lambda c=config: measure(c)) for config in configs}
+    runs = {config: us for config, us in times.items() if us is not None}
+    if not runs:
+        raise RuntimeError(f"{key}: none of {len(configs)} configurations runs on this device")
+    best = min(runs, key=runs.__getitem__)
+    kernel_wins = runs[best] * CUBLAS_MARGIN <= rival
+    return {
+        "stage": problem.stage.kind(problem.num_blocks),
+        "dtype": key.dtype,
+        "n": problem.n,
+        "k": problem.k,
+        "m_max": key.m,
+        "provider": "triton" if kernel_wins else "cublas",
+        "config": best.to_dict() if kernel_wins else None,
+        "us": runs[best] if kernel_wins else rival,
+        "rival": "cublas" if kernel_wins else "triton",
+        "rival_us": rival if kernel_wins else runs[best],
+    }
+
+
+def write_table(path: Path, header: dict, entries: list[dict]) -> None:
+    """The table, written beside and renamed."""
+    table = {"version": TABLE_VERSION, **header, "entries": entries}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".json.partial")
+    beside.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+class Bench:
+    """Operands of one problem on the GPU, and the time of one way to compute it."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype, batch: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, device="cuda", generator=generator).to(dtype)
+
+        self._problem = problem
+        self._blocks = [draw(batch, problem.source_tokens + 1, problem.c)[:, 1:] for _ in range(problem.num_blocks)]
+        self._weight, self._bias = draw(problem.n, problem.k) / problem.k**0.5, draw(problem.n)
+
+    def microseconds(self, config: GemmConfig | None) -> float | None:
+        """Median on a cold cache; config None is the torch path (cuBLAS). None where it does not run."""
+        from triton.testing import do_bench
+
+        operands = (self._blocks, self._weight, self._bias, self._problem.stage)
+
+        def run() -> None:
+            if config is None:
+                torch_path.run_stage(*operands, False)
+            else:
+                launch.launch_stage(*operands, config)
+
+        try:
+            return 1e3 * do_bench(run, warmup=5, rep=30, return_mode="median")
+        except launch.out_of_resources():
+            return None

@@ -1,0 +1,106 @@
+"""If these fail, the offline search measures what cannot run, forgets what it measured, or writes a wrong table."""
+
+import json
+
+import pytest
+import torch
+
+from stf_kernels.problems import PROBLEMS
+from stf_kernels.tuning import GemmConfig
+from stf_kernels.tuning.__main__ import main
+from stf_kernels.tuning.lookup import parse_table
+from stf_kernels.tuning.search import Journal, Key, candidates, entry_for, write_table
+
+HEADER = {"device": "Test GPU", "arch": "sm_90", "commit": "x", "torch": "2", "triton": "3"}
+CONCAT = PROBLEMS["concat"]
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("limit", [65_536, 101_376, 232_448])
+def test_candidates_fit_shared_memory_and_registers(itemsize, limit):
+    found = candidates(576, 4096, 8192, itemsize, shared_limit=limit, multiprocessors=132)
+    assert len(found) == len(set(found)) > 20
+    for config in found:
+        assert config.shared_bytes(itemsize) <= limit
+        assert config.block_m * config.block_n / (32 * config.num_warps) <= 128
+
+
+def test_few_rows_put_split_k_first_and_many_rows_do_not():
+    few, many = (candidates(m, 1024, 4096, 2, shared_limit=232_448, multiprocessors=132)[0] for m in (144, 36_864))
+    assert few.split_k > 1
+    assert many.split_k == 1
+    assert many.block_m * many.block_n >= 128 * 128
+
+
+def test_a_search_cut_short_has_tried_every_promising_tile():
+    found = candidates(576, 4096, 8192, 2, shared_limit=232_448, multiprocessors=132)
+    shapes = [(c.block_m, c.block_n, c.split_k) for c in found]
+    distinct = len(set(shapes))
+    assert len(set(shapes[:distinct])) == distinct
+
+
+class Clock:
+    """A fake GPU: a time for every configuration, and a count of what was really measured."""
+
+    def __init__(self, times: dict[GemmConfig | None, float | None]) -> None:
+        self.times, self.calls = times, 0
+
+    def __call__(self, config: GemmConfig | None) -> float | None:
+        self.calls += 1
+        return self.times[config]
+
+
+FAST, SLOW, BROKEN = GemmConfig(128, 128, 64), GemmConfig(64, 64, 64), GemmConfig(256, 128, 64)
+KEY = Key("concat", "bfloat16", 576)
+
+
+@pytest.mark.parametrize(("cublas", "provider", "us"), [(100.0, "triton", 90.0), (50.0, "cublas", 50.0)])
+def test_the_entry_is_the_fastest_with_its_justification(tmp_path, cublas, provider, us):
+    clock = Clock({None: cublas, FAST: 90.0, SLOW: 120.0, BROKEN: None})
+    entry = entry_for(CONCAT, KEY, [SLOW, BROKEN, FAST], clock, Journal(tmp_path / "j", HEADER))
+    assert (entry["provider"], entry["us"]) == (provider, us)
+    assert entry["config"] == (FAST.to_dict() if provider == "triton" else None)
+    assert entry["rival_us"] == (cublas if provider == "triton" else 90.0)
+    write_table(tmp_path / "t.json", HEADER, [entry])
+    parsed = parse_table((tmp_path / "t.json").read_text(), "sm_90")
+    assert parsed["concat", "bfloat16", 4096, 8192] == [(576, FAST if provider == "triton" else None)]
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    clock = Clock({None: 100.0, FAST: 90.0, SLOW: 120.0, BROKEN: None})
+    first = entry_for(CONCAT, KEY, [FAST, BROKEN], clock, Journal(path, HEADER))
+    assert clock.calls == 3
+    path.write_text(path.read_text() + '\n{"problem": "conc')  # the process died while writing
+    again = entry_for(CONCAT, KEY, [FAST, BROKEN, SLOW], clock, Journal(path, HEADER))
+    assert clock.calls == 4, "only the new configuration is measured"
+    assert again == first
+    assert entry_for(CONCAT, KEY, [SLOW], clock, Journal(path, HEADER))["us"] == 100.0
+    assert clock.calls == 4, "what followed the broken line was kept"
+
+
+def test_a_journal_of_another_device_is_refused(tmp_path):
+    Journal(tmp_path / "j", HEADER)
+    with pytest.raises(ValueError, match="--journal"):
+        Journal(tmp_path / "j", {**HEADER, "device": "Other"})
+
+
+def test_nothing_runs_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="none of 1"):
+        entry_for(CONCAT, KEY, [BROKEN], Clock({None: 1.0, BROKEN: None}), Journal(tmp_path / "j", HEADER))
+
+
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_problems_name_stages_that_tables_know():
+    from stf_kernels.tuning.lookup import STAGES
+
+    assert {p.stage.kind(p.num_blocks) for p in PROBLEMS.values()} == set(STAGES)
+    assert json.dumps([p.k for p in PROBLEMS.values()]).startswith("[8192, 4096, 4096, 4096, 16384")

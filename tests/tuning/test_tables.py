@@ -1,0 +1,127 @@
+"""If these fail, a wrong or foreign table decides what runs on a user's GPU, or a good one is not used."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stf_kernels import tuning
+from stf_kernels.tuning import GemmConfig, default_config, lookup, smallest
+from stf_kernels.tuning.heuristic import SHARED_MEMORY_LIMIT, split_tiles, tiles
+
+CONFIG = GemmConfig(128, 256, 64, 8, 8, 3)
+CUDA = torch.device("cuda", 0)
+
+
+def entry(**changes) -> dict:
+    return {
+        "stage": "concat", "dtype": "bfloat16", "n": 4096, "k": 8192, "m_max": 1152, "provider": "triton",
+        "config": CONFIG.to_dict(), "us": 70.0, "rival": "cublas", "rival_us": 80.0, **changes,
+    }  # fmt: skip
+
+
+def table(*entries: dict, **changes) -> str:
+    top = {"version": 1, "device": "NVIDIA H200", "arch": "sm_90", "commit": "x", "torch": "2", "triton": "3"}
+    return json.dumps({**top, "entries": list(entries), **changes})
+
+
+@pytest.fixture
+def device(tmp_path, monkeypatch):
+    """A GPU named "test-gpu" whose table is the file that is returned."""
+    monkeypatch.setattr(lookup, "_TABLES", tmp_path)
+    monkeypatch.setattr(lookup, "device_identity", lambda index: ("test-gpu", "sm_90"))
+    monkeypatch.setattr(lookup, "_too_large", set())
+    lookup._table.cache_clear()
+    lookup._choose.cache_clear()
+    yield tmp_path / "test-gpu.json"
+    lookup._table.cache_clear()
+    lookup._choose.cache_clear()
+
+
+def choose(m: int, n: int = 4096, k: int = 8192, **options) -> GemmConfig | None:
+    return tuning.choose(CUDA, "concat", torch.bfloat16, m, n, k, **options)
+
+
+def test_an_entry_serves_every_m_up_to_its_own(device):
+    small, large = replace(CONFIG, num_stages=2), replace(CONFIG, num_stages=4)
+    device.write_text(table(entry(m_max=1152, config=large.to_dict()), entry(m_max=576, config=small.to_dict())))
+    assert [choose(m) for m in (1, 576, 577, 1152)] == [small, small, large, large]
+    assert choose(100_000) == large, "the largest entry serves all beyond"
+
+
+def test_other_sizes_dtypes_and_devices_get_the_heuristic(device):
+    device.write_text(table(entry()))
+    assert choose(576, n=4000) == default_config("sm_90", 2, 576, 4000)
+    half = tuning.choose(CUDA, "concat", torch.float16, 576, 4096, 8192)
+    assert half == default_config("sm_90", 2, 576, 4096)
+
+
+def test_cublas_is_named_by_the_table_unless_triton_was_asked_for(device):
+    device.write_text(table(entry(provider="cublas", config=None)))
+    assert choose(576) is None
+    assert choose(576, may_decline=False) == default_config("sm_90", 2, 576, 4096)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (table(entry(), version=2), "version"),
+        (table(entry(), colour="red"), "colour"),
+        (table(entry(speed=9)), "speed"),
+        (table(entry(config={**CONFIG.to_dict(), "block_q": 1})), "block_q"),
+        (table(entry(config={**CONFIG.to_dict(), "block_m": 96})), "block_m"),
+        (table(entry(config={"block_m": 64})), "block_k"),
+        (table(entry(stage="conv")), "stage"),
+        (table(entry(dtype="int8")), "dtype"),
+        (table(entry(provider="magic")), "provider"),
+        (table(entry(m_max="many")), "m_max"),
+        (table(entry(), arch="sm_80"), "arch"),
+        (table(entry(config=replace(CONFIG, num_stages=5).to_dict())), "shared memory"),
+        (table(), None),
+        ("{not json", "Expecting"),
+        ("[]", "table"),
+    ],
+)
+def test_a_table_that_is_wrong_is_refused_by_name_and_the_heuristic_serves(device, text, named):
+    device.write_text(text)
+    if named is None:
+        assert choose(576) == default_config("sm_90", 2, 576, 4096)
+        return
+    with pytest.warns(UserWarning, match=f"test-gpu.json.*{named}"):
+        assert choose(576) == default_config("sm_90", 2, 576, 4096)
+
+
+def test_a_configuration_that_does_not_run_is_replaced_with_one_warning(device):
+    device.write_text(table(entry()))
+    with pytest.warns(UserWarning, match="test-gpu.*out of shared memory.*stf_kernels.tuning"):
+        tuning.reject(CUDA, CONFIG, "out of shared memory")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuning.reject(CUDA, CONFIG, "out of shared memory")
+    assert choose(576) == smallest(2)
+
+
+@pytest.mark.parametrize("arch", [*SHARED_MEMORY_LIMIT, "sm_75", "gfx1100"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_heuristic_fits_every_architecture(arch, itemsize):
+    limit = SHARED_MEMORY_LIMIT.get(arch, 65_536 if arch.startswith("gfx") else 101_376)
+    for config in (*tiles(arch, itemsize), *split_tiles(arch, itemsize), smallest(itemsize)):
+        assert config.shared_bytes(itemsize) <= limit, config
+    big, small = (default_config(arch, itemsize, m, 4096) for m in (18432, 16))
+    assert big.block_m * big.block_n > small.block_m * small.block_n
+    assert big.split_k == small.split_k == 1, "split-K has not run on hardware and is no default"
+
+
+@pytest.mark.parametrize("field", ["block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages", "split_k"])
+@pytest.mark.parametrize("value", [0, -1, True, 1.5])
+def test_a_configuration_checks_its_fields(field, value):
+    with pytest.raises(ValueError, match=field):
+        replace(CONFIG, **{field: value})
+
+
+def test_every_shipped_table_is_valid():
+    for path in lookup._TABLES.glob("*.json"):
+        text = path.read_text()
+        assert lookup.parse_table(text, json.loads(text)["arch"]), path.name
