@@ -1,0 +1,101 @@
+"""If this fails, the chain of kernels (merged stores, dense reads, scatter) or its backward differs from the reference."""
+
+import pytest
+import torch
+
+import reference
+import stf_kernels
+from support.compare import compare_modules, twins
+from support.rule import assert_within_rule
+
+HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+CASES = {
+    "defaults": ({}, (4, 4)),
+    "class-token-wide": ({"skip_tokens": 1}, (2, 6)),
+    "truncated": ({"truncate": True, "skip_tokens": 1, "activation": "silu"}, (5, 7)),
+    "r3-no-bias": ({"merge_size": 3, "bias": False}, (3, 6)),
+    "r1-tanh": ({"merge_size": 1, "activation": "gelu_tanh"}, (3, 5)),
+    "r4": ({"merge_size": 4, "stf_hidden_dim": 40}, (4, 8)),
+    "linear-channel-major": ({"activation": None, "feature_order": "channel_major"}, (4, 6)),
+    "widths": ({"mbtf_hidden_dim": 33, "stf_hidden_dim": 37}, (4, 4)),
+}
+
+
+@HALF
+@pytest.mark.parametrize(("options", "grid"), CASES.values(), ids=CASES)
+def test_projector(options, grid, dtype):
+    classes = stf_kernels.CompactTokenProjector, reference.CompactTokenProjector
+    modules = twins(*classes, 3, 9, 20, **{"stf_hidden_dim": 40, **options}, dtype=dtype)
+    blocks = [torch.randn(2, grid[0] * grid[1] + options.get("skip_tokens", 0), 9) for _ in range(3)]
+    compare_modules(modules, blocks, dtype, lambda module, x: module(x, grid), gradients=True)
+
+
+@HALF
+def test_the_children(dtype):
+    fusion = twins(stf_kernels.MultiBlockTokenFusion, reference.MultiBlockTokenFusion, 3, 8, skip_tokens=1, dtype=dtype)
+    compare_modules(fusion, [torch.randn(2, 12, 8) for _ in range(3)], dtype, gradients=True)
+    merging = twins(stf_kernels.SpatialTokenFusion, reference.SpatialTokenFusion, 8, 20, hidden_dim=40, dtype=dtype)
+    x = [torch.randn(2, 24, 8)]
+    compare_modules(merging, x, dtype, lambda module, blocks: module(blocks[0], (4, 6)), gradients=True)
+
+
+@HALF
+@pytest.mark.parametrize("batch", [0, 1])
+def test_small_batches(batch, dtype):
+    classes = stf_kernels.CompactTokenProjector, reference.CompactTokenProjector
+    modules = twins(*classes, 2, 8, 20, dtype=dtype)
+    compare_modules(modules, [torch.randn(batch, 16, 8) for _ in range(2)], dtype, gradients=True)
+
+
+@HALF
+@pytest.mark.parametrize("strided", [False, True])
+def test_scatter(strided, dtype):
+    modules = twins(stf_kernels.CompactTokenProjector, reference.CompactTokenProjector, 2, 8, 20, dtype=dtype)
+    ours, same, exact = (module.requires_grad_(False) for module in modules)
+    blocks = [torch.randn(2, 16, 8).to(dtype) for _ in range(2)]
+    rows = torch.randperm(13)[:8]
+    out = torch.randn(13, 30).to(dtype)[:, 4:24]
+    before = out.clone()
+    if strided:
+        rows = torch.stack([rows, rows.flip(0)], 1).flatten()[::2]
+    assert ours(blocks, out=out, rows=rows) is out
+    expected = exact([block.double() for block in blocks]).flatten(0, 1)
+    assert_within_rule("scattered", out[rows], same(blocks).flatten(0, 1), expected)
+    others = torch.ones(13, dtype=torch.bool).index_fill_(0, rows, False)
+    assert torch.equal(out[others], before[others])
+
+
+def test_two_runs_give_the_same_bits():
+    module = stf_kernels.CompactTokenProjector(2, 8, 20)
+    blocks = [torch.randn(2, 16, 8, requires_grad=True) for _ in range(2)]
+    leaves, runs = [*blocks, *module.parameters()], []
+    for _ in range(2):
+        y = module(blocks)
+        runs.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_the_kernels_really_ran(monkeypatch):
+    """Else every comparison here would be torch with torch: the chain is four launches, and two in its backward."""
+    from stf_kernels.ops import launch
+
+    calls = []
+    for name in ("launch_stage", "launch_activation_bwd"):
+        original = getattr(launch, name)
+        monkeypatch.setattr(launch, name, lambda *a, _o=original, _n=name, **k: calls.append(_n) or _o(*a, **k))
+    module = stf_kernels.CompactTokenProjector(2, 8, 20)
+    module([torch.randn(1, 16, 8) for _ in range(2)]).sum().backward()
+    assert calls == ["launch_stage"] * 4 + ["launch_activation_bwd"] * 2
+
+
+def test_compiled_and_bad_input():
+    """torch.compile reaches the same kernels; a wrong `out` is refused before one runs."""
+    module = stf_kernels.CompactTokenProjector(2, 8, 20).requires_grad_(False)
+    blocks = [torch.randn(1, 16, 8) for _ in range(2)]
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(blocks), module(blocks))
+    out = torch.zeros(3, 20)
+    with pytest.raises(ValueError, match=r"rows.*0 to 2.*3"):
+        module(blocks, out=out, rows=torch.arange(4))
+    assert not out.any()
