@@ -56,8 +56,8 @@ def writable_file(text: str) -> Path:
     return path
 
 
-def folder(text: str) -> Path:
+def writable_folder(text: str) -> Path:
+    """A folder that exists, or can be made beside ones that do, and takes new files."""
     path = Path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder {text!r} does not exist")
+    writable_file(str((path if path.is_dir() else path.parent) / "report.html"))
     return path

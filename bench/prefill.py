@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .arguments import photograph, positive_float, positive_int, writable_file
+from .arguments import photograph, positive_float, positive_int, writable_file, writable_folder
 from .presets import PRESETS, Preset
 
 PHOTOGRAPH = Path(__file__).parent / "assets" / "rocket.jpg"
@@ -33,6 +33,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive_int, nargs="+", metavar="N", help="batch sizes")
     parser.add_argument("--text", type=positive_int, nargs="+", metavar="N", help="text tokens around the image")
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="default: .work/results/<device>/")
+    parser.add_argument(
+        "--report", type=writable_folder, metavar="DIR", help="also report.html and charts (default run)"
+    )
     parser.add_argument("--full", action="store_true", help="all five rows, decoding, and on a GPU all modes")
     parser.add_argument("--modes", nargs="+", choices=("eager", "graph", "compile"), help="eager; on a GPU also graph")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -82,7 +85,15 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     save()
     print(report(result))
-    print(f"\n{path}   ({time.monotonic() - began:.0f} s)")
+    written = [path]
+    if args.report or args.json is None:
+        from .report import write_report
+
+        page, note = write_report([path], args.report or path.parent)
+        written.append(page)
+        if note:
+            print(f"\n{note}")
+    print(f"\n{'  '.join(map(str, written))}   ({time.monotonic() - began:.0f} s)")
     return 1 if result["refused"] else 0
 
 

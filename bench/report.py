@@ -1,0 +1,116 @@
+"""Result files -> one page and its charts; or the difference between two runs, and whether it is more than noise.
+
+    python -m bench.report FILE... [--out DIR]     report.html and PNG charts, beside the first FILE unless --out says
+    python -m bench.report --compare A B           rows of two runs on one device: B over A, beyond their spread or not
+
+A difference counts when the p10-p90 ranges of the two runs do not overlap. Exit codes: 0, or 2 for a file that is not a
+result, is cut short, or comes from another device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import charts, page
+from .results import ResultError, read
+from .stats import median, percentile
+from .table import number, render
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="A page from result files.")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="prefill.json, kernels.json, tests.json")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: beside the first FILE")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two runs of the same kind")
+    args = parser.parse_args(argv)
+    if not args.files and not args.compare:
+        parser.error("give result FILEs or --compare A B")
+    try:
+        if args.compare:
+            print(compare(*args.compare))
+        if args.files:
+            path, note = write_report(args.files, args.out or args.files[0].parent)
+            print(path)
+            if note:
+                print(note, file=sys.stderr)
+    except ResultError as error:
+        print(f"python -m bench.report: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"python -m bench.report: error: --out: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_report(files: list[Path], out: Path) -> tuple[Path, str | None]:
+    """report.html and its charts -> (path of the page, what is missing from it)."""
+    results = [(file, read(file)) for file in files]
+    out.mkdir(parents=True, exist_ok=True)
+    note = None if charts.available() else charts.NO_MATPLOTLIB
+    drawn = []
+    for number_of_file, (_, result) in enumerate(results):
+        pngs = {} if note else charts.draw_all(result)
+        for name, png in pngs.items():
+            # Several runs side by side: the second one's charts must not overwrite the first one's.
+            suffix = f"-{number_of_file + 1}" if len(results) > 1 else ""
+            (out / f"{name}{suffix}.png").write_bytes(png)
+        drawn.append(pngs)
+    path = out / "report.html"
+    named = [(str(file) if len(files) > 1 else file.name, result) for file, result in results]
+    path.write_text(page.render(named, drawn, note), encoding="utf-8")
+    return path, note
+
+
+_KEYS = {
+    "prefill": ("model", "projector", "mode", "batch", "text_tokens"),
+    "kernels": ("stage", "pass", "provider", "dtype", "batch"),
+}
+
+
+def compare(first: Path, second: Path) -> str:
+    """The rows that both files have, B over A, and which differences exceed the runs' own spread."""
+    a, b = read(first), read(second)
+    if a["kind"] != b["kind"] or a["kind"] not in _KEYS:
+        raise ResultError(f"--compare: expected two prefill or two kernels files, got {a['kind']!r} and {b['kind']!r}")
+    for field in ("device", "dtype", "preset", "sizes"):
+        if a.get(field) != b.get(field):
+            raise ResultError(
+                f"--compare: {field}: {a.get(field)!r} in {first}, {b.get(field)!r} in {second}; "
+                "a ratio of the two would say nothing about the code"
+            )
+    keys = _KEYS[a["kind"]]
+    other = {tuple(row.get(key) for key in keys): row for row in b["rows"]}
+    lines = []
+    for row in a["rows"]:
+        name = tuple(row.get(key) for key in keys)
+        before, after = _samples(row), _samples(other.get(name, {}))
+        if before and after:
+            lines.append((*(str(part) for part in name), *_difference(before, after)))
+    if not lines:
+        raise ResultError(f"--compare: {first} and {second} have no measured row in common")
+    title = f"A {first} ({a['commit'][:12]})   B {second} ({b['commit'][:12]})   {a['device']}"
+    unit = "ms" if a["kind"] == "prefill" else "us"
+    header = (*keys, f"A {unit}", f"B {unit}", "B / A", "")
+    return "\n".join([title, "", render(header, lines, left=len(keys))])
+
+
+def _samples(row: dict[str, Any]) -> list[float]:
+    samples = row.get("samples", [])
+    if isinstance(samples, dict):
+        samples = samples.get("total_ms", [])
+    return [value for value in samples if value is not None]
+
+
+def _difference(before: list[float], after: list[float]) -> tuple[str, str, str, str]:
+    apart = percentile(before, 0.9) < percentile(after, 0.1) or percentile(after, 0.9) < percentile(before, 0.1)
+    enough = min(len(before), len(after)) >= 3
+    ratio = median(after) / median(before)
+    verdict = "too few rounds" if not enough else "within noise" if not apart else "faster" if ratio < 1 else "SLOWER"
+    return number(median(before), 2), number(median(after), 2), f"{ratio:.3f}", verdict
+
+
+if __name__ == "__main__":
+    sys.exit(main())
