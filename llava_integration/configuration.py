@@ -92,7 +92,9 @@ class LlavaStfConfig(LlavaConfig):
 
     model_type = "llava_stf"
 
-    vision_feature_layer: int | list[int] = field(default_factory=lambda: [23, 21, 18, 15, 12, 9, 6, 3])
+    vision_feature_layer: int | list[int] | tuple[int, ...] = field(
+        default_factory=lambda: [23, 21, 18, 15, 12, 9, 6, 3]
+    )
     vision_feature_select_strategy: Literal["default", "full"] | None = None
     spatial_merge_size: int = 2
     spatial_merge_truncate: bool = False

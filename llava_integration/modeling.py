@@ -17,7 +17,7 @@ from stf_kernels import CompactTokenProjector
 
 from .configuration import LlavaStfConfig, prefix_tokens, projector_activation, resolve_layers, vision_grid
 from .placement import check_token_count, image_rows, is_captured
-from .vision_tower import tower_hidden_states
+from .vision_tower import to_device_of, tower_hidden_states
 
 
 def build_projector(config: LlavaStfConfig, **factory) -> CompactTokenProjector:
@@ -66,8 +66,8 @@ class LlavaStfModel(LlavaModel):
             if len(given) != len(layers):
                 raise ValueError(f"vision_feature_layer: expected {len(layers)} layers for this projector, got {given}")
             layers = given
-        device = next(self.multi_modal_projector.parameters()).device
-        return [block.to(device) for block in tower_hidden_states(self.vision_tower, pixel_values, layers)]
+        blocks = tower_hidden_states(self.vision_tower, pixel_values, layers)
+        return [to_device_of(self.multi_modal_projector, block) for block in blocks]
 
     def project_images(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> Tensor:
         """pixel_values [N, 3, S, S] -> [N, (H//r)*(W//r), D]. Tensor in, tensor out: what torch.compile takes whole."""
@@ -190,7 +190,7 @@ class LlavaStfModel(LlavaModel):
         """Whether the rows may go straight into inputs_embeds: inference, one device and dtype, nothing watching."""
         projector = self.multi_modal_projector
         weight = next(projector.parameters())
-        watched = hasattr(projector, "_hf_hook") or projector._forward_hooks or projector._forward_pre_hooks
+        watched = "forward" in vars(projector) or projector._forward_hooks or projector._forward_pre_hooks
         return not (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()

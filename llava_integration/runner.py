@@ -140,6 +140,8 @@ class PrefillRunner:
         features = model.multi_modal_projector(torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0]).flatten(
             0, 1
         )
+        if self.device.type == "cpu" and int(mask.sum()) != len(features):
+            raise ValueError(f"input_ids: found {int(mask.sum())} image tokens, but {len(features)} are needed")
         flat.index_copy_(0, image_rows(mask, len(features)), features)
 
     @property

@@ -23,7 +23,7 @@ def tower_hidden_states(
     """
     _check_pixels(tower, pixel_values)
     wanted, found = set(layers), {}
-    hidden = tower.embeddings(pixel_values.to(tower.device))
+    hidden = tower.embeddings(to_device_of(tower, pixel_values))
     if hasattr(tower, "pre_layrnorm"):
         hidden = tower.pre_layrnorm(hidden)
     if 0 in wanted:
@@ -35,6 +35,12 @@ def tower_hidden_states(
         if index in wanted:
             found[index] = hidden
     return [found[layer] for layer in layers]
+
+
+def to_device_of(module: nn.Module, tensor: Tensor) -> Tensor:
+    """`tensor` on the device of `module`'s parameters; as it is where they are offloaded: hooks will move both."""
+    device = next(module.parameters()).device
+    return tensor if device.type == "meta" else tensor.to(device)
 
 
 def _check_pixels(tower: nn.Module, pixel_values: Tensor) -> None:

@@ -207,15 +207,26 @@ class TestGenerate:
         """Left padding, and two, none and one image: images must reach their own prompt, in every beam."""
         counts, pixels = [2, 0, 1], build.pixels(3)
         ids, mask = build.prompt(counts)
-        batched = generate(stf, ids, mask, pixels, **options)[:, ids.shape[1] :]
+        options = options | {"return_dict_in_generate": True, "output_scores": True}
+        beams = options.get("num_beams", 1)
+        batched = generate(stf, ids, mask, pixels, **options)
         start = 0
         for row, count in enumerate(counts):
             own = pixels[start : start + count] if count else None
-            alone = generate(
-                stf, ids[row : row + 1, mask[row] == 1], mask[row : row + 1, mask[row] == 1], own, **options
-            )
-            assert torch.equal(batched[row], alone[0, -6:]), row
+            kept = mask[row] == 1
+            alone = generate(stf, ids[row : row + 1, kept], mask[row : row + 1, kept], own, **options)
+            assert torch.equal(batched.sequences[row, -6:], alone.sequences[0, -6:]), row
+            for ours, theirs in zip(batched.scores, alone.scores, strict=True):
+                assert torch.allclose(ours[row * beams : (row + 1) * beams], theirs, atol=1e-9), row
             start += count
+
+    @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
+    def test_every_beam_sees_the_images_in_order(self, build, stf, options):
+        ids, mask = build.prompt([2, 0, 1])
+        out = generate(stf, ids, mask, build.pixels(3), return_dict_in_generate=True, output_logits=True, **options)
+        first = out.logits[0].unflatten(0, (3, 3))
+        expected = run(stf, ids, build.pixels(3), mask).logits[:, -1]
+        assert torch.allclose(first, expected[:, None].to(first).expand_as(first), atol=1e-6)
 
     def test_greedy_by_hand(self, build, stf):
         ids, mask = build.prompt([2])
@@ -271,6 +282,29 @@ class TestGeometries:
         pixels = build.pixels(1, size=70)
         expected = run(with_reference(stf, monkeypatch), ids, pixels).logits
         assert torch.allclose(run(stf, ids, pixels).logits, expected, atol=1e-10)
+
+
+def test_low_rank_adapters_on_the_projector(build):
+    """PEFT replaces the projector's linears: the adapters must count, in place and plainly."""
+    peft = pytest.importorskip("peft")
+    stf, (ids, mask), pixels = build.stf(), build.prompt([1, 2]), build.pixels(3)
+    before = run(stf, ids, pixels, mask).logits
+    config = peft.LoraConfig(target_modules=r".*multi_modal_projector.*linear_\d", init_lora_weights=False)
+    adapted = peft.get_peft_model(stf, config).double().eval()
+    in_place, plain = run(adapted, ids, pixels, mask).logits, run(adapted, ids, pixels, mask, grad=True).logits
+    assert torch.allclose(in_place, plain, atol=1e-10)
+    assert not torch.allclose(in_place, before, atol=1e-3)
+    assert torch.allclose(run(adapted.merge_and_unload(), ids, pixels, mask).logits, plain, atol=1e-10)
+
+
+def test_offloaded_weights(build):
+    """accelerate leaves parameters on the meta device between calls."""
+    accelerate = pytest.importorskip("accelerate")
+    stf, (ids, mask), pixels = build.stf(), build.prompt([1, 2]), build.pixels(3)
+    expected = run(stf, ids, pixels, mask).logits
+    accelerate.cpu_offload(stf, execution_device="cpu")
+    assert next(stf.model.multi_modal_projector.parameters()).is_meta
+    assert torch.allclose(run(stf, ids, pixels, mask).logits, expected, atol=1e-10)
 
 
 def test_tower_and_projector_compile_without_a_graph_break(build):

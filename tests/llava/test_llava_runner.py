@@ -58,6 +58,20 @@ def test_several_images_none_and_another_count(build, stf):
     assert torch.allclose(runner(one, pixels[:1]), eager(stf, one, pixels[:1]).logits[:, -1], atol=1e-12)
 
 
+def test_eager_attention(build, stf):
+    """Its mask is a tensor and must be as wide as the keys that attention gets."""
+    stf.set_attn_implementation("eager")
+    ids, pixels = prompt(build, stf)
+    logits = li.PrefillRunner(stf, *ids.shape)(ids, pixels)
+    assert torch.allclose(logits, eager(stf, ids, pixels).logits[:, -1], atol=1e-6)
+
+
+def test_a_stock_prompt_of_the_wrong_length(build, stock):
+    ids, _ = build.prompt([1, 1], 4)
+    with pytest.raises(ValueError, match="input_ids: found 8 image tokens, but 32 are needed"):
+        li.PrefillRunner(stock, *ids.shape)(ids, build.pixels(2))
+
+
 def test_attention_reads_the_prompt_only(build, stf):
     """Not the whole static buffer: that would cost time and need a mask."""
     ids, pixels = prompt(build, stf)
