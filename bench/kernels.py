@@ -21,6 +21,7 @@ BATCHES = (1, 8, 2, 32, 4, 64, 16)  # the ones that goals are set for first: the
 DTYPES = ("bfloat16", "float16", "float32")
 STAGES = ("chain", "G1", "G2", "G3", "G4")
 COMPILED = ((1, "chain"), (8, "chain"), (1, "G1"), (8, "G1"), (1, "G3"), (8, "G3"))
+COMPILE_SECONDS = 60.0  # what one max-autotune may take: not begun with less left
 BACKWARD = (1, 8, 32)
 TANH_ERROR = 5e-3  # tanh GELU against erf GELU on unit normal data, in the norm
 
@@ -51,7 +52,11 @@ def main(argv: list[str] | None = None) -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path: Path = args.json or environment.results_folder(device) / "kernels.json"
-    result = measure(args, device, lambda value: results.write(path, value))
+    try:
+        result = measure(args, device, lambda value: results.write(path, value))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {path} keeps what was measured", file=sys.stderr)
+        return 130
     results.check(result, str(path))
     results.write(path, result)
     print(report(result))
@@ -101,7 +106,8 @@ def measure(args: argparse.Namespace, device: str, save: Callable[[dict[str, Any
     bench = Bench(args, device, sizes, ceilings, Flush(device), result["rows"])
     with Progress(len(steps)) as bar, torch.no_grad():
         for what, batch, name in steps:
-            if time.monotonic() - began > args.budget:
+            reserve = COMPILE_SECONDS if what.startswith("compile") else 0.0
+            if time.monotonic() - began + reserve > args.budget:
                 result["notes"].append(f"not measured, out of time: {what}, batch {batch}, {name}")
                 continue
             bar.now(f"{what}, batch {batch}, {name}")

@@ -1,0 +1,155 @@
+"""If this fails, the page shows other numbers than the file, or two runs are called different that are not."""
+
+import base64
+import copy
+import html.parser
+import re
+
+import pytest
+
+from bench import charts, report
+from bench.results import read, write
+
+STAGES = ("vision_ms", "projector_ms", "insert_ms", "prefill_ms", "first_token_ms")
+
+
+def prefill_row(model, projector, batch, total, samples):
+    times = dict.fromkeys(STAGES, total / 5)
+    return {
+        "model": model, "projector": projector, "batch": batch, "image_tokens": 144, "text_tokens": 40, "mode": "eager",
+        **times, "total_ms": total, "preprocess_ms": 3.0, "decode_ms_per_token": None, "projector_share": 0.2,
+        "spread_percent": 4.0, "floor_ratio": dict.fromkeys((*STAGES, "total_ms"), 1.7), "peak_mb": 10.0, "kv_mb": 1.0,
+        "failed": None, "samples": {"total_ms": samples},
+    }  # fmt: skip
+
+
+def prefill_result():
+    comparison = {"row": "llava-stf/fused", "baseline": "llava-1.5/mlp2x", "text_tokens": 40, "mode": "eager",
+                  "baseline_mode": "eager", "beyond_noise": True}  # fmt: skip
+    return {
+        "schema": 1, "kind": "prefill", "complete": True, "device": "GPU <1>", "dtype": "bfloat16", "torch": "2",
+        "triton": "3", "transformers": "5", "commit": "abc", "preset": "7b", "speedup": {}, "refused": None,
+        "notes": [],
+        "checks": [{"name": "features", "error": 1e-6, "bound": 1e-5, "agrees": True}],
+        "rows": [
+            prefill_row("llava-1.5", "mlp2x", 1, 123.25, [120.0, 123.25, 125.0]),
+            prefill_row("llava-stf", "fused", 1, 50.5, [50.0, 50.5, 51.0]),
+            prefill_row("llava-1.5", "mlp2x", 8, 800.0, [800.0, 800.0, 800.0]),
+            prefill_row("llava-stf", "fused", 8, 300.0, [300.0, 300.0, 300.0]),
+        ],
+        "comparisons": [
+            {**comparison, "batch": 1, "ratio": 2.44, "low": 2.4, "high": 2.45},
+            {**comparison, "batch": 8, "ratio": 2.67, "low": 2.6, "high": 2.7},
+        ],
+    }  # fmt: skip
+
+
+KERNELS = {
+    "schema": 1, "kind": "kernels", "device": "GPU <1>", "torch": "2", "triton": "3", "commit": "abc", "clock_mhz": 1,
+    "rows": [
+        {"stage": "chain", "pass": "forward", "batch": batch, "dtype": "bfloat16", "provider": provider, "us": us,
+         "us_eager": 2 * us, "floor_us": 100.0, "rel_error": 1e-3, "samples": [us], "failed": None}
+        for batch in (1, 8) for provider, us in (("eager", 300.0), ("stf", 200.0))
+    ],
+}  # fmt: skip
+
+
+class Page(html.parser.HTMLParser):
+    """Cells, sources and whether every tag is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.cells, self.sources, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+
+@pytest.fixture
+def files(tmp_path):
+    write(tmp_path / "a" / "prefill.json", prefill_result())
+    write(tmp_path / "a" / "kernels.json", KERNELS)
+    return tmp_path / "a" / "prefill.json", tmp_path / "a" / "kernels.json"
+
+
+def test_the_page_shows_the_numbers_and_needs_no_network(files, tmp_path):
+    assert report.main([*map(str, files), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    page = Page(text)
+    assert not page.open
+    for cell in ("123.25", "50.50", "2.44 [2.40, 2.45]", "1.70", "200.0", "1.50"):
+        assert cell in page.cells
+    assert "GPU &lt;1&gt;" in text
+    assert "<script" not in text
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert not re.search(r"https?://", text)
+
+
+def test_charts_are_embedded_as_written_or_their_absence_is_said(files, tmp_path, monkeypatch):
+    path, note = report.write_report([files[0]], tmp_path)
+    pngs = sorted(tmp_path.glob("*.png"))
+    if charts.available():
+        assert [png.name for png in pngs] == ["floor.png", "speedup.png", "stages.png"]
+        for png in pngs:
+            assert png.read_bytes().startswith(b"\x89PNG")
+            assert base64.b64encode(png.read_bytes()).decode() in path.read_text()
+    monkeypatch.setattr(charts, "available", lambda: False)
+    path, note = report.write_report([files[0]], tmp_path / "without")
+    assert "matplotlib" in note
+    assert "matplotlib" in path.read_text()
+    assert list((tmp_path / "without").iterdir()) == [path]
+
+
+def test_an_incomplete_or_refused_run_is_marked(tmp_path):
+    result = {**prefill_result(), "complete": False, "refused": "logits differ", "comparisons": []}
+    write(tmp_path / "prefill.json", result)
+    text = report.write_report([tmp_path / "prefill.json"], tmp_path)[0].read_text()
+    assert "This run is incomplete" in text
+    assert "No speed-up is reported: logits differ" in text
+
+
+def test_compare_says_what_is_more_than_noise(files, tmp_path, capsys):
+    other = copy.deepcopy(prefill_result())
+    other["rows"][0]["samples"]["total_ms"] = [121.0, 124.0, 125.5]  # overlaps
+    other["rows"][1]["samples"]["total_ms"] = [40.0, 40.5, 41.0]
+    other["rows"][2]["samples"]["total_ms"] = [900.0, 910.0, 905.0]
+    other["rows"][3]["samples"]["total_ms"] = [100.0, 100.0]
+    write(tmp_path / "b.json", other)
+    assert report.main(["--compare", str(files[0]), str(tmp_path / "b.json")]) == 0
+    verdicts = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[4:]]
+    assert verdicts == ["within noise", "faster", "SLOWER", "too few rounds"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"device": "another GPU"}, "device"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"rows": []}, "no measured row in common"),
+        ({"schema": 0}, "schema"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(files, tmp_path, capsys, change, words):
+    write(tmp_path / "b.json", {**prefill_result(), **change})
+    assert report.main(["--compare", str(files[0]), str(tmp_path / "b.json")]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "error" in error
+
+
+def test_a_file_that_is_no_result_is_refused(files, tmp_path, capsys):
+    (tmp_path / "cut.json").write_text(files[0].read_text()[:100])
+    assert report.main([str(tmp_path / "cut.json")]) == 2
+    assert "cut.json" in capsys.readouterr().err
+    assert report.main(["--compare", str(files[0]), str(files[1])]) == 2
+    assert read(files[0])["kind"] in capsys.readouterr().err
