@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from support.rule import assert_within_rule
 
 from reference.functional import activate, spatial_merge
 from stf_kernels.ops.launch import launch_stage
 from stf_kernels.ops.stage import Stage, merge_windows
 from stf_kernels.tuning import GemmConfig
-from support.rule import assert_within_rule
 
 CONFIGS = [
     GemmConfig(16, 16, 16, group_m=1),

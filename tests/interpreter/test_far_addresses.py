@@ -1,6 +1,6 @@
 """If this fails, an offset beyond 2^31 elements wraps: the wrong memory is read, or written.
 
-The buffers are sparse: 6 GB of address space, of which a few pages are touched.
+The buffers are sparse: 4 GB of address space, of which a few pages are touched.
 """
 
 import mmap
@@ -20,7 +20,8 @@ C, N = 16, 20
 @pytest.fixture
 def far():
     """fp16 memory of more than 2^31 elements, zero until touched."""
-    memory = mmap.mmap(-1, 2 * (FAR + 2**20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.12 on
+    memory = mmap.mmap(-1, 2 * (FAR + 2**20), flags=flags)
     return torch.frombuffer(memory, dtype=torch.float16)
 
 

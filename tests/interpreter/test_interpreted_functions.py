@@ -5,7 +5,6 @@ Sizes stand around the tile of the interpreter's configuration, 32 x 32 x 32.
 
 import pytest
 import torch
-
 from support.compare import compare_functions
 from support.operators import ACTIVATIONS, concat_operands, concat_pair, merge_operands, merge_pair
 
@@ -61,7 +60,9 @@ def test_truncate(grid, merge_size, dtype):
 @HALF
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 4), (2, 0)])
 def test_nothing_to_compute(batch, tokens, dtype):
-    compare_functions(*concat_pair(2, activation="gelu"), concat_operands(2, batch, tokens, 8, 12), dtype, gradients=True)
+    compare_functions(
+        *concat_pair(2, activation="gelu"), concat_operands(2, batch, tokens, 8, 12), dtype, gradients=True
+    )
 
 
 def transposed(x):

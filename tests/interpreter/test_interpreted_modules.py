@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from support.compare import compare_modules, twins
+from support.rule import assert_within_rule
 
 import reference
 import stf_kernels
-from support.compare import compare_modules, twins
-from support.rule import assert_within_rule
 
 HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
@@ -26,8 +26,8 @@ CASES = {
 @pytest.mark.parametrize(("options", "grid"), CASES.values(), ids=CASES)
 def test_projector(options, grid, dtype):
     classes = stf_kernels.CompactTokenProjector, reference.CompactTokenProjector
-    modules = twins(*classes, 3, 9, 20, **{"stf_hidden_dim": 40, **options}, dtype=dtype)
-    blocks = [torch.randn(2, grid[0] * grid[1] + options.get("skip_tokens", 0), 9) for _ in range(3)]
+    modules = twins(*classes, 3, 17, 20, **{"stf_hidden_dim": 40, **options}, dtype=dtype)
+    blocks = [torch.randn(2, grid[0] * grid[1] + options.get("skip_tokens", 0), 17) for _ in range(3)]
     compare_modules(modules, blocks, dtype, lambda module, x: module(x, grid), gradients=True)
 
 

@@ -4,10 +4,10 @@ import threading
 
 import pytest
 import torch
+from support.processes import python
 
 import stf_kernels
 from stf_kernels.backend import current_backend
-from support.processes import python
 
 BLOCKS, WEIGHT = [torch.randn(1, 2, 4)] * 2, torch.randn(3, 8)
 
@@ -27,7 +27,10 @@ def test_an_unknown_name_is_refused_at_once(name):
 def test_triton_on_cpu_tensors_names_the_remedy(module):
     projector = stf_kernels.CompactTokenProjector(2, 4, 5).requires_grad_(False)
     out = torch.zeros(4, 5)
-    with stf_kernels.use_backend("triton"), pytest.raises(ValueError, match=r"backend.*triton.*cpu.*TRITON_INTERPRET=1"):
+    with (
+        stf_kernels.use_backend("triton"),
+        pytest.raises(ValueError, match=r"backend.*triton.*cpu.*TRITON_INTERPRET=1"),
+    ):
         projector([torch.ones(1, 16, 4)] * 2, out=out, rows=torch.arange(4)) if module else call()
     assert not out.any()
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support.recording import Recorder
 
 import stf_kernels
-from support.recording import Recorder
 
 CONSTRUCTORS = [
     ("MultiBlockTokenFusion", (0, 8), {}, ValueError, r"num_blocks.*1 to 32.*0"),

@@ -5,9 +5,9 @@ Every message names the argument (or dtype, or device), what was expected and wh
 
 import pytest
 import torch
+from support.recording import Recorder
 
 import stf_kernels
-from support.recording import Recorder
 
 M, B, T, C, N = 3, 2, 6, 8, 5
 

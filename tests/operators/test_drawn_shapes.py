@@ -3,11 +3,11 @@
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.compare import compare_functions, compare_modules, twins
+from support.operators import ACTIVATIONS, concat_operands, concat_pair, merge_operands, merge_pair
 
 import reference
 import stf_kernels
-from support.compare import compare_functions, compare_modules, twins
-from support.operators import ACTIVATIONS, concat_operands, concat_pair, merge_operands, merge_pair
 
 DRAWN = settings(
     deadline=None,

@@ -39,7 +39,7 @@ def test_after_load_state_dict(pair):
 @pytest.mark.parametrize("rounds", [8])
 def test_weights_that_come_and_go(pair, rounds):
     """A new weight may sit where a freed one sat: an address does not identify it."""
-    ours, theirs = pair
+    _ours, theirs = pair
     for _ in range(rounds):
         state = {key: torch.randn_like(value) for key, value in theirs.state_dict().items()}
         found, exact = (torch.func.functional_call(module, state, (X,)) for module in pair)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from support.recording import Recorder
 
 import reference
 import stf_kernels
-from support.recording import Recorder
 
 BATCH, GRID, DIM, COUNT = 4, (8, 8), 16, 8
 TOKENS = GRID[0] * GRID[1]
@@ -84,5 +84,5 @@ def test_peak_memory(backward):
     """Below the reference's by the bytes of the concatenation and, with the tower frozen, of the unfold."""
     ours, theirs = peak(stf_kernels, backward=backward), peak(reference, backward=backward)
     concatenation, unfold = 8 * 576 * 8 * 32 * 4, 8 * 576 * 32 * 4
-    assert 0 < ours
+    assert ours > 0
     assert theirs - ours >= concatenation // 2 if not backward else theirs - ours >= concatenation + unfold

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from support.compare import compare_modules, twins
 
 import reference
 import stf_kernels
-from support.compare import compare_modules, twins
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 

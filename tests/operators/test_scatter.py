@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from support.rule import assert_within_rule
 
 import reference
 import stf_kernels
-from support.rule import assert_within_rule
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from support.compare import compare_functions
 from support.operators import ACTIVATIONS, merge_operands, merge_pair
 

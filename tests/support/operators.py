@@ -44,4 +44,8 @@ def merge_pair(crop: int = 0, **options) -> tuple[Callable, Callable]:
 def merge_operands(batch, tokens, channels, n, merge_size, *, bias=True, device="cpu") -> list[Tensor | None]:
     k = merge_size**2 * channels
     weight = torch.randn(n, k, device=device) / k**0.5
-    return [weight, torch.randn(n, device=device) if bias else None, torch.randn(batch, tokens, channels, device=device)]
+    return [
+        weight,
+        torch.randn(n, device=device) if bias else None,
+        torch.randn(batch, tokens, channels, device=device),
+    ]

@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _poisoned(poison):
-    yield
+    return

@@ -56,7 +56,9 @@ def check(module, theirs, blocks, target, rank, rounds=2):
         seen = 0
         for name, parameter in module.named_parameters():
             exact = theirs_by_name[name.removeprefix("module.")].grad
-            torch.testing.assert_close(whole(parameter.grad), exact, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                whole(parameter.grad), exact, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
             seen += 1
         assert seen == len(theirs_by_name)
         mine.step()
@@ -180,7 +182,9 @@ def right_or_told_where(call, expected):
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         text = str(error)
         assert "DTensor" in text, text
-        assert "fully_shard" in text or "full_tensor" in text or "to_local" in text, f"does not say where to shard: {text}"
+        assert "fully_shard" in text or "full_tensor" in text or "to_local" in text, (
+            f"does not say where to shard: {text}"
+        )
     else:
         torch.testing.assert_close(whole(found), expected, rtol=1e-4, atol=1e-5)
 

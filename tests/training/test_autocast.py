@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from support.rule import assert_within_rule
 from torch import nn
 
 import reference
 import stf_kernels
-from support.rule import assert_within_rule
 
 CASTS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from support.recording import Recorder
 
 import stf_kernels
 from stf_kernels import ops
-from support.recording import Recorder
 
 
 class Subclass(torch.Tensor):
@@ -16,7 +16,6 @@ class Subclass(torch.Tensor):
 def case():
     module = stf_kernels.CompactTokenProjector(3, 8, 20, skip_tokens=1)
     return module, [torch.randn(2, 17, 8) for _ in range(3)]
-
 
 
 def functions():
@@ -62,7 +61,9 @@ def test_both_ways_give_the_same_bits(case):
     through = torch.ops.stf_kernels.compact_token_projector(blocks, weights, biases, "gelu", 1, 2, 4, 4, True)[0]
     assert torch.equal(eager, through)
     leaves, dy = [*blocks, *weights, *biases], torch.randn_like(eager)
-    for mine, other in zip(torch.autograd.grad(eager, leaves, dy), torch.autograd.grad(through, leaves, dy), strict=True):
+    for mine, other in zip(
+        torch.autograd.grad(eager, leaves, dy), torch.autograd.grad(through, leaves, dy), strict=True
+    ):
         assert torch.equal(mine, other)
     with torch.no_grad():
         assert torch.equal(module(blocks), eager)

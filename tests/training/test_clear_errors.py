@@ -79,7 +79,7 @@ def test_everything_on_meta_gives_shapes(name):
 
 
 def test_a_gradient_with_respect_to_an_operand_that_is_not_used():
-    module, blocks, x = build("CompactTokenProjector")
+    module, _blocks, x = build("CompactTokenProjector")
     other = torch.randn(3, requires_grad=True)
     with pytest.raises(RuntimeError, match="not have been used"):
         torch.autograd.grad(module(x).sum(), other)

@@ -1,4 +1,4 @@
-"""If this fails, torch.compile breaks the graph, compiles once per batch size, or computes something else than eager."""
+"""If this fails, torch.compile breaks the graph, compiles once per batch size, or computes other values than eager."""
 
 import pytest
 import torch
@@ -141,7 +141,7 @@ def test_a_wrapped_layer_still_runs():
 
 
 def test_inductor_keeps_what_the_operator_is_given():
-    """The default backend, to its lowered graph: needs no C++ compiler, because no kernel of its own is left to build."""
+    """The default backend needs no C++ compiler here, because no kernel of its own is left to build."""
     module, draw = build("CompactTokenProjector")
     module.requires_grad_(False)
     arguments = draw(2)

@@ -34,7 +34,9 @@ def saved_and_loaded(module):
 
 
 @pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded], ids=["deepcopy", "pickle", "save"]
+    "way",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "save"],
 )
 @pytest.mark.parametrize("used", [True, False], ids=["used", "fresh"])
 def test_copies(case, way, used):

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from support.processes import ROOT, clean_environment
 
 WORKER = Path(__file__).with_name("distributed_worker.py")

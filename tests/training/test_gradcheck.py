@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from support.operators import ACTIVATIONS
 from torch.autograd import gradcheck
 
 import stf_kernels
-from support.operators import ACTIVATIONS
 
 
 def draw(*shape):

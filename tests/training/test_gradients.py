@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from support.compare import compare_functions, compare_modules, twins
+from support.operators import ACTIVATIONS, concat_operands, concat_pair, merge_operands, merge_pair
 
 import reference
 import stf_kernels
-from support.compare import compare_functions, compare_modules, twins
-from support.operators import ACTIVATIONS, concat_operands, concat_pair, merge_operands, merge_pair
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 
@@ -77,9 +77,7 @@ def test_stf_alone(dtype):
 
 @DTYPES
 def test_the_children_alone(dtype):
-    fusion = twins(
-        stf_kernels.MultiBlockTokenFusion, reference.MultiBlockTokenFusion, 3, 8, skip_tokens=1, dtype=dtype
-    )
+    fusion = twins(stf_kernels.MultiBlockTokenFusion, reference.MultiBlockTokenFusion, 3, 8, skip_tokens=1, dtype=dtype)
     compare_modules(fusion, [torch.randn(2, 25, 8) for _ in range(3)], dtype, gradients=True)
     merging = twins(stf_kernels.SpatialTokenFusion, reference.SpatialTokenFusion, 8, 20, dtype=dtype)
     x = [torch.randn(2, 24, 8)]

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from support.recording import Recorder
 
 import stf_kernels
-from support.recording import Recorder
 
 COUNT, DIM = 3, 8
 
 
-def step(*, blocks=False, layers=("mbtf.linear_1", "mbtf.linear_2", "stf.linear_1", "stf.linear_2"), dtype=torch.float32):
+def step(
+    *, blocks=False, layers=("mbtf.linear_1", "mbtf.linear_2", "stf.linear_1", "stf.linear_2"), dtype=torch.float32
+):
     """The recorded backward of one projector step in which the named layers and perhaps the blocks are trained."""
     module = stf_kernels.CompactTokenProjector(COUNT, DIM, 20, dtype=dtype)
     for name, parameter in module.named_parameters():

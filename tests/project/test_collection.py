@@ -1,0 +1,21 @@
+"""If this fails, a run of pytest leaves tests out without saying so, or skips them for more than a missing GPU."""
+
+from support.processes import python
+
+
+def collected(*arguments, **environment):
+    result = python("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments, **environment)
+    return result.stdout + result.stderr, [line for line in result.stdout.splitlines() if "::" in line]
+
+
+def test_without_the_interpreter():
+    """They are left out, the header says how to run them, and the tests that need a GPU are still collected."""
+    text, tests = collected("tests/interpreter", "tests/project", "tests/gpu", "-v")
+    assert not any(test.startswith("tests/interpreter") for test in tests)
+    assert sum(test.startswith("tests/gpu") for test in tests) > 50
+    assert "TRITON_INTERPRET=1 python -m pytest tests/interpreter" in text
+
+
+def test_with_the_interpreter():
+    _, tests = collected("tests/interpreter", TRITON_INTERPRET="1")
+    assert sum(test.startswith("tests/interpreter") for test in tests) > 100

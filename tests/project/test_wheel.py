@@ -1,0 +1,87 @@
+"""If this fails, what is installed lacks a file that it needs, or carries what belongs to the checkout alone."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from support.processes import ROOT, clean_environment
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy of the sources, with a table of its own, so that the checkout stays clean."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("stf_kernels", "llava_integration", "reference", "bench", "tests"):
+        ignore = shutil.ignore_patterns("__pycache__", "*.jpg", "results")
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    tables = source / "stf_kernels" / "tuning" / "tables"
+    tables.mkdir(exist_ok=True)
+    (tables / "example-device.json").write_text("{}")
+    out = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(out),
+        ".",
+    ]
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_contents(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    top = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert top == {"stf_kernels", "llava_integration"}
+    assert {
+        "stf_kernels/py.typed",
+        "llava_integration/py.typed",
+        "stf_kernels/tuning/tables/example-device.json",
+    } <= names
+    for package in top:
+        sources = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
+        assert sources <= names
+    assert not any(name.endswith(".pyc") for name in names)
+    assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_it_imports_from_the_wheel_alone(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import stf_kernels, sys, torch; m = stf_kernels.CompactTokenProjector(2, 4, 5);"
+        "print(stf_kernels.__file__, m([torch.zeros(1, 16, 4)] * 2).shape[1], 'reference' in sys.modules)"
+    )
+    environment = clean_environment(PYTHONPATH=str(tmp_path))
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    where, tokens, with_reference = result.stdout.split()
+    assert Path(where).is_relative_to(tmp_path)
+    assert (tokens, with_reference) == ("4", "False")
+
+
+def test_metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
+    text = archive.read(metadata).decode()
+    required = [
+        line.split(": ")[1] for line in text.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
+    ]
+    assert len(required) == 1
+    assert required[0].startswith("torch")
+    extras = {line.split(": ")[1] for line in text.splitlines() if line.startswith("Provides-Extra")}
+    assert extras == {"llava", "bench", "dev"}
+    assert "Apache-2.0" in text
