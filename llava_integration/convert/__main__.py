@@ -1,0 +1,71 @@
+"""The command line. Exit code 0: DST is whole; 2: one line on stderr says what is wrong, and DST is not there."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from .errors import ConversionError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = vars(_parser().parse_args(arguments))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the half-written folder goes then too
+    from transformers.utils import logging
+
+    from . import convert_llava, convert_official
+
+    logging.set_verbosity_error()
+    convert = {"official": convert_official, "llava": convert_llava}[options.pop("command")]
+    options["dtype"] = DTYPES.get(options["dtype"])
+    try:
+        report = convert(options.pop("src"), options.pop("dst"), progress=True, **options)
+    except ConversionError as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert: interrupted; nothing is left at DST", file=sys.stderr)
+        return 130
+    print("\n".join(report.lines()))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llava_integration.convert", description="Make a LLaVA-STF folder.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    official = commands.add_parser("official", help="from the released LLaVA-STF checkpoint")
+    llava = commands.add_parser("llava", help="warm start from a LLaVA-1.5 folder of transformers")
+    for command in (official, llava):
+        command.add_argument("src", metavar="SRC", help="local folder of the checkpoint; only read")
+        command.add_argument("dst", metavar="DST", help="new folder")
+        command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: as in SRC")
+        command.add_argument(
+            "--blocks", type=_layers, metavar="I,I,...", help="layers of the vision tower in concatenation order"
+        )
+        command.add_argument(
+            "--auto-map", action="store_true", help="write a loader for trust_remote_code=True beside the weights"
+        )
+    official.add_argument("--base", metavar="DIR", help="language model of a pretrained projector or LoRA adapter")
+    official.add_argument(
+        "--vision-tower", metavar="DIR", help="CLIP or SigLIP folder, if mm_vision_tower is not local"
+    )
+    llava.add_argument("--merge-size", type=int, default=2, metavar="R", help="side of the window, default 2")
+    llava.add_argument(
+        "--truncate", action="store_true", help="drop the last rows and columns of a grid that R does not divide"
+    )
+    return parser
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected layers such as 23,21,18, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

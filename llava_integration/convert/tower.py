@@ -1,0 +1,92 @@
+"""The vision tower: geometry from a local folder or a known name, weights from the checkpoint or that folder."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
+
+from .checkpoint import Entries, Entry, open_weights, read_json, weights_file
+from .errors import ConversionError
+
+CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
+CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+KNOWN = {
+    "clip-vit-large-patch14-336": CLIP_LARGE | {"image_size": 336},
+    "clip-vit-large-patch14": CLIP_LARGE | {"image_size": 224},
+}
+PREFIX = "model.vision_tower."
+
+
+@dataclass(frozen=True)
+class Tower:
+    """`folder` is None for a tower known by its name only."""
+
+    config: PreTrainedConfig
+    folder: Path | None
+    name: str
+
+    def weights(self) -> Entries:
+        """The folder's vision tensors under the model's names; those of a text tower are not taken."""
+        if self.folder is None or weights_file(self.folder) is None:
+            raise ConversionError(
+                f"SRC: expected the weights of the vision tower {self.name} in it, found none; "
+                "name a local folder that has them with --vision-tower DIR"
+            )
+        entries = open_weights(self.folder, "--vision-tower")
+        has_prefix = any(name.startswith("vision_model.") for name in entries)
+        return {
+            PREFIX + name.removeprefix("vision_model."): Entry(
+                entry.shape, entry.dtype, entry.read, f"{self.folder.name}/{entry.origin}"
+            )
+            for name, entry in entries.items()
+            if not has_prefix or name.startswith("vision_model.")
+        }
+
+
+def tower_name(name: str) -> str:
+    """vision_tower.vision_tower.vision_model.X, with or without `model.` and the inner two -> model.vision_tower.X."""
+    return PREFIX + re.sub(r"^(?:model\.)?(?:vision_tower\.)+(?:vision_model\.)?", "", name)
+
+
+def find_tower(named: str | None, src: Path, option: Path | None) -> Tower:
+    """The tower of --vision-tower, or that config.json's mm_vision_tower names: a local folder or a known CLIP."""
+    if option is not None:
+        if not (option / "config.json").is_file():
+            raise ConversionError(f"--vision-tower: expected a folder with config.json, got {option}")
+        return Tower(read_config(option), option, option.name)
+    if not named:
+        raise ConversionError(
+            "SRC: expected mm_vision_tower in config.json, found none; name a local folder with --vision-tower DIR"
+        )
+    for folder in (Path(named), src / named, src.parent / named):
+        if (folder / "config.json").is_file():
+            return Tower(read_config(folder), folder, folder.name)
+    known = KNOWN.get(Path(named).name)
+    if known is None:
+        raise ConversionError(
+            f"SRC: mm_vision_tower in config.json is {named!r}, neither a local folder nor one of "
+            f"{', '.join(KNOWN)}; name a local folder with --vision-tower DIR"
+        )
+    return Tower(CLIPVisionConfig(**known), None, Path(named).name)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The vision configuration in the folder of a CLIP or SigLIP model, whole or vision tower alone."""
+    content = read_json(folder / "config.json")
+    kind = content.get("model_type")
+    if kind in ("clip", "siglip"):
+        content, kind = content.get("vision_config") or {}, f"{kind}_vision_model"
+    if kind not in CONFIGS:
+        raise ConversionError(f"{folder / 'config.json'}: expected the vision tower of CLIP or SigLIP, got {kind!r}")
+    fields = {name: value for name, value in content.items() if name in CONFIGS[kind]().to_dict()}
+    fields.pop("transformers_version", None)
+    fields.pop("model_type", None)
+    return CONFIGS[kind](**fields)
