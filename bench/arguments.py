@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,20 @@ def writable_file(text: str) -> Path:
             pass
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written ({error.strerror})") from None
+    return path
+
+
+def llava_folder(text: str) -> Path:
+    """A local checkpoint of LLaVA-1.5 in transformers' format."""
+    path = Path(text)
+    try:
+        model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except OSError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder with a readable config.json") from None
+    except (ValueError, AttributeError):
+        raise argparse.ArgumentTypeError(f"the config.json of {text!r} is not a JSON object") from None
+    if model_type != "llava":
+        raise argparse.ArgumentTypeError(f"expected a checkpoint of model_type 'llava', {text!r} has {model_type!r}")
     return path
 
 

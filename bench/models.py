@@ -13,6 +13,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from .presets import Preset
 
 STD = 0.02
 POOL = 16_777_213  # a prime, so that rows of a matrix never line up with the pool's period
-SPECIAL = 8  # ids left free below the vocabulary's end; the image placeholder is one of them
 
 
 @dataclass
@@ -62,7 +62,7 @@ def build_stock(preset: Preset, *, device: str, dtype: torch.dtype, seed: int) -
             hidden_size=preset.dim, intermediate_size=preset.intermediate, num_hidden_layers=preset.layers,
             num_attention_heads=preset.heads, num_key_value_heads=preset.heads, vocab_size=preset.vocabulary,
         ),
-        image_token_id=preset.vocabulary - SPECIAL, image_seq_length=preset.image_tokens(1),
+        image_token_id=preset.image_token_id, image_seq_length=preset.image_tokens(1),
         vision_feature_layer=-2, vision_feature_select_strategy="default", attn_implementation="sdpa",
     )  # fmt: skip
     before = torch.get_default_dtype()
@@ -74,6 +74,31 @@ def build_stock(preset: Preset, *, device: str, dtype: torch.dtype, seed: int) -
         torch.set_default_dtype(before)
     randomise(model, seed)
     return model.eval().requires_grad_(False)
+
+
+def preset_of(folder: Path) -> Preset:
+    """The sizes of a LLaVA-1.5 checkpoint, from its config.json."""
+    from transformers import LlavaConfig
+
+    config = LlavaConfig.from_pretrained(folder)
+    text, vision = config.text_config, config.vision_config
+    return Preset(
+        folder.name, dim=text.hidden_size, intermediate=text.intermediate_size, layers=text.num_hidden_layers,
+        heads=text.num_attention_heads, vocabulary=text.vocab_size, vision_dim=vision.hidden_size,
+        vision_intermediate=vision.intermediate_size, vision_layers=vision.num_hidden_layers,
+        vision_heads=vision.num_attention_heads, image_size=vision.image_size, patch_size=vision.patch_size,
+        image_token=config.image_token_id,
+    )  # fmt: skip
+
+
+def load_stock(folder: Path, *, device: str, dtype: torch.dtype) -> nn.Module:
+    """A LLaVA-1.5 checkpoint from a folder; nothing is fetched."""
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+    )
+    return model.to(device).eval().requires_grad_(False)
 
 
 def randomise(module: nn.Module, seed: int) -> None:
@@ -205,10 +230,8 @@ def build_inputs(
     start = time.perf_counter()
     pixels = process(image, batch)
     preprocess_ms = 1e3 * (time.perf_counter() - start)
-    text = torch.randint(
-        3, preset.vocabulary - SPECIAL, (batch, text_tokens), generator=torch.Generator().manual_seed(seed)
-    )
+    text = torch.randint(3, preset.image_token_id, (batch, text_tokens), generator=torch.Generator().manual_seed(seed))
     before = text_tokens // 2  # the system sentence stands before the image, the question after it
-    placeholder = torch.full((batch, image_tokens), preset.vocabulary - SPECIAL)
+    placeholder = torch.full((batch, image_tokens), preset.image_token_id)
     ids = torch.cat([text[:, :before], placeholder, text[:, before:]], dim=1).to(device)
     return Inputs(ids, torch.ones_like(ids), pixels.to(device, dtype), preprocess_ms)

@@ -1,6 +1,7 @@
 """The main job: LLaVA-1.5 at 576 image tokens against LLaVA-STF at 144, stage by stage, from a photograph.
 
-    python -m bench.prefill [--preset cpu|7b|13b] [--image FILE] [--batch N ...] [--json FILE] [--full]
+    python -m bench.prefill [--preset cpu|7b|13b | --model FOLDER] [--image FILE] [--batch N ...] [--text N ...]
+                            [--json FILE] [--report DIR] [--full] [--modes eager graph compile] [--decode N]
 
 How it measures is in METHOD.md. Exit codes: 0 measured, 1 outputs that should agree do not (no speed-up is printed),
 2 bad input, 130 interrupted (the file keeps what was measured and says `"complete": false`).
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .arguments import photograph, positive_float, positive_int, writable_file, writable_folder
+from .arguments import llava_folder, photograph, positive_float, positive_int, writable_file, writable_folder
 from .presets import PRESETS, Preset
 
 PHOTOGRAPH = Path(__file__).parent / "assets" / "rocket.jpg"
@@ -29,6 +30,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m bench.prefill", description="Compare LLaVA-1.5 with LLaVA-STF, stage by stage."
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), help="sizes; default: 7b with a GPU, cpu without")
+    parser.add_argument(
+        "--model", type=llava_folder, metavar="FOLDER", help="a LLaVA-1.5 checkpoint instead of a preset"
+    )
     parser.add_argument("--image", type=photograph, metavar="FILE", help="default: the photograph in bench/assets")
     parser.add_argument("--batch", type=positive_int, nargs="+", metavar="N", help="batch sizes")
     parser.add_argument("--text", type=positive_int, nargs="+", metavar="N", help="text tokens around the image")
@@ -43,6 +47,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive_int, metavar="N", help="exactly N rounds instead of as many as fit")
     parser.add_argument("--budget", type=positive_float, metavar="SECONDS", help="no round begins that would end later")
     args = parser.parse_args(argv)
+    if args.model and args.preset:
+        parser.error("argument --model: give either --model or --preset, not both")
     if args.image is None:
         args.image = photograph(str(PHOTOGRAPH))
     return args
@@ -58,7 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:
         return _bad_input("--device: 'cuda' was asked for and torch sees no GPU; use --device cpu")
-    args.preset = PRESETS[args.preset or ("7b" if has_gpu and args.device != "cpu" else "cpu")]
+    if args.model:
+        from .models import preset_of
+
+        args.preset = preset_of(args.model)
+    else:
+        args.preset = PRESETS[args.preset or ("7b" if has_gpu and args.device != "cpu" else "cpu")]
     device = args.device if args.device != "auto" else "cuda" if has_gpu and args.preset.name != "cpu" else "cpu"
     if "graph" in (args.modes or ()) and device == "cpu":
         return _bad_input("--modes: 'graph' needs a GPU; on a CPU use eager or compile")
@@ -141,7 +152,8 @@ def run(
     result |= {
         "schema": 1, "kind": "prefill", "complete": False, **environment.describe(device),
         "dtype": str(dtype).removeprefix("torch."), "preset": preset.name, "attention": "sdpa", "seed": SEED,
-        "weights": "random", "output_tokens": 1, "decode_tokens": decode,
+        "weights": f"{args.model.name}, LLaVA-STF's projector random" if args.model else "random",
+        "output_tokens": 1, "decode_tokens": decode,
         "command": ["python", "-m", "bench.prefill", *sys.argv[1:]],
         "flags": {
             **{name: os.environ.get(name) for name in FLAGS},
@@ -157,8 +169,11 @@ def run(
         bar.now("measuring the ceilings of this device")
         ceilings = measure_ceilings(device, dtype)
         result["ceilings"] = ceilings.as_dict()
-        bar.now(f"building LLaVA-1.5 ({preset.name}) with random weights")
-        stock = models.build_stock(preset, device=device, dtype=dtype, seed=SEED)
+        bar.now(f"building LLaVA-1.5 ({preset.name}), weights: {result['weights']}")
+        if args.model:
+            stock = models.load_stock(args.model, device=device, dtype=dtype)
+        else:
+            stock = models.build_stock(preset, device=device, dtype=dtype, seed=SEED)
         rows = models.build_rows(stock, preset, full=args.full)
         bar.step()
 

@@ -28,6 +28,11 @@ class Preset:
     patch_size: int = 14
     batches: tuple[int, ...] = (1,)
     text_tokens: int = 64
+    image_token: int | None = None  # of a checkpoint; a random model takes one of the last ids
+
+    @property
+    def image_token_id(self) -> int:
+        return self.vocabulary - 8 if self.image_token is None else self.image_token
 
     @property
     def grid(self) -> int:

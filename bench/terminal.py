@@ -38,8 +38,8 @@ def report(result: dict[str, Any]) -> str:
         "",
         f"{result['device']}   {result['dtype']}, attention {result['attention']}, torch {result['torch']}, "
         f"transformers {result['transformers']}, commit {result['commit'][:12]}",
-        f"{result['preset']}, {_texts(result)} text tokens, one photograph per sequence, random weights; median of "
-        f"{max((row['rounds'] for row in result['rows']), default=0)} interleaved rounds",
+        f"{result['preset']}, {_texts(result)} text tokens, one photograph per sequence, weights: {result['weights']}; "
+        f"median of {max((row['rounds'] for row in result['rows']), default=0)} interleaved rounds",
         "",
         render(HEADER, [UNITS, *lines], left=3),
         "",

@@ -37,6 +37,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         (["--batch", "two"], "--batch", "'two'"),
         (["--rounds", "-1"], "--rounds", "at least 1"),
         (["--modes", "fast"], "--modes", "'fast'"),
+        (["--model", "llava-hf/llava-1.5-7b-hf"], "--model", "config.json"),
+        (["--model", "absent", "--preset", "cpu"], "--model", "'absent'"),
+        (["--report", "absent/folder"], "--report", "does not exist"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_loaded(arguments, option, words):

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from bench import gpu, group, kernels, prefill, results
+from bench.models import build_stock
 from bench.modes import Eager
+from bench.presets import PRESETS
 
 TINY = ["--preset", "tiny", "--device", "cpu", "--batch", "1"]
 
@@ -48,6 +50,18 @@ def test_every_row_has_times_memory_and_its_samples(full_run):
     # 2 (keys, values) * 2 layers * tokens * 64 channels * 4 bytes
     assert kv[16] * 2**20 == 2 * 2 * (16 + 8) * 64 * 4
     assert kv[4] * 2**20 == 2 * 2 * (4 + 8) * 64 * 4
+
+
+def test_a_checkpoint_takes_the_place_of_a_preset(tmp_path):
+    stock = build_stock(PRESETS["tiny"], device="cpu", dtype=torch.float32, seed=5)
+    stock.save_pretrained(tmp_path / "small-llava")
+    arguments = ["--model", str(tmp_path / "small-llava"), "--device", "cpu", "--rounds", "1", "--text", "5"]
+    assert prefill.main([*arguments, "--json", str(tmp_path / "x.json"), "--report", str(tmp_path)]) == 0
+    result = results.read(tmp_path / "x.json")
+    assert (result["preset"], result["weights"].split(",")[0]) == ("small-llava", "small-llava")
+    assert {row["text_tokens"] for row in result["rows"]} == {5}
+    assert len(result["speedup"]) == 2
+    assert "small-llava" in (tmp_path / "report.html").read_text()
 
 
 def test_the_fused_row_is_this_library(monkeypatch, tmp_path):
