@@ -119,6 +119,6 @@ def autocast(
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast would cast x, None where it would not."""
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device_type)
