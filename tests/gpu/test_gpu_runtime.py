@@ -1,4 +1,4 @@
-"""If this fails, the chain does not survive how GPUs are driven: graphs, streams, several devices, no synchronisation."""
+"""If this fails, the chain does not survive how GPUs are driven: graphs, streams, devices, no synchronisation."""
 
 import copy
 
@@ -256,10 +256,8 @@ def test_float64_takes_the_torch_path():
 
 def test_the_other_device():
     """Tensors on cuda:1 while cuda:0 is current: the launch must follow the tensors."""
-    if torch.cuda.device_count() < 2:
-        device = "cuda:0"  # one GPU: the same code, without the change of device
-    else:
-        device = "cuda:1"
+    # with one GPU the same code runs, without the change of device
+    device = "cuda:0" if torch.cuda.device_count() < 2 else "cuda:1"
     module, blocks = build(device)
     theirs = reference.CompactTokenProjector(4, 128, 256, skip_tokens=1, dtype=torch.bfloat16, device=device)
     theirs.load_state_dict(module.state_dict())

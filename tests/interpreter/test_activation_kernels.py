@@ -1,4 +1,4 @@
-"""If this fails, an activation or its derivative is off somewhere on the line: fast GELU, the tails, infinities, NaN."""
+"""If this fails, an activation or its derivative is off somewhere: fast GELU, the tails, infinities, NaN."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""If this fails, the chain of kernels (merged stores, dense reads, scatter) or its backward differs from the reference."""
+"""If this fails, the chain of kernels (merged stores, dense reads, scatter) or its backward is wrong."""
 
 import pytest
 import torch

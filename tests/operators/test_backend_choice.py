@@ -1,4 +1,4 @@
-"""If this fails, use_backend picks another path than it says, leaks out of its block or its thread, or hides an error."""
+"""If this fails, use_backend picks another path than it says, or leaks out of its block or its thread."""
 
 import threading
 
@@ -18,7 +18,7 @@ def call(blocks=BLOCKS, weight=WEIGHT):
 
 @pytest.mark.parametrize("name", ["cuda", "", "Triton", None, 1, ["torch"]])
 def test_an_unknown_name_is_refused_at_once(name):
-    with pytest.raises(ValueError, match="backend.*auto.*triton.*torch") as error:
+    with pytest.raises(ValueError, match=r"backend.*auto.*triton.*torch") as error:
         stf_kernels.use_backend(name)
     assert repr(name) in str(error.value)
 

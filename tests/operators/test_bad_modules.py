@@ -44,8 +44,14 @@ FORWARD = {
     "no blocks": (lambda: ([],), ValueError, r"blocks.*none"),
     "a tensor": (lambda: (torch.zeros(3, 2, 17, 8),), TypeError, r"blocks.*list.*Tensor"),
     "channels": (lambda: (states(dim=9),), ValueError, r"blocks\[0\].*8 channels.*\(2, 17, 9\)"),
-    "unlike shapes": (lambda: ([*states(2), *states(1, tokens=16)],), ValueError, r"blocks\[2\].*\(2, 17, 8\).*\(2, 16, 8\)"),
-    "unlike dtypes": (lambda: ([*states(2), *states(1, dtype=torch.float16)],), TypeError, r"blocks\[2\].*float32.*float16"),
+    "unlike shapes": (
+        lambda: ([*states(2), *states(1, tokens=16)],), ValueError,
+        r"blocks\[2\].*\(2, 17, 8\).*\(2, 16, 8\)",
+    ),
+    "unlike dtypes": (
+        lambda: ([*states(2), *states(1, dtype=torch.float16)],), TypeError,
+        r"blocks\[2\].*float32.*float16",
+    ),
     "dtype of the weights": (lambda: (states(dtype=torch.bfloat16),), TypeError, r"(out|weight).*bfloat16.*float32"),
     "integers": (lambda: (states(dtype=torch.int64),), TypeError, r"blocks\[0\].*dtype.*int64"),
     "too few tokens": (lambda: (states(tokens=0),), ValueError, r"skip_tokens.*0.*1"),

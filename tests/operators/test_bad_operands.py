@@ -32,10 +32,22 @@ CONCAT = {
     "a block that is no tensor": (lambda: {"blocks": with_last([1.0])}, TypeError, r"blocks\[2\].*tensor.*list"),
     "thirty-three": (lambda: {"blocks": blocks() * 11}, ValueError, r"blocks.*32.*33"),
     "two axes": (lambda: {"blocks": [torch.zeros(T, C)] * M}, ValueError, r"blocks\[0\].*\[B, T, C\].*\(6, 8\)"),
-    "other tokens": (lambda: {"blocks": with_last(torch.zeros(B, 5, C))}, ValueError, r"blocks\[2\].*\(2, 6, 8\).*\(2, 5, 8\)"),
-    "other batch": (lambda: {"blocks": with_last(torch.zeros(1, T, C))}, ValueError, r"blocks\[2\].*\(2, 6, 8\).*\(1, 6, 8\)"),
-    "other channels": (lambda: {"blocks": with_last(torch.zeros(B, T, 4))}, ValueError, r"blocks\[2\].*\(2, 6, 8\).*\(2, 6, 4\)"),
-    "other dtype": (lambda: {"blocks": with_last(torch.zeros(B, T, C).half())}, TypeError, r"blocks\[2\].*float32.*float16"),
+    "other tokens": (
+        lambda: {"blocks": with_last(torch.zeros(B, 5, C))}, ValueError,
+        r"blocks\[2\].*\(2, 6, 8\).*\(2, 5, 8\)",
+    ),
+    "other batch": (
+        lambda: {"blocks": with_last(torch.zeros(1, T, C))}, ValueError,
+        r"blocks\[2\].*\(2, 6, 8\).*\(1, 6, 8\)",
+    ),
+    "other channels": (
+        lambda: {"blocks": with_last(torch.zeros(B, T, 4))}, ValueError,
+        r"blocks\[2\].*\(2, 6, 8\).*\(2, 6, 4\)",
+    ),
+    "other dtype": (
+        lambda: {"blocks": with_last(torch.zeros(B, T, C).half())}, TypeError,
+        r"blocks\[2\].*float32.*float16",
+    ),
     "other device": (
         lambda: {"blocks": with_last(torch.zeros(B, T, C, device="meta"))}, ValueError, r"blocks\[2\].*device.*cpu.*meta",
     ),

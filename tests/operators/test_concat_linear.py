@@ -1,4 +1,4 @@
-"""If this fails, act(concat(blocks) @ W^T + b) is wrong on the torch path: a block, a tail, the bias or the activation."""
+"""If this fails, act(concat(blocks) @ W^T + b) is wrong on the torch path: a block, a tail, bias or activation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""If this fails, a package imports what DESIGN section 6 says it must not; then the comparison, or the wheel, is no more.
+"""If this fails, a package imports what DESIGN section 6 forbids; then the comparison, or the wheel, proves nothing.
 
 kernels -> triton;  ops -> kernels, tuning;  functional -> ops;  modules -> functional;  reference -> torch and einops.
 """
@@ -14,7 +14,7 @@ PACKAGES = ("stf_kernels", "reference", "llava_integration")
 
 
 def imports(path: Path, root: Path = ROOT):
-    """(line, absolute dotted name) of everything a file imports, relative imports resolved; names of a `from` included."""
+    """(line, absolute dotted name) of everything a file imports, relative ones resolved, a `from`'s names included."""
     package = path.relative_to(root).with_suffix("").parts
     package = package[:-1]  # of a module and of an __init__ alike
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

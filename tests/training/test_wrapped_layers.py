@@ -190,6 +190,30 @@ def test_a_removed_hook_gives_the_fused_chain_back():
     assert torch.equal(run(module, blocks), fused)
 
 
+@PLACES
+def test_a_bias_that_is_a_buffer(name, layer):
+    """Frozen by hand: still a bias of the layer, though no parameter."""
+    module, blocks = build(name)
+    linear = module.get_submodule(layer)
+    bias = linear.bias.detach() + 1
+    plain = run(module, blocks).detach()
+    del linear.bias
+    linear.register_buffer("bias", bias)
+    assert_called(module, blocks, plain)
+
+
+@PLACES
+def test_a_weight_tied_to_something_plain(name, layer):
+    """A weight that is an attribute and no parameter, as weight generators and flattened FSDP leave it."""
+    module, blocks = build(name)
+    plain = run(module, blocks).detach()
+    linear = module.get_submodule(layer)
+    weight = 2 * linear.weight.detach()
+    del linear.weight
+    linear.weight = weight
+    assert_called(module, blocks, plain)
+
+
 def test_a_child_of_another_class():
     class Doubled(stf_kernels.MultiBlockTokenFusion):
         def forward(self, blocks):
