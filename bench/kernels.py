@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     results.write(path, result)
     print(report(result))
     print(f"\n{path}")
-    return 1 if any(row["failed"] for row in result["rows"]) else 0
+    # A rival that does not run here is a row that says so; one of our own paths that fails is a failure.
+    return 1 if any(row["failed"] and row["provider"].startswith("stf") for row in result["rows"]) else 0
 
 
 def plan(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:

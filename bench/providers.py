@@ -83,15 +83,31 @@ def providers(stage: str, operands: Operands, *, tiles: bool = True) -> list[Pro
     found = [Provider("eager", lambda: eager_stage(stage, x, w, b, sizes)), Provider("stf", ours)]
     if gpu:
         found.append(Provider("stf-triton", _forced(ours)))
+    extra: dict[str, Callable[[], list[Provider]]] = {}
     if stage == "G2":
-        found.append(_merge_store(operands))
+        extra["stf-merge-store"] = lambda: [_merge_store(operands)]
     if stage == "G3":
-        found += [_dense(operands), _conv2d(operands)]
+        extra |= {"stf-dense": lambda: [_dense(operands)], "conv2d": lambda: [_conv2d(operands)]}
     if stage in ("G1", "G3"):
-        found.append(_addmm_activation(stage, operands))
+        extra[TANH] = lambda: [_addmm_activation(stage, operands)]
     if stage == "G1":
-        found.append(_strided(operands))
-    return [*found, *(_tiles(stage, operands) if gpu and tiles else [])]
+        extra["strided"] = lambda: [_strided(operands)]
+    if gpu and tiles:
+        extra["stf-tiles"] = lambda: _tiles(stage, operands)
+    return found + [provider for name, build in extra.items() for provider in _guarded(name, build)]
+
+
+def _guarded(name: str, build: Callable[[], list[Provider]]) -> list[Provider]:
+    """A provider that cannot even be set up is a failed row of its own, not the end of the table."""
+    try:
+        return build()
+    except Exception as error:
+        failure = error
+
+        def fail() -> Tensor:
+            raise failure
+
+        return [Provider(name, fail)]
 
 
 def compiled(stage: str, operands: Operands) -> Provider:

@@ -180,6 +180,20 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch, tmp_path):
     assert rows["eager"]["us_eager"] > 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it would run there")
+def test_a_rival_that_does_not_run_costs_only_its_own_row(monkeypatch, tmp_path):
+    def absent(*_):
+        raise RuntimeError("no convolution here")
+
+    monkeypatch.setattr("bench.providers._conv2d", absent)
+    path = tmp_path / "kernels.json"
+    arguments = ["--small", "--no-compile", "--batch", "1", "--dtype", "float32", "--stage", "G3", "--json", str(path)]
+    assert kernels.main(arguments) == 0
+    rows = {row["provider"]: row for row in results.read(path)["rows"]}
+    assert "no convolution here" in rows["conv2d"]["failed"]
+    assert rows["stf"]["us_eager"] > 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpu_commands_say_that_there_is_no_gpu(capsys):
     assert gpu.main([]) == 2
