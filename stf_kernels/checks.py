@@ -45,7 +45,11 @@ def check_blocks(blocks: object, num_blocks: int | None = None) -> None:
         raise ValueError(f"blocks: expected {num_blocks} tensors (num_blocks), got {len(blocks)}")
     if len(blocks) > MAX_BLOCKS:
         raise ValueError(f"blocks: expected at most {MAX_BLOCKS} tensors, got {len(blocks)}")
+    check_tokens("blocks[0]", blocks[0])
+    shape, dtype, device = blocks[0].shape, blocks[0].dtype, blocks[0].device
     for i, block in enumerate(blocks):
+        if isinstance(block, Tensor) and block.shape == shape and block.dtype == dtype and block.device == device:
+            continue
         check_tokens(f"blocks[{i}]", block)
         check_same(f"blocks[{i}]", block, "blocks[0]", blocks[0])
         if block.shape != blocks[0].shape:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import checks, ops
 from .functional import autocast_dtype, concat_linear, contiguous_rows, spatial_merge_linear
-from .plain_linear import FrozenRelayout, activate, is_plain_linear, is_untouched
+from .plain_linear import FrozenRelayout, activate, is_untouched, plain_parameters
 from .relayout import channel_to_patch_major
 
 
@@ -34,15 +34,16 @@ class _TwoLayers(nn.Module):
         self.linear_1 = nn.Linear(in_dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.linear_2 = nn.Linear(hidden_dim, out_dim, bias=bias, device=device, dtype=dtype)
 
-    def is_plain(self) -> bool:
-        """Both layers can be read instead of called, and agree on having a bias."""
-        one, two = self.linear_1, self.linear_2
-        return is_plain_linear(one) and is_plain_linear(two) and (one.bias is None) == (two.bias is None)
+    def readable(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """(weights, biases) of the two layers if both can be read instead of called; no biases if neither has one."""
+        one, two = plain_parameters(self._modules["linear_1"]), plain_parameters(self._modules["linear_2"])
+        if one is None or two is None or (one[1] is None) != (two[1] is None):
+            return None
+        return [one[0], two[0]], [] if one[1] is None else [one[1], two[1]]
 
     def _linear_2(self, hidden: Tensor) -> Tensor:
-        if is_plain_linear(self.linear_2):
-            return concat_linear([hidden], self.linear_2.weight, self.linear_2.bias)
-        return self.linear_2(hidden)
+        plain = plain_parameters(self.linear_2)
+        return self.linear_2(hidden) if plain is None else concat_linear([hidden], *plain)
 
 
 class MultiBlockTokenFusion(_TwoLayers):
@@ -76,16 +77,15 @@ class MultiBlockTokenFusion(_TwoLayers):
 
     def forward(self, blocks: Sequence[Tensor]) -> Tensor:
         check_module_blocks(blocks, self.num_blocks, self.dim, self.skip_tokens)
-        if self.is_plain():
-            return run_chain(ops.token_fusion_mlp, blocks, [self], None, self.activation, self.skip_tokens, 1, 0, 0)
-        one = self.linear_1
-        if is_plain_linear(one):
-            hidden = concat_linear(
-                blocks, one.weight, one.bias, activation=self.activation, skip_tokens=self.skip_tokens
-            )
+        readable = self.readable()
+        if readable is not None:
+            return run_chain(ops.token_fusion_mlp, blocks, *readable, self.activation, self.skip_tokens, 1, 0, 0)
+        plain = plain_parameters(self.linear_1)
+        if plain is not None:
+            hidden = concat_linear(blocks, *plain, activation=self.activation, skip_tokens=self.skip_tokens)
         else:
             joined = torch.cat([block[:, self.skip_tokens :] for block in blocks], dim=-1)
-            hidden = activate(one(joined), self.activation)
+            hidden = activate(self.linear_1(joined), self.activation)
         return self._linear_2(hidden)
 
     def extra_repr(self) -> str:
@@ -130,23 +130,28 @@ class SpatialTokenFusion(_TwoLayers):
         checks.check_tokens("x", x)
         check_width("x", x, self.dim)
         height, width = checks.resolve_grid(grid, x.shape[1], self.merge_size, self.truncate)
-        if self.is_plain():
-            return run_chain(
-                ops.token_fusion_mlp, [x], [self], self, self.activation, 0, self.merge_size, height, width
-            )
-        one = self.linear_1
-        geometry = {"grid": (height, width), "merge_size": self.merge_size, "truncate": self.truncate}
-        if is_plain_linear(one):
+        readable = self.readable()
+        if readable is not None:
+            return run_chain(ops.token_fusion_mlp, [x], *readable, self.activation, 0, self.merge_size, height, width)
+        plain = plain_parameters(self.linear_1)
+        if plain is not None:
+            weight, bias = plain
             hidden = spatial_merge_linear(
-                x, self.patch_major_weight(), one.bias, activation=self.activation, **geometry
-            )
+                x, self.patch_major(weight), bias, grid=(height, width), merge_size=self.merge_size,
+                activation=self.activation, truncate=self.truncate,
+            )  # fmt: skip
         else:
-            hidden = activate(one(self._merged(x, height, width)), self.activation)
+            hidden = activate(self.linear_1(self._merged(x, height, width)), self.activation)
         return self._linear_2(hidden)
 
-    def patch_major_weight(self) -> Tensor:
-        """linear_1.weight in the order that the kernels read."""
-        weight = self.linear_1.weight
+    def readable(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        found = super().readable()
+        if found is not None:
+            found[0][0] = self.patch_major(found[0][0])
+        return found
+
+    def patch_major(self, weight: Tensor) -> Tensor:
+        """linear_1's weight in the order that the kernels read."""
         if self.feature_order == "patch_major":
             return weight
         return self._relayout.get(weight, lambda w: channel_to_patch_major(w, self.merge_size), self.training)
@@ -231,11 +236,12 @@ class CompactTokenProjector(nn.Module):
         if out is not None or rows is not None:
             count = blocks[0].shape[0] * (height // stf.merge_size) * (width // stf.merge_size)
             self._check_target(blocks, out, rows, count)
-        if self._is_chain():
+        readable = self._readable()
+        if readable is not None:
             static = (stf.activation, self.skip_tokens, stf.merge_size, height, width)
             if out is None:
-                return run_chain(ops.compact_token_projector, blocks, [self.mbtf, stf], stf, *static)
-            run_chain(ops.compact_token_projector_out, blocks, [self.mbtf, stf], stf, *static, out, rows.contiguous())
+                return run_chain(ops.compact_token_projector, blocks, *readable, *static)
+            run_chain(ops.compact_token_projector_out, blocks, *readable, *static, out, rows.contiguous())
             return out
         x = blocks[0][:, self.skip_tokens :] if self.mbtf is None else self.mbtf(blocks)
         z = stf(x, (height, width))
@@ -245,13 +251,15 @@ class CompactTokenProjector(nn.Module):
         """Forget the relaid-out copy of a frozen channel-major weight; see SpatialTokenFusion.refresh."""
         self.stf.refresh()
 
-    def _is_chain(self) -> bool:
-        """Both children can be read instead of called, so that the four GEMMs run as one chain."""
+    def _readable(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """(weights, biases) of the four layers if both children can be read instead of called."""
         mbtf, stf = self.mbtf, self.stf
         if mbtf is None or not (is_untouched(mbtf, MultiBlockTokenFusion) and is_untouched(stf, SpatialTokenFusion)):
-            return False
-        alike = mbtf.activation == stf.activation and (mbtf.linear_1.bias is None) == (stf.linear_1.bias is None)
-        return alike and mbtf.is_plain() and stf.is_plain()
+            return None
+        first, second = mbtf.readable(), stf.readable()
+        if first is None or second is None or bool(first[1]) != bool(second[1]) or mbtf.activation != stf.activation:
+            return None
+        return first[0] + second[0], first[1] + second[1]
 
     def _check_target(self, blocks: Sequence[Tensor], out: Tensor | None, rows: Tensor | None, count: int) -> None:
         checks.check_out(out, rows, count, self.out_dim, blocks[0])
@@ -278,19 +286,13 @@ def check_module_blocks(blocks: Sequence[Tensor], num_blocks: int, dim: int, ski
     checks.check_skip(skip_tokens, blocks[0].shape[1])
 
 
-def run_chain(
-    operator, blocks: Sequence[Tensor], children: Sequence[_TwoLayers], merging: SpatialTokenFusion | None, *static
-):
-    """Call a fused chain with the parameters of `children`, in the dtype that autocast asks for."""
-    weights, biases = [], []
-    for child in children:
-        first = merging.patch_major_weight() if child is merging else child.linear_1.weight
-        weights += [first, child.linear_2.weight]
-        if child.linear_1.bias is not None:
-            biases += [child.linear_1.bias, child.linear_2.bias]
+def run_chain(operator, blocks: Sequence[Tensor], weights: list[Tensor], biases: list[Tensor], *static):
+    """Call a fused chain in the dtype that autocast asks for, after the checks that need the parameters."""
     dtype = autocast_dtype(blocks[0])
     if dtype is not None:
         blocks, weights, biases = ([t.to(dtype) for t in group] for group in (blocks, weights, biases))
-    for tensor, name in zip((*weights, *biases), ("weight",) * len(weights) + ("bias",) * len(biases), strict=True):
-        checks.check_same(name, tensor, "blocks", blocks[0])
+    for weight in weights:
+        checks.check_same("weight", weight, "blocks", blocks[0])
+    for bias in biases:
+        checks.check_same("bias", bias, "blocks", blocks[0])
     return operator([contiguous_rows(block) for block in blocks], weights, biases, *static)

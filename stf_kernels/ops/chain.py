@@ -15,6 +15,7 @@ dW and dX run in the library GEMM (cuBLAS, MKL): they are plain matrix products 
 stride (a CLS-cropped batch) is copied one at a time.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ def run_stage(
 
 def _configuration(x: Tensor, num_blocks: int, weight: Tensor, stage: Stage) -> tuning.GemmConfig | None:
     """The device's choice; None is cuBLAS, the table's to name unless the user asked for Triton."""
-    m = x.shape[0] * stage.tokens(x)
+    m = x.shape[0] * stage.tokens(x.shape)
     may_decline = backend.current_backend() == "auto"
     return tuning.choose(x.device, stage.kind(num_blocks), x.dtype, m, *weight.shape, may_decline=may_decline)
 
@@ -81,6 +82,17 @@ def chain_fwd(
             saved.append(y if pre is None else pre)
         x = [y]
     return y, saved
+
+
+def output_shapes(
+    shape: Sequence[int], weights: Sequence[Tensor], stages: Sequence[Stage]
+) -> list[tuple[int, int, int]]:
+    """Of each stage, for blocks of a shape [B, T, C]."""
+    shapes = []
+    for stage, weight in zip(stages, weights, strict=True):
+        shape = stage.out_shape(shape, weight.shape[0])
+        shapes.append(shape)
+    return shapes
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,7 @@ def chain_bwd(
     d_weights: list[Tensor | None] = [None] * len(weights)
     d_biases: list[Tensor | None] = [None] * len(weights)
 
+    shapes = output_shapes(blocks[0].shape, weights, stages)
     g = _rows_of(dy, stages[last])
     if stages[last].activation is not None:
         g, _, d_biases[last] = _activation_bwd(
@@ -128,8 +141,7 @@ def chain_bwd(
         before, kept = stages[i - 1], saved[i - 1]
         dx = None
         if needs.upstream_of(i):
-            shape = (blocks[0].shape[0], -1, weights[i].shape[1])
-            dx = _rows_of(torch.mm(g, weights[i]).view(shape), before)
+            dx = _rows_of(torch.mm(g, weights[i]).view(shapes[i - 1]), before)
         x = kept
         if before.activation is not None:
             if dx is not None:
@@ -140,9 +152,10 @@ def chain_bwd(
             elif needs.weights[i]:
                 x = torch_path.activate_(kept.clone(), before.activation)
             if before.scatter > 1 and x is not None:
-                x = merge_windows(x.view(blocks[0].shape[0], -1, x.shape[-1]), before.grid, before.scatter)
+                rows = x.view(shapes[i - 1][0], math.prod(before.grid), x.shape[-1])
+                x = merge_windows(rows, before.grid, before.scatter)
         if needs.weights[i]:
-            d_weights[i] = torch.mm(g.t(), x.reshape(g.shape[0], -1))
+            d_weights[i] = torch.mm(g.t(), x.reshape(g.shape[0], weights[i].shape[1]))
         if dx is None:
             break
         g = dx
@@ -153,7 +166,7 @@ def _rows_of(dy: Tensor, stage: Stage) -> Tensor:
     """Gradient of a stage's output -> [rows, N], rows in the order of its GEMM."""
     if stage.scatter > 1:
         dy = unmerge_windows(dy, stage.grid, stage.scatter)
-    return dy.reshape(-1, dy.shape[-1])
+    return dy.flatten(0, 1)
 
 
 def _activation_bwd(

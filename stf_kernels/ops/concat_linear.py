@@ -1,4 +1,4 @@
-"""concat_linear: y = act(concat(blocks, -1) @ W^T + b), one stage of M segments.   Paper section 3.2 (MBTF)."""
+"""concat_linear: y = act(concat(blocks, -1) @ W^T + b), one stage of M segments.  (MBTF, first layer)"""
 
 from .registration import ChainOperator, Plan
 from .stage import Stage

@@ -52,11 +52,11 @@ def launch_stage(
     """
     x = blocks[0]
     n, c = weight.shape[0], x.shape[-1]
-    tokens = stage.tokens(x)
+    tokens = stage.tokens(x.shape)
     m = x.shape[0] * tokens
     store_dtype = torch.float32 if interpreting() else x.dtype
     if out is None:
-        y = torch.empty(stage.out_shape(x, n), device=x.device, dtype=store_dtype)
+        y = torch.empty(stage.out_shape(x.shape, n), device=x.device, dtype=store_dtype)
         y_stride = y.shape[-1]
     else:
         y = out.to(store_dtype)  # `out` itself, but for the interpreter

@@ -96,8 +96,8 @@ class ChainOperator:
         block = _as_list(blocks)[0][:, skip:]
         saved = []
         for i, (stage, weight) in enumerate(zip(stages, _as_list(weights), strict=True)):
-            rows, n = block.shape[0] * stage.tokens(block), weight.shape[0]
-            y = block.new_empty(stage.out_shape(block, n))
+            rows, n = block.shape[0] * stage.tokens(block.shape), weight.shape[0]
+            y = block.new_empty(stage.out_shape(block.shape, n))
             if save and stage.activation is not None:
                 saved.append(block.new_empty((rows, n)))
             elif save and i < len(stages) - 1:

@@ -1,4 +1,4 @@
-"""spatial_merge_linear: y = act(merge_rxr(x) @ W^T + b), one stage of r*r segments.   Paper section 3.1 (STF)."""
+"""spatial_merge_linear: y = act(merge_rxr(x) @ W^T + b), one stage of r*r segments.  (STF, first layer)"""
 
 from .registration import ChainOperator, Plan
 from .stage import Stage

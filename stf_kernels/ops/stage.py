@@ -29,14 +29,14 @@ class Stage:
             return "linear_merge"
         return "concat" if num_blocks > 1 else "linear"
 
-    def tokens(self, block: Tensor) -> int:
-        """GEMM rows per image."""
-        return self._windows(self.gather) if self.gather > 1 else block.shape[1]
+    def tokens(self, shape: Sequence[int]) -> int:
+        """GEMM rows per image of blocks of a shape [B, T, C]."""
+        return self._windows(self.gather) if self.gather > 1 else shape[1]
 
-    def out_shape(self, block: Tensor, n: int) -> tuple[int, int, int]:
+    def out_shape(self, shape: Sequence[int], n: int) -> tuple[int, int, int]:
         if self.scatter > 1:
-            return block.shape[0], self._windows(self.scatter), self.scatter**2 * n
-        return block.shape[0], self.tokens(block), n
+            return shape[0], self._windows(self.scatter), self.scatter**2 * n
+        return shape[0], self.tokens(shape), n
 
     def _windows(self, size: int) -> int:
         return (self.grid[0] // size) * (self.grid[1] // size)

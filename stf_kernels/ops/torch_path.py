@@ -63,5 +63,5 @@ def run_stage(
     pre = y.clone() if save_pre else None
     y = activate_(y, stage.activation)
     if stage.scatter > 1:
-        return merge_windows(y.view(blocks[0].shape[0], -1, n), stage.grid, stage.scatter), pre
-    return y.view(stage.out_shape(blocks[0], n)), pre
+        return merge_windows(y.view(*blocks[0].shape[:2], n), stage.grid, stage.scatter), pre
+    return y.view(stage.out_shape(blocks[0].shape, n)), pre
