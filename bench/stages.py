@@ -3,8 +3,9 @@
     embed | vision | projector | insert | prefill | first token
           ^tower   ^projector  ^its end ^language model  ^logits  ^token id on the host
 
-A boundary is a wrapped `forward` of one submodule. Hooks would do for the stock model, but an STF model that sees a
-hook on its projector takes the plain insertion path: a stopwatch that changes what it times.
+A boundary is a wrapped `forward` of one submodule; of the projector, of its class. Hooks would do for the stock model,
+but an STF model that sees a hook or a forward on its projector takes the plain insertion path: a stopwatch that changes
+what it times.
 
     vision_ms      tower -> projector           (with the selection of hidden states)
     projector_ms   the projector's call         (where it writes into inputs_embeds itself, that is part of it)
@@ -82,9 +83,9 @@ def watched(model: nn.Module, mark: Callable[[str], None]) -> Iterator[None]:
     """Within the block, calls of the model's submodules mark the boundaries."""
     inner = model.model
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_around(vision_entry(inner.vision_tower), mark, before="vision"))
-        stack.enter_context(_around(inner.multi_modal_projector, mark, before="projector", after="insert"))
-        stack.enter_context(_around(inner.language_model, mark, before="prefill"))
+        stack.enter_context(_on_instance(vision_entry(inner.vision_tower), mark, "vision"))
+        stack.enter_context(_on_class(inner.multi_modal_projector, mark, "projector", "insert"))
+        stack.enter_context(_on_instance(inner.language_model, mark, "prefill"))
         yield
 
 
@@ -97,21 +98,46 @@ def vision_entry(tower: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _around(module: nn.Module, mark: Callable[[str], None], *, before: str, after: str | None = None) -> Iterator[None]:
-    original = module.forward
+def _on_instance(module: nn.Module, mark: Callable[[str], None], before: str) -> Iterator[None]:
+    """`module` marks where it begins. Its class stays as it is: transformers looks its models up by class."""
+    own, original = vars(module).get("forward"), module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         mark(before)
-        result = original(*args, **kwargs)
-        if after is not None:
-            mark(after)
-        return result
+        return original(*args, **kwargs)
 
-    module.forward = forward  # on the instance: the class, its other instances and hooks stay as they are
+    module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextlib.contextmanager
+def _on_class(module: nn.Module, mark: Callable[[str], None], before: str, after: str) -> Iterator[None]:
+    """`module` marks where it begins and ends, and carries no trace of it: its class does, for as long as the block."""
+    cls = type(module)
+    own, original = vars(cls).get("forward"), cls.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is not module:
+            return original(self, *args, **kwargs)
+        mark(before)
+        result = original(self, *args, **kwargs)
+        mark(after)
+        return result
+
+    cls.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del cls.forward
+        else:
+            cls.forward = own
 
 
 def first_token(model: nn.Module, inputs: dict[str, Tensor], mark: Callable[[str], None]) -> tuple[Any, list[int]]:

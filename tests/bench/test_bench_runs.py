@@ -80,6 +80,22 @@ def test_the_fused_row_is_this_library(monkeypatch, tmp_path):
     assert ("llava-stf/reference", "reference") in seen
 
 
+def test_the_stopwatch_leaves_the_fused_row_on_its_in_place_path(monkeypatch, tmp_path):
+    from llava_integration.modeling import LlavaStfModel
+
+    chosen = []
+    original = LlavaStfModel._writes_in_place
+
+    def spy(self, embeds):
+        chosen.append(original(self, embeds))
+        return chosen[-1]
+
+    monkeypatch.setattr(LlavaStfModel, "_writes_in_place", spy)
+    prefill.main([*TINY, "--rounds", "1", "--json", str(tmp_path / "x.json")])
+    assert chosen
+    assert all(chosen)
+
+
 def test_no_speed_up_when_fused_and_reference_differ(monkeypatch, tmp_path, capsys):
     original = Eager.output
 
