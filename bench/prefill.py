@@ -177,10 +177,10 @@ def run(
         rows = models.build_rows(stock, preset, full=args.full)
         bar.step()
 
-        bar.now("checking the warm start against the pooled stock projector")
+        bar.now("image features of the warm start, to be checked against the pooled stock model's")
         process = models.image_processor(preset)
-        first = _inputs(args, preset, device, dtype, min(batches), texts[0])
-        checks = [check_warm_start(rows, first, preset)]
+        first = _inputs(args, preset, device, dtype, batches[0], texts[0])
+        warm, checks = image_features(rows[-1], first), []
         # From here on dense random weights: the warm start's zeros could run faster than a trained projector.
         models.randomise(rows[-1].swap, SEED + 1)
         bar.step()
@@ -213,6 +213,11 @@ def run(
                 bar.now(f"{name}: warm-up of {cell.row.name}")
                 group.warm_up(cell)
                 bar.step()
+            if not checks:  # the first group: the stock model has just encoded the same photographs
+                stock_output = group.cells[0].output
+                known = None if stock_output is None else stock_output.features
+                features = image_features(rows[0], first) if known is None else known.unflatten(0, (batch, -1))
+                checks.append(check_warm_start(warm, features, preset))
             group.check(eager_outputs.get((batch, text), {}))
             if mode == "eager":
                 eager_outputs[batch, text] = {c.row.name: c.output for c in group.cells if c.output is not None}
@@ -253,23 +258,21 @@ def _inputs(args: argparse.Namespace, preset: Preset, device: str, dtype: Any, b
     return inputs
 
 
-def check_warm_start(rows: list[Any], inputs: Callable, preset: Preset) -> Any:
-    """LLaVA-STF fresh from `from_llava` against the stock model's image features, averaged 2x2, on the photograph."""
+def image_features(row: Any, inputs: Callable) -> Any:
+    """[images, image tokens, D], from the photograph through the row's own tower and projector."""
     import torch
 
+    encoded = row.activate().model.get_image_features(pixel_values=inputs(row).pixel_values)
+    return torch.stack(list(encoded.pooler_output))
+
+
+def check_warm_start(warm: Any, stock: Any, preset: Preset) -> Any:
+    """LLaVA-STF fresh from `from_llava` against the stock model's image features, averaged 2x2."""
     from . import agreement
     from .models import pool_tokens
 
-    stock, fused = rows[0], rows[-1]
-
-    def features(row: Any) -> torch.Tensor:
-        encoded = row.activate().model.get_image_features(pixel_values=inputs(row).pixel_values)
-        return torch.stack(list(encoded.pooler_output))
-
-    pooled = pool_tokens(features(stock), preset.grid)
-    return agreement.compare(
-        "warm start against the pooled stock projector", features(fused), pooled, agreement.FEATURES
-    )
+    name = "warm start against the pooled stock projector"
+    return agreement.compare(name, warm, pool_tokens(stock, preset.grid), agreement.FEATURES)
 
 
 def with_floor(row: dict[str, Any], preset: Preset, ceilings: Any, item: int) -> dict[str, Any]:
