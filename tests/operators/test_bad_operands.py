@@ -49,7 +49,8 @@ CONCAT = {
         r"blocks\[2\].*float32.*float16",
     ),
     "other device": (
-        lambda: {"blocks": with_last(torch.zeros(B, T, C, device="meta"))}, ValueError, r"blocks\[2\].*device.*cpu.*meta",
+        lambda: {"blocks": with_last(torch.zeros(B, T, C, device="meta"))},
+        ValueError, r"blocks\[2\].*device.*cpu.*meta",
     ),
     "integers": (
         lambda: {"blocks": blocks(dtype=torch.int64), "weight": weight(dtype=torch.int64)},
@@ -103,7 +104,8 @@ MERGE = {
     "weight of a concat": (lambda: {"weight": torch.zeros(N, C)}, ValueError, r"weight.*\[N, 32\].*\(5, 8\)"),
     "weight dtype": (lambda: {"weight": torch.zeros(N, 32).bfloat16()}, TypeError, r"weight.*float32.*bfloat16"),
     "channel-major weight": (
-        lambda: {"weight": torch.zeros(N, 30), "feature_order": "channel_major"}, ValueError, r"weight.*\[N, 32\].*\(5, 30\)",
+        lambda: {"weight": torch.zeros(N, 30), "feature_order": "channel_major"},
+        ValueError, r"weight.*\[N, 32\].*\(5, 30\)",
     ),
     "bias": (lambda: {"bias": torch.zeros(N + 1)}, ValueError, r"bias.*\(5,\).*\(6,\)"),
     "activation": (lambda: {"activation": "gelu_new"}, ValueError, r"activation.*gelu_tanh.*'gelu_new'"),

@@ -61,7 +61,7 @@ def test_no_concatenation_when_a_later_layer_is_wrapped():
 
 
 def peak(package, *, backward):
-    """Bytes held at the worst moment, at LLaVA-1.5's proportions with channels divided by 32; parameters not counted."""
+    """Bytes held at the worst moment, at LLaVA-1.5's proportions with a 32nd of the channels; without parameters."""
     module = package.CompactTokenProjector(8, 32, 128, skip_tokens=1)
     inputs = [torch.randn(8, 24 * 24 + 1, 32) for _ in range(8)]
     for parameter in module.parameters():

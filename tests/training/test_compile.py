@@ -40,8 +40,14 @@ def test_one_graph_and_the_same_values(name, grad):
     assert sum("stf_kernels" in str(node.target) for node in nodes) == 1  # one operator, however many layers
 
 
-@NAMES
-@pytest.mark.parametrize("grad", [True, False], ids=["train", "inference"])
+@pytest.mark.parametrize(
+    ("name", "grad"),
+    [
+        ("MultiBlockTokenFusion", True),
+        ("SpatialTokenFusion", True),
+        *[("CompactTokenProjector", grad) for grad in (True, False)],
+    ],
+)
 def test_five_batch_sizes_are_two_graphs(name, grad):
     module, draw = build(name)
     counter = CompileCounterWithBackend("aot_eager")
@@ -53,11 +59,15 @@ def test_five_batch_sizes_are_two_graphs(name, grad):
     assert counter.frame_count <= 2
 
 
-@NAMES
-@pytest.mark.parametrize("options", [{}, {"feature_order": "channel_major"}, {"bias": False}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MultiBlockTokenFusion", {"activation": "silu"}),
+        ("SpatialTokenFusion", {"bias": False}),
+        ("CompactTokenProjector", {"feature_order": "channel_major"}),
+    ],
+)
 def test_gradients(name, options):
-    if name == "MultiBlockTokenFusion" and "feature_order" in options:
-        options = {"activation": "silu"}
     module, draw = build(name, **options)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for batch in (2, 3):
