@@ -31,6 +31,7 @@ def check_tokens(name: str, x: object) -> None:
         raise TypeError(f"{name}: expected a tensor [B, T, C], got {type(x).__name__}")
     if x.ndim != 3:
         raise ValueError(f"{name}: expected shape [B, T, C], got {tuple(x.shape)}")
+    refuse_dtensor(name, x)
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected a dtype of float16, bfloat16, float32 or float64, got {x.dtype}")
 
@@ -68,12 +69,26 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
+def is_dtensor(tensor: object) -> bool:
+    """By name: importing torch.distributed.tensor costs every user what few need."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def refuse_dtensor(name: str, tensor: object) -> None:
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor, which these kernels do not shard over; apply fully_shard "
+            "to the projector or its children (they gather their parameters before forward), or pass full_tensor()"
+        )
+
+
 def check_linear(weight: object, bias: object, k: int, k_meaning: str, x_name: str, x: Tensor) -> None:
     """weight [N, k] and bias [N] that fit x's dtype and device."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a tensor [N, {k}], got {type(weight).__name__}")
     if weight.ndim != 2 or weight.shape[1] != k:
         raise ValueError(f"weight: expected shape [N, {k}] ({k_meaning}), got {tuple(weight.shape)}")
+    refuse_dtensor("weight", weight)
     check_same("weight", weight, x_name, x)
     if bias is None:
         return

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import checks, ops
 from .functional import autocast_dtype, concat_linear, contiguous_rows, spatial_merge_linear
-from .plain_linear import FrozenRelayout, activate, is_untouched, plain_parameters
+from .plain_linear import FrozenRelayout, activate, call_linear, is_untouched, plain_parameters
 from .relayout import channel_to_patch_major
 
 
@@ -43,7 +43,7 @@ class _TwoLayers(nn.Module):
 
     def _linear_2(self, hidden: Tensor) -> Tensor:
         plain = plain_parameters(self.linear_2)
-        return self.linear_2(hidden) if plain is None else concat_linear([hidden], *plain)
+        return call_linear("linear_2", self.linear_2, hidden) if plain is None else concat_linear([hidden], *plain)
 
 
 class MultiBlockTokenFusion(_TwoLayers):
@@ -85,7 +85,7 @@ class MultiBlockTokenFusion(_TwoLayers):
             hidden = concat_linear(blocks, *plain, activation=self.activation, skip_tokens=self.skip_tokens)
         else:
             joined = torch.cat([block[:, self.skip_tokens :] for block in blocks], dim=-1)
-            hidden = activate(self.linear_1(joined), self.activation)
+            hidden = activate(call_linear("linear_1", self.linear_1, joined), self.activation)
         return self._linear_2(hidden)
 
     def extra_repr(self) -> str:
@@ -141,7 +141,8 @@ class SpatialTokenFusion(_TwoLayers):
                 activation=self.activation, truncate=self.truncate,
             )  # fmt: skip
         else:
-            hidden = activate(self.linear_1(self._merged(x, height, width)), self.activation)
+            merged = self._merged(x, height, width)
+            hidden = activate(call_linear("linear_1", self.linear_1, merged), self.activation)
         return self._linear_2(hidden)
 
     def readable(self) -> tuple[list[Tensor], list[Tensor]] | None:

@@ -4,9 +4,13 @@ Only where calling it would do nothing else: exactly nn.Linear, ordinary paramet
 A LoRA adapter, a quantised layer, a sharded one (DTensor), a layer with a forward hook is called as the module it is.
 """
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import checks
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ORDINARY = (Tensor, nn.Parameter)
@@ -24,10 +28,20 @@ def plain_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if not is_untouched(module, nn.Linear):
         return None
     # Straight from the dictionary: attribute look-up on a module is most of the host time of a call.
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    parameters = module._parameters
+    if "weight" not in parameters or "bias" not in parameters:  # turned into a buffer or a plain attribute
+        return None
+    weight, bias = parameters["weight"], parameters["bias"]
     if type(weight) not in _ORDINARY or (bias is not None and type(bias) not in _ORDINARY):
         return None
     return weight, bias
+
+
+def call_linear(name: str, module: nn.Module, x: Tensor) -> Tensor:
+    """Call a layer that is not to be read; a sharded weight without whatever gathers it gets a clear error."""
+    if is_untouched(module, nn.Linear):
+        checks.refuse_dtensor(f"weight ({name})", module.weight)
+    return module(x)
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
@@ -51,18 +65,25 @@ class FrozenRelayout:
 
     def clear(self) -> None:
         self._key: tuple | None = None
+        self._of = lambda: None
         self._copy: Tensor | None = None
 
     def get(self, weight: Tensor, relayout, training: bool) -> Tensor:
         if training or weight.requires_grad or weight.is_inference() or torch.compiler.is_compiling():
             return relayout(weight)
-        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if key != self._key:
-            self._key, self._copy = key, relayout(weight)
+        key = (weight.data_ptr(), weight._version)
+        # The same address and version may be another tensor in freed memory: the tensor itself must be the same.
+        if key != self._key or self._of() is not weight:
+            # A copy made under inference_mode could not take part in a gradient later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._key, self._of, self._copy = key, weakref.ref(weight), relayout(weight)
         return self._copy
 
     def __deepcopy__(self, memo: dict) -> "FrozenRelayout":
         return FrozenRelayout()
 
     def __getstate__(self) -> dict:
-        return {"_key": None, "_copy": None}
+        return {}
+
+    def __setstate__(self, state: dict) -> None:
+        self.clear()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import current_backend, use_backend
-from .chain import Needs, chain_bwd, chain_fwd
+from .backward import Needs, chain_bwd
+from .chain import chain_fwd
 from .stage import Stage
 
 NAMESPACE = "stf_kernels"
@@ -118,6 +119,8 @@ class ChainOperator:
         kept = list(ctx.saved_tensors)
         saved, tensors = kept[: len(kept) - len(needs)], kept[len(kept) - len(needs) :]
         arguments = _in_form_of_all(values, _split(tensors, sizes))
+        if not ctx.inputs_form[-1]:
+            raise RuntimeError("save: a gradient was asked for; call the operator with save=True")
         found = iter(self._backward_op(grads[0], saved, *arguments, *static, needs))
         in_order = _split([next(found) if need else None for need in needs], sizes)
         return (*_in_form_of_all(values, in_order), *(None for _ in static), None)
@@ -125,7 +128,7 @@ class ChainOperator:
     def _backward(self, grad, saved, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
         *static, needs = static_and_needs
         grads = _run_backward(
-            self._plan(*static), grad, saved, _as_list(blocks), _as_list(weights), len(_as_list(biases)), needs
+            self._plan(*static), grad, list(saved), _as_list(blocks), _as_list(weights), len(_as_list(biases)), needs
         )
         return [g for g, need in zip(grads, needs, strict=True) if need]
 
@@ -135,7 +138,8 @@ class ChainOperator:
 
     def _autocast(self, device_type: str) -> Callable:
         def autocast(blocks, weights, biases, *rest):
-            dtype = torch.get_autocast_dtype(device_type)
+            wide = _as_list(blocks)[0].dtype == torch.float64  # float64 stays, as nn.Linear's does
+            dtype = torch.float64 if wide else torch.get_autocast_dtype(device_type)
             with torch._C._ExcludeDispatchKeyGuard(
                 torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
             ):
@@ -161,8 +165,11 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         _refuse_double_backward()
         kept, count = ctx.saved_tensors, sum(ctx.sizes)
-        saved, tensors = kept[: len(kept) - count], kept[len(kept) - count :]
+        saved, tensors = list(kept[: len(kept) - count]), kept[len(kept) - count :]
         blocks, weights, biases = _split(tensors, ctx.sizes)
+        # Without retain_graph the node lets go of what it saved, and the backward frees it piece by piece.
+        ctx.maybe_clear_saved_tensors()
+        del kept, tensors
         with use_backend(ctx.backend):
             grads = _run_backward(ctx.plan, grad, saved, blocks, weights, len(biases), ctx.needs_input_grad[2:])
         return (None, None, *grads)

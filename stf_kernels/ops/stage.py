@@ -9,6 +9,7 @@ Segment (block, dy, dx) of A's K axis is C columns wide; see kernels/segmented_l
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,10 @@ class Stage:
     gather: int = 1
     scatter: int = 1
     grid: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        if self.scatter > 1 and (self.gather > 1 or self.activation is not None):
+            raise ValueError("a stage that writes the merged layout neither gathers nor has an activation")
 
     def kind(self, num_blocks: int) -> str:
         """The name under which tuning tables know this stage; a concat of one block is a plain linear layer."""
@@ -65,7 +70,9 @@ def split_windows(x: Tensor, grid: tuple[int, int], size: int) -> Tensor:
 
 def merge_windows(x: Tensor, grid: tuple[int, int], size: int) -> Tensor:
     """[B, H*W, N] -> [B, (H//r)*(W//r), r*r*N], patch-major (one copy)."""
-    return split_windows(x, grid, size).permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
+    windows = split_windows(x, grid, size).permute(0, 1, 3, 2, 4, 5)
+    shape = (x.shape[0], windows.shape[1] * windows.shape[2], size * size * x.shape[2])
+    return torch.ops.aten._unsafe_view(windows.contiguous(), shape)
 
 
 def unmerge_windows(merged: Tensor, grid: tuple[int, int], size: int) -> Tensor:

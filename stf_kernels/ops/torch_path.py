@@ -54,14 +54,23 @@ def activate_(x: Tensor, activation: str | None) -> Tensor:
     return x
 
 
+def activation_backward(dy: Tensor, pre: Tensor, activation: str, *, into: Tensor | None) -> Tensor:
+    """dy * act'(pre), written over `into` if given (dy itself may be)."""
+    out = torch.empty_like(dy) if into is None else into
+    if activation == "silu":
+        return torch.ops.aten.silu_backward.grad_input(dy, pre, grad_input=out)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward.grad_input(dy, pre, approximate=approximate, grad_input=out)
+
+
 def run_stage(
     blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage: Stage, save_pre: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, pre-activation [rows, N] or None); y in the stage's output shape."""
+    """(y, pre-activation [rows, N] or None); y in the stage's output shape and no view, so that it may be changed."""
     n = weight.shape[0]
     y = linear(blocks, weight, bias, stage)
     pre = y.clone() if save_pre else None
     y = activate_(y, stage.activation)
     if stage.scatter > 1:
         return merge_windows(y.view(*blocks[0].shape[:2], n), stage.grid, stage.scatter), pre
-    return y.view(stage.out_shape(blocks[0].shape, n)), pre
+    return torch.ops.aten._unsafe_view(y, stage.out_shape(blocks[0].shape, n)), pre
