@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from . import convert_llava, convert_official
 
     logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # about old fields of SRC, which is only read
     convert = {"official": convert_official, "llava": convert_llava}[options.pop("command")]
     options["dtype"] = DTYPES.get(options["dtype"])
     try:

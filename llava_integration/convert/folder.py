@@ -52,7 +52,7 @@ def write_folder(dst: Path, conversion: Conversion, max_shard_bytes: int | None,
     """Write everything beside `dst`, then rename; returns the report."""
     config, report = conversion.config, conversion.report
     dtype = conversion.dtype if conversion.dtype in DTYPE_NAMES else torch.float32
-    config.dtype = dtype
+    config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
     config.architectures = [LlavaStfForConditionalGeneration.__name__]
     outputs = [Output(name, entry.shape, entry.read) for name, entry in conversion.entries.items()]
     size = sum(output.numel for output in outputs) * dtype.itemsize

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoTokenizer,
     LlamaTokenizer,
@@ -23,6 +24,7 @@ from .sentencepiece import read_llama_tokenizer
 from .vocabulary import IMAGE_TOKEN
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+SPECIAL_TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 SETTINGS_FILE = "preprocessor_config.json"
 SETTINGS = ("do_center_crop", "do_normalize", "do_rescale", "do_resize", "do_convert_rgb", "image_mean", "image_std",
             "resample", "rescale_factor", "size", "crop_size")  # fmt: skip
@@ -38,30 +40,30 @@ def read_tokenizer(folders: Sequence[Path], report: Report) -> PreTrainedTokeniz
         )
         return None
     if not (folder / "tokenizer.json").is_file():
-        return separate(read_llama_tokenizer(folder), folder)
+        return separate(read_llama_tokenizer(folder))
     errors = []
     for kind in (AutoTokenizer, PreTrainedTokenizerFast):
         try:
-            return separate(kind.from_pretrained(folder, local_files_only=True), folder)
+            return separate(kind.from_pretrained(folder, local_files_only=True))
         except Exception as error:  # the tokenizers library raises bare Exception
             errors.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
     raise ConversionError(f"{folder / 'tokenizer.json'}: expected a tokenizer, got {errors[0]}; get the files again")
 
 
-def separate(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+def separate(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """`tokenizer` such that the text behind an image starts as a text of its own, which LLaVA was trained on.
 
-    LLaVA encodes the pieces between its images one by one, and a Llama tokenizer puts a word boundary in front of each.
-    In one pass it does so only with `legacy`.
+    LLaVA encodes the pieces between its images one by one, and a Llama tokenizer puts a word boundary before each. In
+    one pass it does so only with `legacy`, which LlamaTokenizer forgets when it is saved twice: so tokenizer.json
+    has to say it, which only the generic class reads whole.
     """
-    if not isinstance(tokenizer, LlamaTokenizer) or tokenizer.legacy:
+    if not isinstance(tokenizer, LlamaTokenizer):
         return tokenizer
-    model = tokenizer.backend_tokenizer.pre_tokenizer
-    if model is not None and hasattr(model, "prepend_scheme"):
-        model.prepend_scheme = "always"
-        tokenizer.backend_tokenizer.pre_tokenizer = model
-    tokenizer.legacy = tokenizer.init_kwargs["legacy"] = True
-    return tokenizer
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is None and hasattr(backend.pre_tokenizer, "prepend_scheme"):
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=False)
+    kept = {name: getattr(tokenizer, name) for name in (*SPECIAL_TOKENS, "model_max_length", "padding_side")}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **kept)
 
 
 def read_image_settings(folders: Sequence[Path], report: Report) -> dict:

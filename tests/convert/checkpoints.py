@@ -3,6 +3,7 @@
 The official format is written from the names and shapes of its tensors; nothing of the converters is used here.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def _write_shards(folder, tensors, shards, stem, suffix, save) -> None:
     write_json(folder / f"{stem}.{suffix}.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def write_tower(folder: Path, tower: CLIPVisionModel, weights: bool = True) -> Path:
+def write_tower(folder: Path, tower: CLIPVisionModel | None, weights: bool = True) -> Path:
     """A CLIP folder: both towers' configuration, and a text tensor that nobody needs."""
     folder.mkdir()
     write_json(folder / "config.json", {"model_type": "clip", "vision_config": VISION | {"image_size": PIXELS}})
@@ -172,13 +173,22 @@ def make_tokenizer(words: list[str] = SPECIAL + WORDS) -> PreTrainedTokenizerFas
     )
 
 
+@functools.cache
+def _whole() -> dict[str, Tensor]:
+    return official_tensors(make_tower(), make_language(), make_projector())
+
+
+def whole_tensors() -> dict[str, Tensor]:
+    """All tensors of a whole official checkpoint, to change at will."""
+    return {name: value.clone() for name, value in _whole().items()}
+
+
 def make_official(folder: Path, shards: int = 2, form: str = "bin", tokenizer: bool = True, **config) -> Path:
     """A whole official checkpoint at `folder`/official, its CLIP without weights at `folder`/tower."""
     src = folder / "official"
     src.mkdir()
-    tower = make_tower()
-    write_tower(folder / "tower", tower, weights=False)
-    tensors = official_tensors(tower, make_language(), make_projector())
+    write_tower(folder / "tower", None, weights=False)
+    tensors = whole_tensors()
     {"bin": write_bin, "safetensors": write_safetensors}[form](src, tensors, shards)
     write_json(src / "config.json", official_config(**config))
     if tokenizer:

@@ -88,12 +88,12 @@ def test_report(official, tmp_path):
     (relaid_out,) = report.tensors["relaid out"]
     assert relaid_out == "model.multi_modal_projector.stf.linear_1.weight <- model.mm_projector.0.weight"
     count = sum(len(lines) for lines in report.tensors.values())
-    assert count == len(ck.official_tensors(ck.make_tower(), ck.make_language(), ck.make_projector()))
+    assert count == len(ck.whole_tensors())
 
 
 def test_computed_buffers_of_older_checkpoints_are_left_over(tmp_path):
     src = ck.make_official(tmp_path)
-    tensors = ck.official_tensors(ck.make_tower(), ck.make_language(), ck.make_projector())
+    tensors = ck.whole_tensors()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
     tensors["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     (src / "pytorch_model.bin.index.json").unlink()

@@ -1,0 +1,193 @@
+"""Broken if this fails: a converted folder does not load, prompt or describe itself as its users expect."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import llava_integration as li
+from llava_integration.convert import convert_official
+from llava_integration.convert.template import SYSTEM
+from tests.convert import checkpoints as ck
+from tests.support.processes import python
+
+LOAD = """
+import json, sys, torch
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from PIL import Image
+folder, options = sys.argv[1], json.loads(sys.argv[2])
+if not options:
+    import llava_integration
+model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+base = AutoModel.from_pretrained(folder, **options)
+processor = AutoProcessor.from_pretrained(folder, **options)
+inputs = processor(images=Image.new("RGB", (70, 40), "red"), text="USER: <image> what", return_tensors="pt")
+print(json.dumps({
+    "classes": [type(x).__name__ for x in (model, base, processor)],
+    "tokens": model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist(),
+}))
+if len(sys.argv) > 3:
+    model.save_pretrained(sys.argv[3])
+    processor.save_pretrained(sys.argv[3])
+"""
+
+
+def load(folder, *more, cache, **options):
+    result = python(
+        "-c", LOAD, str(folder), json.dumps(options), *more, HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(cache)
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_fresh_processes(converted, tmp_path):
+    """After the import alone, with trust_remote_code alone, which saves the loader again."""
+    model = AutoModelForImageTextToText.from_pretrained(converted)
+    processor = AutoProcessor.from_pretrained(converted)
+    inputs = processor(images=Image.new("RGB", (70, 40), "red"), text="USER: <image> what", return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist()
+
+    one = load(converted, cache=tmp_path / "cache")
+    assert one == {
+        "classes": ["LlavaStfForConditionalGeneration", "LlavaStfModel", "LlavaStfProcessor"],
+        "tokens": expected,
+    }
+    assert load(converted, str(tmp_path / "again"), cache=tmp_path / "cache", trust_remote_code=True) == one
+    one_map, other_map = (
+        json.loads((folder / "config.json").read_text())["auto_map"] for folder in (converted, tmp_path / "again")
+    )
+    assert one_map == other_map
+    (loader,) = (tmp_path / "again").glob("*.py")
+    assert loader.read_text() == (converted / loader.name).read_text()
+    assert any(f"{loader.stem}.LlavaStfProcessor" in file.read_text() for file in (tmp_path / "again").glob("*.json"))
+
+
+def test_without_auto_map_there_is_no_code(official, tmp_path):
+    convert_official(official, tmp_path / "stf")
+    assert not list((tmp_path / "stf").glob("*.py"))
+    assert "auto_map" not in (tmp_path / "stf" / "config.json").read_text()
+
+
+class TestProcessor:
+    def test_images_are_padded_to_a_square_where_the_checkpoint_says_so(self, converted, tmp_path):
+        assert AutoProcessor.from_pretrained(converted).image_processor.do_pad
+        src = ck.make_official(tmp_path, image_aspect_ratio="square")
+        convert_official(src, tmp_path / "stf")
+        assert not AutoProcessor.from_pretrained(tmp_path / "stf").image_processor.do_pad
+
+    def test_padding_keeps_the_whole_picture(self, converted):
+        """A wide white image: mean-coloured bars above and below, which a centre crop would not have."""
+        processor = AutoProcessor.from_pretrained(converted)
+        pixels = processor.image_processor(Image.new("RGB", (112, 28), "white"), return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, ck.PIXELS, ck.PIXELS)
+        assert pixels[0, :, 0].abs().max() < 0.02, "the mean is zero after normalization"
+        assert pixels[0, :, ck.PIXELS // 2].min() > 1.5
+
+    def test_built_from_the_tower_without_preprocessor_config(self, official, converted):
+        assert not (official / "preprocessor_config.json").exists()
+        images = AutoProcessor.from_pretrained(converted).image_processor
+        assert dict(images.crop_size) == {"height": ck.PIXELS, "width": ck.PIXELS}
+        assert images.size["shortest_edge"] == ck.PIXELS
+
+    def test_settings_of_preprocessor_config_are_kept(self, tmp_path):
+        src = ck.make_official(tmp_path)
+        settings = {"image_processor_type": "CLIPImageProcessor", "size": ck.PIXELS, "crop_size": ck.PIXELS}
+        ck.write_json(src / "preprocessor_config.json", settings | {"image_mean": [0.1, 0.2, 0.3]})
+        convert_official(src, tmp_path / "stf")
+        images = AutoProcessor.from_pretrained(tmp_path / "stf").image_processor
+        assert list(images.image_mean) == [0.1, 0.2, 0.3]
+        assert images.do_pad
+
+    def test_without_tokenizer_files(self, tmp_path):
+        src = ck.make_official(tmp_path, tokenizer=False)
+        report = convert_official(src, tmp_path / "stf")
+        assert any("no tokenizer files" in warning for warning in report.warnings)
+        assert not (tmp_path / "stf" / "processor_config.json").exists()
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stf")
+        assert (model.config.image_token_index, model.config.text_config.vocab_size) == (ck.ROWS, 64)
+
+    def test_token_counts_are_the_models(self, converted):
+        processor = AutoProcessor.from_pretrained(converted)
+        inputs = processor(images=Image.new("RGB", (70, 40)), text="USER: <image> what", return_tensors="pt")
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == 4
+        assert inputs["input_ids"].max() < ck.ROWS
+
+
+class TestTemplate:
+    """Vicuna v1, written out."""
+
+    @pytest.fixture(scope="class")
+    def render(self, converted):
+        processor = AutoProcessor.from_pretrained(converted)
+        return lambda messages, prompt=True: processor.apply_chat_template(messages, add_generation_prompt=prompt)
+
+    def test_one_question_about_an_image(self, render):
+        content = [{"type": "text", "text": "what is in the picture"}, {"type": "image"}]
+        expected = f"{SYSTEM} USER: <image>\nwhat is in the picture ASSISTANT:"
+        assert render([{"role": "user", "content": content}]) == expected
+        assert SYSTEM == (
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the user's questions."
+        )
+
+    def test_several_turns_and_a_system_message(self, render):
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
+            {"role": "user", "content": "and"},
+        ]
+        assert render(messages) == "Be brief. USER: <image>\n<image>\nwhat ASSISTANT: a cat</s>USER: and ASSISTANT:"
+        trained = [*messages, {"role": "assistant", "content": "a dog"}]
+        assert render(trained, False).endswith("USER: and ASSISTANT: a dog</s>")
+
+
+class TestCard:
+    def test_official(self, converted):
+        card = (converted / "README.md").read_text()
+        assert card.startswith("---\nlicense: cc-by-nc-4.0\n")
+        for part in (
+            "CC-BY-NC-4.0",
+            "Vicuna",
+            "patch_major",
+            "channel-major",
+            "23, 21, 18, 15, 12, 9, 6, 3",
+            "2506.07138",
+        ):
+            assert part in card
+        assert str(converted.parent) not in card, "no machine's paths"
+
+    def test_llava_carries_the_declared_licence_over(self, stock, tmp_path):
+        from llava_integration.convert import convert_llava
+
+        src = tmp_path / "llava"
+        src.mkdir()
+        for file in stock[0].iterdir():
+            (src / file.name).symlink_to(file)
+        (src / "README.md").write_text("---\nlicense: llama2\n---\n# A model\n")
+        convert_llava(src, tmp_path / "stf")
+        assert (tmp_path / "stf" / "README.md").read_text().startswith("---\nlicense: llama2\n")
+
+
+def test_no_machine_path_anywhere(official, converted):
+    for file in converted.iterdir():
+        if file.suffix in (".json", ".md", ".py", ".jinja"):
+            assert str(official.parent) not in file.read_text(), file.name
+
+
+def test_files_are_readable_by_others_as_usual(converted):
+    """Not the 0700 of a temporary folder."""
+    probe = converted.parent / "probe"
+    probe.mkdir()
+    assert converted.stat().st_mode == probe.stat().st_mode
+    probe.rmdir()
+
+
+def test_config_is_ours(converted):
+    config = json.loads((converted / "config.json").read_text())
+    assert config["model_type"] == li.LlavaStfConfig.model_type
+    assert config["architectures"] == ["LlavaStfForConditionalGeneration"]
+    assert config["dtype"] == "float32"
+    assert torch.float32 == AutoModelForImageTextToText.from_pretrained(converted).dtype

@@ -1,0 +1,206 @@
+"""Broken if this fails: a folder converted from LLaVA-1.5 is not the model that from_llava makes in memory."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+
+import llava_integration as li
+from llava_integration.convert import convert_llava
+from tests.convert import checkpoints as ck
+
+
+def in_memory(model, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return li.from_llava(model, **options)
+
+
+def same_state(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def without_dtypes(config):
+    content = config.to_dict()
+    for part in (content, content["text_config"], content["vision_config"]):
+        for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):
+            part.pop(name, None)
+    return content
+
+
+@pytest.mark.parametrize("options", [{}, {"merge_size": 4}, {"blocks": [3, 5], "merge_size": 1}])
+def test_equals_from_llava_in_memory(stock, tmp_path, options):
+    folder, model = stock
+    before = ck.snapshot(folder)
+    report = convert_llava(folder, tmp_path / "stf", **options)
+    converted, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "stf", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected = in_memory(model, **options)
+    assert same_state(converted, expected)
+    assert without_dtypes(converted.config) == without_dtypes(expected.config)
+    assert len(report.tensors["created"]) == 8
+    assert ck.snapshot(folder) == before, "SRC is only read"
+
+
+def test_image_tokens_are_averages_of_the_stock_ones(stock, tmp_path):
+    folder, _ = stock
+    convert_llava(folder, tmp_path / "stf")
+    converted = AutoModelForImageTextToText.from_pretrained(tmp_path / "stf", dtype=torch.float64)
+    pixels = ck.make_pixels().double()
+    stock64 = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float64)
+    with torch.no_grad():
+        ours = torch.stack(converted.model.get_image_features(pixels).pooler_output)
+        theirs = torch.stack(list(stock64.model.get_image_features(pixels).pooler_output))
+    grid = theirs.transpose(1, 2).unflatten(2, (ck.GRID, ck.GRID))
+    assert torch.allclose(ours, F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2), rtol=1e-9, atol=1e-9)
+
+
+def _oldest(name):
+    """language_model.model.*, vision_tower.vision_model.*, multi_modal_projector.*"""
+    name = name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.")
+    name = name.replace("language_model.", "language_model.model.")
+    return name.replace("lm_head", "language_model.lm_head")
+
+
+def _prefixed(name):
+    """model.vision_tower.vision_model.*: between the two"""
+    return name.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+LAYOUTS = {"modules": lambda name: name, "oldest": _oldest, "prefixed": _prefixed}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_every_layout_that_the_stock_model_loads(stock, tmp_path, layout, form):
+    _, model = stock
+    src = tmp_path / "llava"
+    src.mkdir()
+    tensors = {LAYOUTS[layout](name): value.clone() for name, value in model.state_dict().items()}
+    {"safetensors": ck.write_safetensors, "bin": ck.write_bin}[form](src, tensors, shards=2)
+    model.config.save_pretrained(src)
+    if form == "safetensors":
+        loaded, info = LlavaForConditionalGeneration.from_pretrained(src, output_loading_info=True)
+        assert not info["missing_keys"], "the stock model loads it"
+        assert same_state(loaded, model)
+    convert_llava(src, tmp_path / "stf")
+    converted = AutoModelForImageTextToText.from_pretrained(tmp_path / "stf")
+    assert same_state(converted, in_memory(model))
+
+
+def test_as_the_stock_model_saves_itself(stock):
+    """The converter reads what save_pretrained of this transformers writes: the folder of the fixture."""
+    folder, _ = stock
+    (file,) = folder.glob("*.safetensors")
+    assert load_file(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtype(stock, tmp_path, dtype):
+    folder, _ = stock
+    convert_llava(folder, tmp_path / "stf", dtype=dtype)
+    converted = AutoModelForImageTextToText.from_pretrained(tmp_path / "stf")
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    assert same_state(converted, in_memory(model))
+
+
+def test_a_head_tied_to_the_embeddings(tmp_path):
+    model = ck.make_stock(tmp_path / "llava", text={"tie_word_embeddings": True}, tie_word_embeddings=True)
+    convert_llava(tmp_path / "llava", tmp_path / "stf")
+    converted = AutoModelForImageTextToText.from_pretrained(tmp_path / "stf")
+    assert same_state(converted, in_memory(model))
+    assert converted.lm_head.weight is converted.get_input_embeddings().weight
+
+
+def test_a_projector_of_another_width(tmp_path):
+    """13B: the stock projector's hidden width sets stf_hidden_size."""
+    model = ck.make_stock(tmp_path / "llava", text={"hidden_size": 64})
+    convert_llava(tmp_path / "llava", tmp_path / "stf")
+    converted = AutoModelForImageTextToText.from_pretrained(tmp_path / "stf")
+    assert converted.config.stf_hidden_size == 4 * 64
+    assert same_state(converted, in_memory(model))
+
+
+def test_processor_comes_along(stock, tmp_path):
+    folder, _ = stock
+    convert_llava(folder, tmp_path / "stf")
+    processor = AutoProcessor.from_pretrained(tmp_path / "stf")
+    assert type(processor) is li.LlavaStfProcessor
+    assert processor.chat_template == "{{ messages[0]['content'] }}"
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stf")
+    assert processor.image_token_id == model.config.image_token_index
+    assert (processor.patch_size, processor.spatial_merge_size) == (ck.PATCH, 2)
+
+
+def refused(match, src, dst, **options):
+    with pytest.raises(li.convert.ConversionError, match=match) as caught:
+        convert_llava(src, dst, **options)
+    assert "\n" not in str(caught.value)
+    assert not list(dst.parent.glob(".*partial"))
+    assert not dst.exists()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"blocks": [3, 2]}, r"^--blocks: expected layer 5 among them.*got \[3, 2\]"),
+            ({"blocks": [5, 9]}, r"^--blocks: expected layers from -7 to 6.*got 9"),
+            ({"merge_size": 3}, r"^--merge-size: expected a divisor of the 4x4 grid, got 3"),
+            ({"merge_size": 0}, r"^--merge-size: "),
+        ],
+    )
+    def test_options(self, stock, tmp_path, options, match):
+        refused(match, stock[0], tmp_path / "stf", **options)
+
+    def test_foreign_folders(self, official, converted, tmp_path):
+        refused(r"model_type 'llava'.*got 'llava_llama'.*with `official`", official, tmp_path / "stf")
+        refused(r"converted already", converted, tmp_path / "stf")
+
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"vision_feature_layer": [3, 5]}, r"^SRC: expected one vision_feature_layer"),
+            ({"vision_feature_select_strategy": "full"}, r"^SRC: .*select_strategy='default'"),
+            ({"quantization_config": {"load_in_4bit": True}}, r"^SRC: .*quantization_config"),
+            ({"image_token_index": 13}, r"^tokenizer: .*id 13.*got 16 tokens and id 14"),
+        ],
+    )
+    def test_configuration(self, stock, tmp_path, changes, match):
+        folder, _ = stock
+        src = tmp_path / "llava"
+        src.mkdir()
+        for file in folder.iterdir():
+            (src / file.name).symlink_to(file)
+        (src / "config.json").unlink()
+        config = json.loads((folder / "config.json").read_text())
+        ck.write_json(src / "config.json", config | changes)
+        if "vision_feature_layer" in changes:
+            (file,) = folder.glob("*.safetensors")
+            tensors = load_file(file)
+            name = next(name for name in tensors if name.endswith("projector.linear_1.weight"))
+            tensors[name] = torch.cat([tensors[name]] * 2, dim=1)
+            (src / file.name).unlink()
+            save_file(tensors, src / file.name)
+        refused(match, src, tmp_path / "stf")
+
+    def test_a_tokenizer_without_the_image_token(self, tmp_path):
+        ck.make_stock(tmp_path / "llava", tokenizer=False)
+        ck.make_tokenizer().save_pretrained(tmp_path / "llava")
+        refused(r"^tokenizer: expected one token for '<image>'", tmp_path / "llava", tmp_path / "stf")
+
+    def test_a_tensor_is_missing(self, tmp_path):
+        ck.make_stock(tmp_path / "llava")
+        (file,) = (tmp_path / "llava").glob("*.safetensors")
+        tensors = load_file(file)
+        tensors.pop(next(name for name in tensors if "layers.1.mlp.up_proj" in name))
+        save_file(tensors, file)
+        refused(r"^SRC: 1 tensors are missing: model\.language_model\.layers\.1\.mlp\.up_proj", *paths(tmp_path))
+
+
+def paths(folder):
+    return folder / "llava", folder / "stf"

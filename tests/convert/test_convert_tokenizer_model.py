@@ -1,0 +1,100 @@
+"""Broken if this fails: a tokenizer.model, the only tokenizer file of the official checkpoints, is read as another one.
+
+The file is written here, field by field, and what it must give is merged by hand.
+"""
+
+import struct
+
+import pytest
+from PIL import Image
+from transformers import AutoProcessor
+
+from llava_integration.convert import convert_official
+from llava_integration.convert.sentencepiece import read_llama_tokenizer
+from tests.convert import checkpoints as ck
+
+# The best score comes first; "▁cat" can be made of "▁c" + "at" and of "▁" + "cat".
+PIECES = ["ab", "▁c", "at", "cat", "▁cat", "▁a", "▁ab"]
+LETTERS = ["▁", "a", "b", "c", "t", "U", ":"]
+
+
+def varint(value):
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def piece(text, score, kind):
+    data = text.encode()
+    body = b"\x0a" + varint(len(data)) + data + b"\x15" + struct.pack("<f", score)
+    if kind != 1:
+        body += b"\x18" + varint(kind)
+    return b"\x0a" + varint(len(body)) + body
+
+
+def model_file(kind=2):
+    entries = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("<0x0A>", 0.0, 6)]
+    entries += [(text, -float(i), 1) for i, text in enumerate(PIECES)]
+    entries += [(text, -float(len(PIECES) + i), 1) for i, text in enumerate(LETTERS)]
+    trainer = b"\x18" + varint(kind) + b"\x20" + varint(300)
+    return b"".join(piece(*entry) for entry in entries) + b"\x12" + varint(len(trainer)) + trainer
+
+
+def write(folder, kind=2):
+    (folder / "tokenizer.model").write_bytes(model_file(kind))
+    ck.write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_bos_token": True,
+            "bos_token": {"__type": "AddedToken", "content": "<s>"},
+            "eos_token": "</s>",
+            "model_max_length": 2048,
+            "pad_token": None,
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": False,
+        },
+    )
+    ck.write_json(folder / "special_tokens_map.json", {"unk_token": "<unk>"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cat", ["▁cat"]),  # ▁+c, a+t, then ▁c+at
+        ("ab", ["▁ab"]),  # a+b first; then ▁+ab
+        ("b cat", ["▁", "b", "▁cat"]),
+        ("a\nb", ["▁a", "<0x0A>", "b"]),
+    ],
+)
+def test_pieces(tmp_path, text, expected):
+    write(tmp_path)
+    tokenizer = read_llama_tokenizer(tmp_path)
+    assert tokenizer.tokenize(text) == expected
+    assert tokenizer(text)["input_ids"] == [1, *tokenizer.convert_tokens_to_ids(expected)]
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert tokenizer.model_max_length == 2048
+
+
+def test_a_converted_folder_has_it(tmp_path):
+    """And the text behind an image starts with a word boundary, as where pieces of a prompt are encoded one by one."""
+    src = ck.make_official(tmp_path, tokenizer=False)
+    write(src)
+    convert_official(src, tmp_path / "stf")
+    processor = AutoProcessor.from_pretrained(tmp_path / "stf")
+    ids = processor(images=Image.new("RGB", (9, 9)), text="U:<image>\ncat", return_tensors="pt")["input_ids"][0]
+    tokens = processor.tokenizer.convert_ids_to_tokens(ids.tolist())
+    assert tokens == ["<s>", "▁", "U", ":", *["<image>"] * 4, "▁", "<0x0A>", "cat"]
+
+    processor.save_pretrained(tmp_path / "once")
+    AutoProcessor.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    again = AutoProcessor.from_pretrained(tmp_path / "twice")
+    assert again.tokenizer("U:<image>\ncat")["input_ids"] == processor.tokenizer("U:<image>\ncat")["input_ids"]
+    assert again.tokenizer.model_max_length == 2048
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    write(tmp_path, kind=1)
+    with pytest.raises(ValueError, match=r"tokenizer\.model: expected a byte-pair model.*another kind"):
+        read_llama_tokenizer(tmp_path)
