@@ -44,7 +44,7 @@ def test_after_load_state_dict(pair):
 
 def test_weights_that_come_and_go(pair):
     """A new weight may sit where a freed one sat: an address and a version of zero do not identify it."""
-    ours, theirs = pair
+    _, theirs = pair
     size = theirs.linear_1.weight.numel()
     memory = bytearray(4 * size)
     for _ in range(3):
