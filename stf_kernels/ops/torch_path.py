@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .stage import Stage, merge_windows
 
-_WIDE = (torch.float32, torch.float64)
+WIDE = (torch.float32, torch.float64)
 
 
 def linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage: Stage) -> Tensor:
     """A @ W^T + b -> [rows, N], rows in the order of the GEMM."""
-    if stage.num_segments(blocks) == 1 or blocks[0].dtype not in _WIDE:
+    if stage.num_segments(blocks) == 1 or blocks[0].dtype not in WIDE:
         return F.linear(_gathered(blocks, stage), weight, bias)
     c = blocks[0].shape[-1]
     y = None
