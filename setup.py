@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 LLAVA = ["transformers>=5.17", "pillow", "safetensors", "tqdm"]
-BENCH = [*LLAVA, "einops", "numpy", "pytest", "pytest-benchmark"]
+BENCH = [*LLAVA, "einops", "matplotlib", "numpy", "pytest", "pytest-benchmark"]
 
 setup(
     name="stf-kernels",
