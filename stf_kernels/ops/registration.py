@@ -178,10 +178,10 @@ class _Eager(torch.autograd.Function):
 def run_plan(plan: Plan, blocks, weights, biases, *, save: bool, out=None, rows=None) -> tuple[Tensor, list[Tensor]]:
     """Run a chain's forward -> (output, what the backward needs if `save`); biases may be empty."""
     stages, skip = plan
+    # torch.ops is open to all: kernels read the last axis of every operand as contiguous
+    blocks = [block if block.stride(-1) == 1 else block.contiguous() for block in blocks]
     if skip:
         blocks = [block[:, skip:] for block in blocks]
-    weights = [weight if weight.stride(-1) == 1 else weight.contiguous() for weight in weights]
-    biases = [bias.contiguous() for bias in biases]
     return chain_fwd(blocks, weights, biases or [None] * len(weights), stages, save=save, out=out, rows=rows)
 
 
