@@ -67,7 +67,7 @@ def test_gather(config, merge_size):
 def test_merged_store(config, merge_size):
     grid = (2 * merge_size + 1, 3 * merge_size + 1)  # rows and columns that are not stored
     blocks, weight, bias = operands(2, 2, grid[0] * grid[1], 10, 21)
-    stage = Stage("gelu", scatter=merge_size, grid=grid)
+    stage = Stage(scatter=merge_size, grid=grid)
 
     def place(y):
         return merge_windows(y, grid, merge_size)
