@@ -46,7 +46,7 @@ def concat_linear(
     checks.check_skip(skip_tokens, x.shape[1])
     k = len(blocks) * x.shape[2]
     checks.check_linear(weight, bias, k, f"{len(blocks)} blocks of {x.shape[2]} channels", "blocks", x)
-    return ops.concat_linear([contiguous_rows(block) for block in blocks], weight, bias, activation, skip_tokens)
+    return ops.concat_linear(list(blocks), weight, bias, activation, skip_tokens)
 
 
 def spatial_merge_linear(
@@ -96,13 +96,7 @@ def spatial_merge_linear(
     checks.check_linear(weight, bias, merge_size**2 * x.shape[2], meaning, "x", x)
     if feature_order == "channel_major":
         weight = channel_to_patch_major(weight, merge_size)
-    x = contiguous_rows(x)
     return ops.spatial_merge_linear(x, weight, bias, activation, skip_tokens, merge_size, height, width)
-
-
-def contiguous_rows(x: Tensor) -> Tensor:
-    """x itself where its last axis is contiguous, as of every hidden state; else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def autocast(

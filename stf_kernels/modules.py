@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, ops
-from .functional import autocast_dtype, concat_linear, contiguous_rows, spatial_merge_linear
+from .functional import autocast_dtype, concat_linear, spatial_merge_linear
 from .plain_linear import FrozenRelayout, activate, call_linear, is_untouched, plain_parameters
 from .relayout import channel_to_patch_major
 
@@ -242,7 +242,7 @@ class CompactTokenProjector(nn.Module):
             static = (stf.activation, self.skip_tokens, stf.merge_size, height, width)
             if out is None:
                 return run_chain(ops.compact_token_projector, blocks, *readable, *static)
-            run_chain(ops.compact_token_projector_out, blocks, *readable, *static, out, rows.contiguous())
+            run_chain(ops.compact_token_projector_out, blocks, *readable, *static, out, rows)
             return out
         x = blocks[0][:, self.skip_tokens :] if self.mbtf is None else self.mbtf(blocks)
         z = stf(x, (height, width))
@@ -296,4 +296,4 @@ def run_chain(operator, blocks: Sequence[Tensor], weights: list[Tensor], biases:
         checks.check_same("weight", weight, "blocks", blocks[0])
     for bias in biases:
         checks.check_same("bias", bias, "blocks", blocks[0])
-    return operator([contiguous_rows(block) for block in blocks], weights, biases, *static)
+    return operator(list(blocks), weights, biases, *static)

@@ -4,8 +4,8 @@
 
 dW and dX run in the library GEMM (cuBLAS, MKL): they are plain matrix products once the segment is named, and
 `out=` writes a slice of dW with its own row stride, so nothing is concatenated. A segment whose rows have no common
-stride (a CLS-cropped batch) is taken image by image in fp32 and fp64, and in 16 bit copied, one at a time. Where Triton runs, one elementwise kernel reads a pre-activation
-once and writes act'(pre) * dX, act(pre) and the column sums.
+stride (a CLS-cropped batch) is taken image by image in fp32 and fp64, and in 16 bit copied, one at a time. Where
+Triton runs, one elementwise kernel reads a pre-activation once and writes act'(pre) * dX, act(pre) and the column sums.
 """
 
 from collections.abc import Sequence

@@ -46,10 +46,12 @@ def launch_stage(
 ) -> tuple[Tensor, Tensor | None]:
     """Run one stage with one configuration -> (y, pre-activation [M, N] or None).
 
-    blocks: [B, T, C] each, any strides but 1 on the last axis; weight [N, K], last axis contiguous; bias [N].
+    blocks: [B, T, C] each, weight [N, K], bias [N]; read in place where the last axis is contiguous, else copied.
     y has the stage's output shape, or is `out` [R, N] with row i of the GEMM written to out[rows[i]], rows int64 [M];
     rows outside [0, R) are not written.
     """
+    blocks, weight = [with_contiguous_last(block) for block in blocks], with_contiguous_last(weight)
+    bias, rows = (None if vector is None else vector.contiguous() for vector in (bias, rows))
     x = blocks[0]
     n, c = weight.shape[0], x.shape[-1]
     tokens = stage.tokens(x.shape)
@@ -104,6 +106,11 @@ def _launch(config: GemmConfig, m: int, n: int, pointers: tuple, sizes: tuple, c
     constants = {**constants, "SPLIT_K": config.split_k}
     grid = (tiles, config.split_k)
     launch(_segmented_linear_split_k_fwd_kernel, grid, pointers + shared + sizes, constants, **options)
+
+
+def with_contiguous_last(x: Tensor) -> Tensor:
+    """x itself where its last axis is contiguous, as of every hidden state; else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def stage_constants(

@@ -178,8 +178,6 @@ class _Eager(torch.autograd.Function):
 def run_plan(plan: Plan, blocks, weights, biases, *, save: bool, out=None, rows=None) -> tuple[Tensor, list[Tensor]]:
     """Run a chain's forward -> (output, what the backward needs if `save`); biases may be empty."""
     stages, skip = plan
-    # torch.ops is open to all: kernels read the last axis of every operand as contiguous
-    blocks = [block if block.stride(-1) == 1 else block.contiguous() for block in blocks]
     if skip:
         blocks = [block[:, skip:] for block in blocks]
     return chain_fwd(blocks, weights, biases or [None] * len(weights), stages, save=save, out=out, rows=rows)

@@ -5,14 +5,18 @@ STF         act(merge(x) W3 + b3) W4 + b4                                       
 projector   STF(MBTF(blocks)): W2's GEMM writes its rows merged, W3's reads them dense   4 stages
 """
 
+import functools
+
 from .registration import ChainOperator, Plan, define, run_plan
 from .stage import Stage
 
 
+@functools.cache
 def _two_layers(activation: str | None, skip_tokens: int, merge_size: int, grid_h: int, grid_w: int) -> Plan:
     return Plan((Stage(activation, gather=merge_size, grid=(grid_h, grid_w)), Stage()), skip_tokens)
 
 
+@functools.cache
 def _four_layers(activation: str | None, skip_tokens: int, merge_size: int, grid_h: int, grid_w: int) -> Plan:
     merged = Stage(scatter=merge_size, grid=(grid_h, grid_w))
     return Plan((Stage(activation), merged, Stage(activation), Stage()), skip_tokens)

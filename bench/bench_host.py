@@ -1,0 +1,92 @@
+"""Host time of a call: what the operators add to the bare stages, in microseconds.
+
+Tensors so small that the arithmetic is nothing: what is left is Python. Each benchmark times the public call, and
+its `extra_info` holds the bare stages (no checks, no dispatch) timed beside it in the same process, and the
+difference. The dispatcher's own path, which a call outside torch.compile goes around, is there to compare.
+"""
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import stf_kernels
+from stf_kernels.ops.chain import run_stage
+from stf_kernels.ops.stage import Stage
+
+GRID = (4, 4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Best of 30 batches of 100 calls; the best, because the host's noise only ever adds."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    best = float("inf")
+    for _ in range(30):
+        began = time.perf_counter()
+        for _ in range(100):
+            call()
+        best = min(best, time.perf_counter() - began)
+    return best * 1e6 / 100
+
+
+def compare(benchmark, public: Callable[[], object], bare: Callable[[], object], dispatched: Callable | None) -> None:
+    with torch.no_grad():
+        benchmark.extra_info["bare_us"] = without = microseconds(bare)
+        benchmark.extra_info["call_us"] = call = microseconds(public)
+        benchmark.extra_info["added_us"] = call - without
+        text = f"\nhost: bare {without:.1f} us, call {call:.1f} us, added {call - without:.1f} us"
+        if dispatched is not None:
+            benchmark.extra_info["dispatcher_us"] = through = microseconds(dispatched)
+            text += f", through the dispatcher {through - without:.1f} us"
+        print(text)
+        benchmark.pedantic(public, rounds=30, iterations=100)
+
+
+def test_concat_linear(benchmark):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    blocks = [torch.randn(1, 4, 16, device=device) for _ in range(8)]
+    weight, bias = torch.randn(16, 128, device=device), torch.randn(16, device=device)
+    compare(
+        benchmark,
+        lambda: stf_kernels.concat_linear(blocks, weight, bias, activation="gelu"),
+        lambda: run_stage(blocks, weight, bias, Stage("gelu")),
+        lambda: torch.ops.stf_kernels.concat_linear(blocks, weight, bias, "gelu", 0, False),
+    )
+
+
+def test_spatial_merge_linear(benchmark):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight = torch.randn(1, 16, 16, device=device), torch.randn(16, 64, device=device)
+    compare(
+        benchmark,
+        lambda: stf_kernels.spatial_merge_linear(x, weight, grid=GRID, activation="gelu"),
+        lambda: run_stage([x], weight, None, Stage("gelu", gather=2, grid=GRID)),
+        lambda: torch.ops.stf_kernels.spatial_merge_linear(x, weight, None, "gelu", 0, 2, *GRID, False),
+    )
+
+
+def test_projector(benchmark):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    projector = stf_kernels.CompactTokenProjector(8, 16, 16, device=device)
+    blocks = [torch.randn(1, 16, 16, device=device) for _ in range(8)]
+    stages = (Stage("gelu"), Stage(scatter=2, grid=GRID), Stage("gelu"), Stage())
+    layers = [layer for child in (projector.mbtf, projector.stf) for layer in (child.linear_1, child.linear_2)]
+    operands = [(layer.weight, layer.bias, stage) for layer, stage in zip(layers, stages, strict=True)]
+
+    def bare() -> torch.Tensor:
+        x = blocks
+        for weight, bias, stage in operands:
+            x = [run_stage(x, weight, bias, stage)[0]]
+        return x[0]
+
+    compare(benchmark, lambda: projector(blocks), bare, None)
