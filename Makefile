@@ -4,12 +4,13 @@ VENV := .venv
 PINS_VENV := .venv-gpu-pins
 RUN := $(VENV)/bin/python
 
-.PHONY: help prefill test test-fast test-gpu-pins aot gpu lint format clean
+.PHONY: help prefill test test-fast test-gpu-pins test-browser aot gpu lint format clean
 
 help:
 	@echo "make prefill        compare LLaVA-1.5 with LLaVA-STF, stage by stage (two minutes without a GPU)"
 	@echo "make test           every test that this machine can run"
 	@echo "make test-gpu-pins  the same with the versions nearest to the GPU machine's"
+	@echo "make test-browser   the report page in a headless Chromium, which it installs as root on Debian"
 	@echo "make aot            compile every shipped configuration for every GPU and check the generated code"
 	@echo "make gpu            on a GPU machine: tests, kernel table, prefill table into bench/results/"
 	@echo "make lint           ruff"
@@ -35,6 +36,14 @@ test: $(VENV)/.installed
 test-gpu-pins: $(PINS_VENV)/.installed
 	$(PINS_VENV)/bin/python -m pytest tests --ignore=tests/interpreter
 	TRITON_INTERPRET=1 $(PINS_VENV)/bin/python -m pytest tests/interpreter
+
+test-browser: $(VENV)/.installed
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	{ test "$$(id -u)" = 0 && command -v apt-get && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+	{ echo "make test-browser: Chromium is missing and only root on Debian can have it installed here;" \
+	       "install it first: apt-get install chromium" >&2; exit 1; }
+	STF_BROWSER_TESTS=1 $(RUN) -m pytest tests/browser
 
 aot: $(VENV)/.installed
 	$(RUN) -m stf_kernels.aot

@@ -1,7 +1,7 @@
 """PNG charts of result files. matplotlib is imported here and nowhere else, when a chart is drawn.
 
 stages   one bar per row, its stages stacked                 (prefill)
-speedup  speed-up over LLaVA-1.5 against batch               (prefill, two batches or more)
+speedup  speed-up over LLaVA-1.5 against batch, text, images (prefill, where two or more were measured)
 floor    measured over floor, per stage or per kernel        (prefill and kernels)
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from .speedup import label
@@ -42,29 +43,43 @@ def draw_all(result: dict[str, Any]) -> dict[str, bytes]:
     return drawn
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any, Callable[[], bytes]]:
+def _figure(height: float) -> tuple[Any, Any, Callable[[], bytes]]:
+    """Six inches wide: at the 400 pixels of a telephone its letters are still eight pixels high."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(6, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.label.set_size(8)
+    axes.yaxis.label.set_size(8)
 
     def png() -> bytes:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160)
+        figure.savefig(buffer, format="png", dpi=200)
         return buffer.getvalue()
 
     return figure, axes, png
+
+
+def _names(rows: list[dict[str, Any]]) -> list[str]:
+    """Of the bars, unique: bars of one name would be drawn on top of each other."""
+    said = [name for name in ("batch", "text_tokens", "images") if len({row.get(name, 1) for row in rows}) > 1]
+    short = {"batch": "batch {}", "text_tokens": "text {}", "images": "images {}"}
+    return [
+        ", ".join([f"{label(row)} {row['mode']}", *(short[name].format(row.get(name, 1)) for name in said)])
+        for row in rows
+    ]
 
 
 def stages(result: dict[str, Any]) -> bytes | None:
     rows = [row for row in result["rows"] if row["total_ms"] is not None and row["vision_ms"] is not None]
     if not rows:
         return None
-    figure, axes, png = _figure(9, 1.4 + 0.42 * len(rows))
-    names = [f"{label(row)}  {row['mode']}  b{row['batch']}  t{row['text_tokens']}" for row in rows]
+    figure, axes, png = _figure(1.2 + 0.3 * len(rows))
+    names = _names(rows)
     left = [0.0] * len(rows)
     for stage, (title, colour) in STAGE_COLOURS.items():
         widths = [row[stage] or 0.0 for row in rows]
@@ -75,31 +90,41 @@ def stages(result: dict[str, Any]) -> bytes | None:
     axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.set_xlabel("ms to the first token")
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return png()
 
 
-def speedup(result: dict[str, Any]) -> bytes | None:
-    same = [c for c in result["comparisons"] if c["mode"] == c["baseline_mode"]]
-    if len({c["batch"] for c in same}) < 2:
+_AXES = {"batch": "batch", "text_tokens": "text tokens", "images": "images of a sequence"}
+
+
+def speedup(result: dict[str, Any], axis: str = "batch") -> bytes | None:
+    """A line per row, mode and what else was fixed, where `axis` took two values or more."""
+    rows = [{"images": 1, **c} for c in result["comparisons"] if c["mode"] == c["baseline_mode"]]
+    fixed = [name for name in _AXES if name != axis]
+    lines: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["row"], row["mode"], *(row[name] for name in fixed)), []).append(row)
+    lines = {key: points for key, points in sorted(lines.items()) if len({p[axis] for p in points}) > 1}
+    if not lines:
         return None
-    figure, axes, png = _figure(7, 4)
-    keys = sorted({(c["row"], c["mode"], c["text_tokens"]) for c in same})
-    for index, key in enumerate(keys):
-        own = [c for c in same if (c["row"], c["mode"], c["text_tokens"]) == key]
-        points = sorted((c["batch"], c["ratio"], c["low"], c["high"]) for c in own)
-        batch, ratio, low, high = zip(*points, strict=True)
-        errors = [
-            [max(0.0, r - x) for r, x in zip(ratio, low, strict=True)],
-            [max(0.0, x - r) for r, x in zip(ratio, high, strict=True)],
-        ]
-        axes.errorbar(batch, ratio, errors, label=f"{key[0]} {key[1]}, {key[2]} text", capsize=3,
+    # What never varies is not said at every line.
+    told = [i for i, name in enumerate(fixed) if len({key[2 + i] for key in lines}) > 1]
+    figure, axes, png = _figure(3.2 + 0.2 * (len(lines) // 2))
+    for index, (key, points) in enumerate(lines.items()):
+        points = sorted(points, key=lambda p: p[axis])
+        ratio = [p["ratio"] for p in points]
+        errors = [[max(0.0, p["ratio"] - p["low"]) for p in points], [max(0.0, p["high"] - p["ratio"]) for p in points]]
+        shift = 1 + 0.02 * (index - (len(lines) - 1) / 2)  # bars beside each other, not on top
+        name = " ".join([key[0], key[1], *(f"{key[2 + i]} {_AXES[fixed[i]]}" for i in told)])
+        axes.errorbar([p[axis] * shift for p in points], ratio, errors, label=name, capsize=3,
                       color=LINES[index % len(LINES)], marker=MARKS[index % len(MARKS)])  # fmt: skip
+    ticks = sorted({p[axis] for points in lines.values() for p in points})
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({c["batch"] for c in same}), [str(b) for b in sorted({c["batch"] for c in same})])
-    axes.set_xlabel("batch")
-    axes.set_ylabel("times faster than LLaVA-1.5, same mode")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(_AXES[axis])
+    axes.set_ylabel("speed-up, same mode")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return png()
 
@@ -109,17 +134,17 @@ def prefill_floor(result: dict[str, Any]) -> bytes | None:
     if not rows:
         return None
     shown = ("vision_ms", "projector_ms", "prefill_ms")
-    figure, axes, png = _figure(9, 1.6 + 0.6 * len(rows))
+    figure, axes, png = _figure(1.2 + 0.4 * len(rows))
     height = 0.8 / len(shown)
     for offset, stage in enumerate(shown):
         title, colour = STAGE_COLOURS[stage]
         at = [index + (offset - 1) * height for index in range(len(rows))]
         axes.barh(at, [row["floor_ratio"][stage] for row in rows], height=height, color=colour, label=title)
-    names = [f"{label(row)}  {row['mode']}  b{row['batch']}  t{row['text_tokens']}" for row in rows]
+    names = _names(rows)
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("measured over floor")
+    axes.set_xlabel("measured over floor (line: 1)")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return png()
 
@@ -129,7 +154,7 @@ def kernel_floor(result: dict[str, Any]) -> bytes | None:
     rows = [row for row in rows if row["us"] or row["us_eager"]]
     if not rows:
         return None
-    figure, axes, png = _figure(7, 4)
+    figure, axes, png = _figure(3.6)
     for index, key in enumerate(sorted({(row["provider"], row["dtype"]) for row in rows})):
         points = sorted(
             (r["batch"], (r["us"] or r["us_eager"]) / r["floor_us"]) for r in rows if (r["provider"], r["dtype"]) == key
@@ -147,7 +172,13 @@ def kernel_floor(result: dict[str, Any]) -> bytes | None:
 
 
 _CHARTS: dict[str, dict[str, Callable[[dict[str, Any]], bytes | None]]] = {
-    "prefill": {"stages": stages, "speedup": speedup, "floor": prefill_floor},
+    "prefill": {
+        "stages": stages,
+        "speedup": speedup,
+        "speedup-text": partial(speedup, axis="text_tokens"),
+        "speedup-images": partial(speedup, axis="images"),
+        "floor": prefill_floor,
+    },
     "kernels": {"kernels": kernel_floor},
     "tests": {},
 }

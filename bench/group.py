@@ -17,6 +17,7 @@ from . import agreement
 from .memory import MB, weight_bytes
 from .models import Inputs, Row
 from .modes import Output, prepare
+from .speedup import point
 from .stages import STAGES
 from .stats import median, spread_percent
 
@@ -32,6 +33,7 @@ class Cell:
     row: Row
     batch: int
     text_tokens: int
+    images: int
     mode: str
     weights: int
     output: Output | None = None
@@ -49,7 +51,8 @@ class Cell:
         """The row of prefill.json: medians under DESIGN's names, the samples behind them beside."""
         result: dict[str, Any] = {
             "model": self.row.model, "projector": self.row.projector, "batch": self.batch,
-            "image_tokens": self.row.image_tokens, "text_tokens": self.text_tokens, "mode": self.mode,
+            "image_tokens": self.images * self.row.image_tokens, "text_tokens": self.text_tokens,
+            "images": self.images, "mode": self.mode,
         }  # fmt: skip
         for stage in (*STAGES, "total_ms"):
             series = self.series(stage)
@@ -81,17 +84,22 @@ class Group:
     """Warm up and check every row, then take rounds."""
 
     def __init__(
-        self, rows: list[Row], *, batch: int, text_tokens: int, mode: str, device: str, warmup: int,
+        self, rows: list[Row], *, batch: int, text_tokens: int, images: int = 1, mode: str, device: str, warmup: int,
         inputs: Callable[[Row], Inputs], preprocess: Callable[[], float], decode_tokens: int = 0,
+        too_large: str | None = None,
     ) -> None:  # fmt: skip
         self.device, self.warmup, self.preprocess, self.decode_tokens = device, warmup, preprocess, decode_tokens
         self.inputs, self.mode = inputs, mode
-        self.cells = [Cell(row, batch, text_tokens, mode, weight_bytes(row.activate())) for row in rows]
+        self.cells = [Cell(row, batch, text_tokens, images, mode, weight_bytes(row.activate())) for row in rows]
+        for cell in self.cells:
+            cell.failed = too_large
         self.runs: dict[str, Any] = {}
         self.checks: list[agreement.Check] = []
 
     def warm_up(self, cell: Cell) -> None:
         """The first run is watched for memory and for its outputs; more follow on a GPU."""
+        if cell.failed:
+            return
         try:
             run = self.runs[cell.row.name] = prepare(
                 self.mode, cell.row, self.inputs(cell.row), self.device, self.decode_tokens
@@ -115,7 +123,7 @@ class Group:
     def check(self, eager: dict[str, Output]) -> list[agreement.Check]:
         """Twins against each other; in other modes also each row against its own eager outputs."""
         outputs = {cell.row.name: cell.output for cell in self.cells if cell.output is not None}
-        where = f"batch {self.cells[0].batch}, text {self.cells[0].text_tokens}, {self.mode}"
+        where = f"{point(self.cells[0].as_dict())}, {self.mode}"
         for name, other in TWINS.items():
             ours, theirs = outputs.get(name), outputs.get(other)
             if ours is None or theirs is None:

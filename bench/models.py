@@ -10,7 +10,6 @@ llava-stf       fused      LLaVA-STF with the projector of stf_kernels, the same
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,12 +200,11 @@ def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
 
 @dataclass
 class Inputs:
-    """One prompt: `text_tokens` seeded random ids around the image, the same photograph for every sequence."""
+    """One prompt: `text_tokens` seeded random ids around the images, which all are the same photograph."""
 
     input_ids: Tensor
     attention_mask: Tensor
     pixel_values: Tensor
-    preprocess_ms: float
 
     def keywords(self) -> dict[str, Tensor]:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "pixel_values": self.pixel_values}
@@ -224,14 +222,12 @@ def image_processor(preset: Preset) -> Callable[[Any, int], Tensor]:
 
 def build_inputs(
     preset: Preset, image: Any, *, batch: int, text_tokens: int, image_tokens: int, device: str, dtype: torch.dtype,
-    seed: int,
+    seed: int, images: int = 1,
 ) -> Inputs:  # fmt: skip
-    process = image_processor(preset)
-    start = time.perf_counter()
-    pixels = process(image, batch)
-    preprocess_ms = 1e3 * (time.perf_counter() - start)
+    """`image_tokens` of each of the `images` of a sequence, which stand one behind the other: frames of a clip."""
+    pixels = image_processor(preset)(image, batch * images)
     text = torch.randint(3, preset.image_token_id, (batch, text_tokens), generator=torch.Generator().manual_seed(seed))
     before = text_tokens // 2  # the system sentence stands before the image, the question after it
-    placeholder = torch.full((batch, image_tokens), preset.image_token_id)
+    placeholder = torch.full((batch, images * image_tokens), preset.image_token_id)
     ids = torch.cat([text[:, :before], placeholder, text[:, before:]], dim=1).to(device)
-    return Inputs(ids, torch.ones_like(ids), pixels.to(device, dtype), preprocess_ms)
+    return Inputs(ids, torch.ones_like(ids), pixels.to(device, dtype))

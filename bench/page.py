@@ -7,26 +7,45 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from .speedup import label
+from .speedup import label, where
 from .table import number
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --weak: #777; }
+:root { color-scheme: light dark; --line: #8884; --weak: #777; --own: #e67e2222; }
+* { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; }
 h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+h3 { font-size: 1rem; margin: 2rem 0 0.5rem; }
+h2, dd, figcaption, .wrap { overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; width: 100%; }
 th, td { padding: 0.25rem 0.5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th.text, td.text { text-align: left; }
-img { max-width: 100%; height: auto; background: white; }
+th { vertical-align: bottom; } thead { display: table-header-group; }
+.text { text-align: left; }
+.wrap { white-space: normal; }
+tr.own { background: var(--own); }
+figure { margin: 1.5rem 0; } figcaption { font-size: 0.85rem; color: var(--weak); }
+img { width: 46rem; max-width: 100%; height: auto; background: white; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; font-size: 0.85rem; }
-dt { color: var(--weak); } dd { margin: 0; overflow-wrap: anywhere; }
-.warn { border-left: 4px solid #c0392b; padding: 0.25rem 0.75rem; }
-@media (max-width: 40rem) { body { padding: 0.5rem; } dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.4rem; } }
-@media print { body { max-width: none; font-size: 10px; } .scroll { overflow: visible; }
-  table { font-size: 7px; } figure, tr { break-inside: avoid; } th, td { padding: 1px 3px; } }
+dt { color: var(--weak); } dd { margin: 0; }
+.warn { border-left: 4px solid #c0392b; padding: 0.25rem 0.75rem; overflow-wrap: anywhere; }
+@media screen and (max-width: 40rem) {
+  body { padding: 0.5rem; } h1 { font-size: 1.25rem; } th, td { padding: 0.25rem 0.35rem; }
+  table { font-size: 0.8rem; } .wrap { min-width: 10rem; }
+  /* The first column stays while the numbers are scrolled past it. */
+  .scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: Canvas; }
+  .own td:first-child { background: linear-gradient(var(--own), var(--own)), Canvas !important; }
+}
+@media print {
+  :root { color-scheme: light; } body { max-width: none; padding: 0; font-size: 10px; }
+  .scroll { overflow: visible; } table { font-size: 8px; } th, td { padding: 1px 3px; white-space: normal; }
+  th, .text { white-space: nowrap; } .wrap { white-space: normal; }
+  figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } img { width: 125mm; }
+}
+@page { margin: 12mm; }
 """
+_STAGES = ("vision", "projector", "insert", "prefill", "first_token")
 
 
 def render(results: Sequence[tuple[str, dict[str, Any]]], charts: Sequence[dict[str, bytes]], note: str | None) -> str:
@@ -36,6 +55,8 @@ def render(results: Sequence[tuple[str, dict[str, Any]]], charts: Sequence[dict[
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # An icon of its own: a browser would ask the place the page came from for one.
+        '<link rel="icon" href="data:,">'
         f"<title>stf-kernels: measurements</title><style>{STYLE}</style></head><body>"
         f"<h1>stf-kernels: measurements</h1>{warning}{''.join(parts)}</body></html>\n"
     )
@@ -43,10 +64,11 @@ def render(results: Sequence[tuple[str, dict[str, Any]]], charts: Sequence[dict[
 
 def _section(name: str, result: dict[str, Any], drawn: dict[str, bytes]) -> str:
     facts = {key: result.get(key) for key in (
-        "device", "dtype", "preset", "attention", "torch", "triton", "transformers", "commit", "clock_mhz",
+        "device", "dtype", "preset", "weights", "attention", "output_tokens", "torch", "triton", "transformers",
+        "commit", "clock_mhz",
     )}  # fmt: skip
     listed = "".join(
-        f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>"
+        f"<dt>{html.escape(key.replace('_', ' '))}</dt><dd>{html.escape(str(value))}</dd>"
         for key, value in facts.items()
         if value is not None
     )
@@ -56,78 +78,92 @@ def _section(name: str, result: dict[str, Any], drawn: dict[str, bytes]) -> str:
     if result.get("refused"):
         warnings.append(f"No speed-up is reported: {result['refused']}")
     warnings += [f"Note: {text}" for text in result.get("notes", [])]
-    body = {"prefill": _prefill, "kernels": _kernels, "tests": _tests}[result["kind"]](result)
-    images = "".join(
-        f'<figure><img alt="{html.escape(_ALT[chart])}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{html.escape(_ALT[chart])}</figcaption></figure>"
-        for chart, png in drawn.items()
-    )
+    images = "".join(_figure(chart, png) for chart, png in drawn.items())
+    body = {"prefill": _prefill, "kernels": _kernels, "tests": _tests}[result["kind"]](result, images)
     warned = "".join(f'<p class="warn">{html.escape(text)}</p>' for text in warnings)
-    return f"<h2>{html.escape(result['kind'])}: {html.escape(name)}</h2><dl>{listed}</dl>{warned}{body}{images}"
+    return f"<h2>{html.escape(result['kind'])}: {html.escape(name)}</h2><dl>{listed}</dl>{warned}{body}"
 
 
 _ALT = {
-    "stages": "Milliseconds to the first token by stage, one bar per row",
-    "speedup": "Speed-up over LLaVA-1.5 in the same mode against batch; bars are p10 to p90",
-    "floor": "Measured over floor of the vision tower, the projector and the language model",
-    "kernels": "The projector's time over its floor against batch, per provider",
+    "stages": "Milliseconds to the first token: medians of the stages stacked, with the median total behind the bar",
+    "speedup": "Speed-up over LLaVA-1.5 in the same mode against batch; bars are p10 to p90 of the rounds",
+    "speedup-text": "Speed-up over LLaVA-1.5 in the same mode against text tokens; bars are p10 to p90 of the rounds",
+    "speedup-images": "Speed-up over LLaVA-1.5 in the same mode against images of a sequence; bars are p10 to p90",
+    "floor": "Measured over floor of the vision tower, the projector and the language model; the line is the floor",
+    "kernels": "The projector's time over its floor against batch, per provider; the line is the floor",
 }
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> str:
-    def cells(tag: str, row: Sequence[str]) -> str:
-        mark = ' class="text"'
-        return "".join(f"<{tag}{mark if i < text else ''}>{html.escape(c)}</{tag}>" for i, c in enumerate(row))
+def _figure(chart: str, png: bytes) -> str:
+    alt, data = html.escape(_ALT[chart]), base64.b64encode(png).decode()
+    return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{alt}</figcaption></figure>'
 
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+
+def _table(
+    name: str, header: Sequence[str], rows: Sequence[Sequence[str]], text: int, own: Sequence[int] = (), wrap: int = -1
+) -> str:
+    """The first `text` columns stand left; rows in `own` are this library's; the column `wrap` may break its lines."""
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        kinds = ["text wrap" if i == wrap else "text" if i < text else "" for i in range(len(row))]
+        marks = [f' class="{kind}"' if kind else "" for kind in kinds]
+        return "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for mark, cell in zip(marks, row, strict=True))
+
+    body = "".join(
+        f"<tr{' class=' + chr(34) + 'own' + chr(34) if i in own else ''}>{cells('td', row)}</tr>"
+        for i, row in enumerate(rows)
+    )
     return (
-        f'<div class="scroll"><table><thead><tr>{cells("th", header)}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="scroll"><table id="{name}"><thead><tr>{cells("th", header)}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def _prefill(result: dict[str, Any]) -> str:
-    times = ("preprocess", "vision", "projector", "insert", "prefill", "first_token", "total", "decode")
-    rows = []
+def _prefill(result: dict[str, Any], images: str) -> str:
+    """What a reader asks first, first: how long and how much faster; then where the time goes, floors and checks."""
     speedups = {
-        (c["row"], c["batch"], c["text_tokens"], c["mode"]): c
-        for c in result["comparisons"] if c["mode"] == c["baseline_mode"]
+        (c["row"], where(c), c["mode"]): c for c in result["comparisons"] if c["mode"] == c["baseline_mode"]
     }  # fmt: skip
-    for row in result["rows"]:
-        found = speedups.get((label(row), row["batch"], row["text_tokens"], row["mode"]))
+    totals, stages, floors, own = [], [], [], []
+    for index, row in enumerate(result["rows"]):
+        found = speedups.get((label(row), where(row), row["mode"]))
         ratio = f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else "-"
         share = row["projector_share"]
-        rows.append((
-            row["model"], row["projector"], row["mode"], str(row["batch"]), str(row["text_tokens"]),
-            str(row["image_tokens"]),
-            *(number(row["decode_ms_per_token" if t == "decode" else f"{t}_ms"], 2) for t in times),
-            number(row["spread_percent"]), number(None if share is None else 100 * share),
-            number(row["floor_ratio"]["total_ms"], 2), ratio, number(row["peak_mb"], 0), number(row["kv_mb"]),
-            row["failed"] or "",
-        ))  # fmt: skip
-    header = (
-        "model", "projector", "mode", "batch", "text", "image tokens", "preprocess", "vision", "projector", "insert",
-        "prefill", "first token", "total ms", "decode / token", "spread %", "projector %", "total / floor",
-        "speed-up [p10, p90]", "peak MB", "KV MB", "",
-    )  # fmt: skip
+        name = (label(row), row["mode"], str(row["batch"]), str(row["text_tokens"]), str(row["image_tokens"]))
+        totals.append((*name[:3], number(row["total_ms"], 2), ratio, number(row["spread_percent"]), *name[3:],
+                       number(row["decode_ms_per_token"], 2), number(row["peak_mb"], 0), number(row["kv_mb"]),
+                       row["failed"] or ""))  # fmt: skip
+        stages.append((*name, number(row["preprocess_ms"], 2), *(number(row[f"{s}_ms"], 2) for s in _STAGES),
+                       number(None if share is None else 100 * share)))  # fmt: skip
+        ratios = row["floor_ratio"]
+        floors.append((*name, *(number(ratios.get(f"{s}_ms"), 2) for s in (*_STAGES[:-1], "total"))))
+        if row["projector"] == "fused":
+            own.append(index)
+    name = ("model", "mode", "batch", "text", "image tokens")
     checks = [
-        (
-            c["name"],
-            "-" if c["error"] is None else f"{c['error']:.1e}",
-            f"{c['bound']:.0e}",
-            "yes" if c["agrees"] else "NO",
-        )
-        for c in result["checks"]
+        (c["name"], _error(c["error"]), f"{c['bound']:.0e}", "yes" if c["agrees"] else "NO") for c in result["checks"]
     ]
-    return _table(header, rows, 3) + "<h3>Checked before timing</h3>" + _table(
-        ("outputs", "difference", "allowed", "agree"), checks, 1
-    )  # fmt: skip
+    parts = [
+        "<h3>To the first token</h3>",
+        _table("totals", (*name[:3], "total ms", "speed-up [p10, p90]", "spread %", *name[3:], "decode ms / token",
+                          "peak MB", "KV MB", ""), totals, 2, own, wrap=11),
+        images,
+        "<h3>Where the time goes, ms</h3>",
+        _table("stages", (*name, "preprocess", "vision", "projector", "insert", "prefill", "first token",
+                          "projector %"), stages, 2, own),
+        "<h3>Measured over floor</h3>",
+        _table("floors", (*name, "vision", "projector", "insert", "prefill", "total"), floors, 2, own),
+        "<h3>Checked before timing</h3>",
+        _table("checks", ("outputs", "difference", "allowed", "agree"), checks, 1, wrap=0),
+    ]  # fmt: skip
+    return "".join(parts)
 
 
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
 
 
-def _kernels(result: dict[str, Any]) -> str:
+def _kernels(result: dict[str, Any], images: str) -> str:
     eager = {
         (r.get("pass"), r["stage"], r["batch"], r["dtype"]): r["us"] or r["us_eager"]
         for r in result["rows"] if r["provider"] == "eager"
@@ -143,10 +179,11 @@ def _kernels(result: dict[str, Any]) -> str:
         ))  # fmt: skip
     header = ("stage", "pass", "provider", "dtype", "batch", "us", "us eager", "floor us", "us / floor", "vs eager",
               "error", "")  # fmt: skip
-    return _table(header, rows, 4)
+    own = [i for i, r in enumerate(result["rows"]) if r["provider"] == "stf"]
+    return images + _table("kernels", header, rows, 4, own, wrap=len(header) - 1)
 
 
-def _tests(result: dict[str, Any]) -> str:
+def _tests(result: dict[str, Any], images: str) -> str:
     counts = f"<p>{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped.</p>"
     failures = "".join(f"<li>{html.escape(name)}</li>" for name in result.get("failures", []))
     return counts + (f"<ul>{failures}</ul>" if failures else "")

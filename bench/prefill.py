@@ -1,7 +1,11 @@
 """The main job: LLaVA-1.5 at 576 image tokens against LLaVA-STF at 144, stage by stage, from a photograph.
 
-    python -m bench.prefill [--preset cpu|7b|13b | --model FOLDER] [--image FILE] [--batch N ...] [--text N ...]
+    python -m bench.prefill [--preset cpu|7b|13b | --model FOLDER] [--image FILE]
+                            [--batch N ...] [--text N ...] [--images N ...] [--sweep]
                             [--json FILE] [--report DIR] [--full] [--modes eager graph compile] [--decode N]
+
+Several values of one option are measured with every value of the others. `--sweep` changes one at a time instead,
+around the first values: batch 1 to 32, 64 to 1024 text tokens, 1 to 16 images (frames) of a sequence.
 
 How it measures is in METHOD.md. Exit codes: 0 measured, 1 outputs that should agree do not (no speed-up is printed),
 2 bad input, 130 interrupted (the file keeps what was measured and says `"complete": false`).
@@ -10,6 +14,7 @@ How it measures is in METHOD.md. Exit codes: 0 measured, 1 outputs that should a
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -22,6 +27,8 @@ from .presets import PRESETS, Preset
 
 PHOTOGRAPH = Path(__file__).parent / "assets" / "rocket.jpg"
 SEED = 0
+SWEEP = {"batch": (1, 2, 4, 8, 16, 32), "text": (64, 256, 1024), "images": (1, 4, 16)}
+Point = tuple[int, int, int]  # batch, text tokens, images of a sequence
 FLAGS = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages for torch's CPU tensors; see METHOD.md
 
 
@@ -35,7 +42,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--image", type=photograph, metavar="FILE", help="default: the photograph in bench/assets")
     parser.add_argument("--batch", type=positive_int, nargs="+", metavar="N", help="batch sizes")
-    parser.add_argument("--text", type=positive_int, nargs="+", metavar="N", help="text tokens around the image")
+    parser.add_argument("--text", type=positive_int, nargs="+", metavar="N", help="text tokens around the images")
+    parser.add_argument("--images", type=positive_int, nargs="+", metavar="N", help="images, or frames, of a sequence")
+    parser.add_argument("--sweep", action="store_true", help="one of the three at a time over a range")
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="default: .work/results/<device>/")
     parser.add_argument(
         "--report", type=writable_folder, metavar="DIR", help="also report.html and charts (default run)"
@@ -73,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     device = args.device if args.device != "auto" else "cuda" if has_gpu and args.preset.name != "cpu" else "cpu"
     if "graph" in (args.modes or ()) and device == "cpu":
         return _bad_input("--modes: 'graph' needs a GPU; on a CPU use eager or compile")
-    if problem := memory_problem(args.preset, args.batch, args.text, device):
+    if problem := memory_problem(args.preset, points(args), device):
         return _bad_input(problem)
 
     from . import environment, results
@@ -113,19 +122,44 @@ def _bad_input(message: str) -> int:
     return 2
 
 
-def memory_problem(preset: Preset, batches: list[int] | None, texts: list[int] | None, device: str) -> str | None:
-    """Why not even the smallest batch fits, from the sizes alone; None when it does."""
+def points(args: argparse.Namespace) -> list[Point]:
+    """(batch, text tokens, images) in the order they are measured: of a sweep, the first point is part of each line."""
+    batches, texts = args.batch or list(args.preset.batches), args.text or [args.preset.text_tokens]
+    images = args.images or [1]
+    if not args.sweep:
+        return list(itertools.product(batches, texts, images))
+    lines = [(b, texts[0], images[0]) for b in args.batch or SWEEP["batch"]]
+    lines += [(batches[0], t, images[0]) for t in args.text or SWEEP["text"]]
+    lines += [(batches[0], texts[0], i) for i in args.images or SWEEP["images"]]
+    return list(dict.fromkeys(lines))
+
+
+def memory_problem(preset: Preset, wanted: list[Point], device: str) -> str | None:
+    """Why not even the smallest point fits, from the sizes alone; None when it does."""
     from .memory import available_bytes
 
     item = 2 if device == "cuda" else 4
-    need = preset.memory_bytes(min(batches or preset.batches), min(texts or [preset.text_tokens]), item)
+    need, smallest = min((preset.memory_bytes(batch, text, item, images), (batch, text, images))
+                         for batch, text, images in wanted)  # fmt: skip
     available = available_bytes(device)
     if available is None or need <= available:
         return None
     return (
-        f"--preset: {preset.name!r} at batch {min(batches or preset.batches)} needs about {need / 2**30:.0f} GiB on "
-        f"{device} and {available / 2**30:.0f} GiB are free; use a smaller preset or a larger device"
+        f"--preset: {preset.name!r} at batch {smallest[0]} needs about {need / 2**30:.1f} GiB on "
+        f"{device} and {available / 2**30:.1f} GiB are free; use a smaller preset or a larger device"
     )
+
+
+def point_problem(preset: Preset, point: Point, device: str) -> str | None:
+    """Why a point is not tried beside the loaded weights. Only on a CPU: there running out ends the process."""
+    from .memory import available_bytes
+
+    available = available_bytes(device)
+    batch, text, images = point
+    need = preset.activation_bytes(batch, text, 4, images)
+    if device == "cuda" or available is None or need <= available:
+        return None
+    return f"does not fit into memory (about {need / 2**30:.1f} GiB needed, {available / 2**30:.1f} GiB free)"
 
 
 def run(
@@ -143,12 +177,12 @@ def run(
     gpu = device == "cuda"
     item = 2 if gpu else 4
     dtype = torch.bfloat16 if gpu else torch.float32
-    batches, texts = args.batch or list(preset.batches), args.text or [preset.text_tokens]
+    wanted = points(args)
     modes = args.modes or (["eager", "graph", *(["compile"] if args.full else [])] if gpu else ["eager"])
     decode = args.decode or (8 if args.full else 0)
     fewest, most = (args.rounds, args.rounds) if args.rounds else (2, 20 if gpu else 4)
     until = began + (args.budget or (420.0 if gpu else 300.0 if args.full else 100.0))
-    plan = [(mode, batch, text) for batch in batches for text in texts for mode in modes]
+    plan = [(mode, point) for point in wanted for mode in modes]
     result |= {
         "schema": 1, "kind": "prefill", "complete": False, **environment.describe(device),
         "dtype": str(dtype).removeprefix("torch."), "preset": preset.name, "attention": "sdpa", "seed": SEED,
@@ -179,13 +213,14 @@ def run(
 
         bar.now("image features of the warm start, to be checked against the pooled stock model's")
         process = models.image_processor(preset)
-        first = _inputs(args, preset, device, dtype, batches[0], texts[0])
+        smallest = min(wanted, key=lambda point: (point[0] * point[2], point[1]))
+        first = _inputs(args, preset, device, dtype, smallest)
         warm, checks = image_features(rows[-1], first), []
         # From here on dense random weights: the warm start's zeros could run faster than a trained projector.
         models.randomise(rows[-1].swap, SEED + 1)
         bar.step()
 
-        eager_outputs: dict[tuple[int, int], dict[str, Any]] = {}
+        eager_outputs: dict[Point, dict[str, Any]] = {}
         groups: list[Group] = []
 
         def publish() -> None:
@@ -196,31 +231,34 @@ def run(
             conclude(result)
             save()
 
-        for index, (mode, batch, text) in enumerate(plan):
-            name = f"{mode}, batch {batch}, {text} text tokens"
+        for index, (mode, point) in enumerate(plan):
+            batch, text, images = point
+            name = f"{mode}, batch {batch}, {text} text tokens, {images} image{'s' if images > 1 else ''}"
 
-            def preprocess(batch: int = batch) -> float:
+            def preprocess(count: int = batch * images) -> float:
                 start = time.perf_counter()
-                process(args.image, batch)
+                process(args.image, count)
                 return 1e3 * (time.perf_counter() - start)
 
             group = Group(
-                rows, batch=batch, text_tokens=text, mode=mode, device=device, warmup=2 if gpu else 0,
-                inputs=_inputs(args, preset, device, dtype, batch, text), preprocess=preprocess, decode_tokens=decode,
+                rows, batch=batch, text_tokens=text, images=images, mode=mode, device=device, warmup=2 if gpu else 0,
+                inputs=_inputs(args, preset, device, dtype, point), preprocess=preprocess, decode_tokens=decode,
+                too_large=point_problem(preset, point, device),
             )  # fmt: skip
             groups.append(group)
             for cell in group.cells:
                 bar.now(f"{name}: warm-up of {cell.row.name}")
                 group.warm_up(cell)
                 bar.step()
-            if not checks:  # the first group: the stock model has just encoded the same photographs
-                stock_output = group.cells[0].output
+            if not checks:
+                stock_output = group.cells[0].output if point == smallest else None
                 known = None if stock_output is None else stock_output.features
-                features = image_features(rows[0], first) if known is None else known.unflatten(0, (batch, -1))
+                # In most runs the stock model has just encoded the same photographs: a pass of the tower saved.
+                features = image_features(rows[0], first) if known is None else known.unflatten(0, (len(warm), -1))
                 checks.append(check_warm_start(warm, features, preset))
-            group.check(eager_outputs.get((batch, text), {}))
+            group.check(eager_outputs.get(point, {}))
             if mode == "eager":
-                eager_outputs[batch, text] = {c.row.name: c.output for c in group.cells if c.output is not None}
+                eager_outputs[point] = {c.row.name: c.output for c in group.cells if c.output is not None}
             publish()
 
             share = (until - time.monotonic()) / (len(plan) - index)
@@ -232,7 +270,7 @@ def run(
 
             bar.now(f"{name}: round 1")
             taken = take_rounds(group, fewest=fewest, most=most, until=time.monotonic() + share, after_each=after_round)
-            if taken < most:
+            if taken < most and group.measurable:
                 result["notes"].append(f"{name}: {taken} rounds fitted into the time budget, {most} were planned")
             group.runs.clear()  # a captured graph holds its memory
         bar.finish("done")
@@ -241,17 +279,18 @@ def run(
     return result
 
 
-def _inputs(args: argparse.Namespace, preset: Preset, device: str, dtype: Any, batch: int, text: int) -> Callable:
+def _inputs(args: argparse.Namespace, preset: Preset, device: str, dtype: Any, point: Point) -> Callable:
     from . import models
 
+    batch, text, images = point
     made: dict[int, Any] = {}
 
     def inputs(row: Any) -> Any:
         """Rows of one prompt length share one set of tensors."""
         if row.image_tokens not in made:
             made[row.image_tokens] = models.build_inputs(
-                preset, args.image, batch=batch, text_tokens=text, image_tokens=row.image_tokens, device=device,
-                dtype=dtype, seed=SEED,
+                preset, args.image, batch=batch, text_tokens=text, image_tokens=row.image_tokens, images=images,
+                device=device, dtype=dtype, seed=SEED,
             )  # fmt: skip
         return made[row.image_tokens]
 
@@ -279,7 +318,8 @@ def with_floor(row: dict[str, Any], preset: Preset, ceilings: Any, item: int) ->
     """The row with the floor of each stage, and the ratio of what was measured to it."""
     from .roofline import floors_ms, prefill_work
 
-    work = prefill_work(preset, model=row["model"], batch=row["batch"], text_tokens=row["text_tokens"], item=item)
+    work = prefill_work(preset, model=row["model"], batch=row["batch"], text_tokens=row["text_tokens"], item=item,
+                        images=row["images"])  # fmt: skip
     floors = floors_ms(ceilings, work)
     ratios = {stage: row[stage] / floor if row[stage] is not None else None for stage, floor in floors.items()}
     return {**row, "floor_ms": floors, "floor_ratio": ratios}

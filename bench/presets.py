@@ -61,15 +61,19 @@ class Preset:
     def kv_bytes(self, tokens: int, batch: int, item: int) -> int:
         return 2 * self.layers * tokens * self.dim * batch * item
 
-    def memory_bytes(self, batch: int, text_tokens: int, item: int) -> int:
+    def memory_bytes(self, batch: int, text_tokens: int, item: int, images: int = 1) -> int:
         """What a run of all rows holds at its peak: weights once (rows share them), a cache, the widest activations.
 
         Activations: the stock model keeps every hidden state of its tower; a few [tokens, widest] buffers live at once.
         """
         weights = self.vision_parameters + self.language_parameters + sum(self.projector_parameters.values())
-        image, tokens = self.image_tokens(1), self.image_tokens(1) + text_tokens
+        return item * weights + self.activation_bytes(batch, text_tokens, item, images)
+
+    def activation_bytes(self, batch: int, text_tokens: int, item: int, images: int = 1) -> int:
+        """What a prompt adds to the weights."""
+        tokens = images * self.image_tokens(1) + text_tokens
         widest = max(3 * self.intermediate, 16 * self.vision_dim, self.vision_layers * self.vision_dim)
-        return item * weights + self.kv_bytes(tokens, batch, item) + 2 * item * batch * max(tokens, image) * widest
+        return self.kv_bytes(tokens, batch, item) + 2 * item * batch * tokens * widest
 
 
 PRESETS = {

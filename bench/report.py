@@ -59,7 +59,8 @@ def write_report(files: list[Path], out: Path) -> tuple[Path, str | None]:
             (out / f"{name}{suffix}.png").write_bytes(png)
         drawn.append(pngs)
     path = out / "report.html"
-    named = [(str(file) if len(files) > 1 else file.name, result) for file, result in results]
+    # The folder is the device's name in most runs; the rest of the path is nobody's business but the machine's.
+    named = [("/".join(file.resolve().parts[-2:]) if len(files) > 1 else file.name, result) for file, result in results]
     path.write_text(page.render(named, drawn, note), encoding="utf-8")
     return path, note
 

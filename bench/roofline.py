@@ -105,16 +105,19 @@ def total(works: list[Work]) -> Work:
 
 
 def prefill_work(
-    preset: Preset, *, model: str, batch: int, text_tokens: int, item: int, layers: int | None = None
+    preset: Preset, *, model: str, batch: int, text_tokens: int, item: int, images: int = 1, layers: int | None = None
 ) -> dict[str, list[Work]]:
-    """Each stage of a row as a list of pieces that cannot overlap. model: a row's name as in prefill.json."""
+    """Each stage of a row as a list of pieces that cannot overlap. model: a row's name as in prefill.json.
+
+    `images` of every sequence of the batch: the tower and the projector see batch * images of them.
+    """
     compact = model in ("llava-stf", "llava-1.5-pool")
-    image = preset.image_tokens(2 if compact else 1)
+    image = images * preset.image_tokens(2 if compact else 1)
     depth = layers or (preset.vision_layers if model in ("llava-1.5", "llava-1.5-pool") else max(BLOCKS))
     tokens = batch * (image + text_tokens)
     return {
-        "vision_ms": _vision(preset, batch, depth, item),
-        "projector_ms": _projector(preset, batch, model, item),
+        "vision_ms": _vision(preset, batch * images, depth, item),
+        "projector_ms": _projector(preset, batch * images, model, item),
         # embeddings read and written once, image rows written once
         "insert_ms": [Work(0, item * preset.dim * (2 * batch * text_tokens + 2 * batch * image))],
         "prefill_ms": _language(preset, batch, tokens, image + text_tokens, item),

@@ -16,18 +16,24 @@ def label(row: dict[str, Any]) -> str:
     return f"{row['model']}/{row['projector']}"
 
 
+def where(row: dict[str, Any]) -> tuple[int, int, int]:
+    """Batch, text length and images of a row or a comparison: what must be equal for two to be compared."""
+    return row["batch"], row["text_tokens"], row.get("images", 1)
+
+
+def point(row: dict[str, Any]) -> str:
+    batch, text, images = where(row)
+    return f"batch {batch}, text {text}" + (f", {images} images" if images > 1 else "")
+
+
 def compare_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every row against LLaVA-1.5 of its batch, text length and mode; captured rows also against eager LLaVA-1.5."""
     measured = [row for row in rows if row["total_ms"] is not None]
-    baselines = {
-        (row["batch"], row["text_tokens"], row["mode"]): row
-        for row in measured
-        if (row["model"], row["projector"]) == BASELINE
-    }
+    baselines = {(*where(row), row["mode"]): row for row in measured if (row["model"], row["projector"]) == BASELINE}
     result = []
     for row in measured:
         for mode in dict.fromkeys((row["mode"], "eager")):
-            baseline = baselines.get((row["batch"], row["text_tokens"], mode))
+            baseline = baselines.get((*where(row), mode))
             if baseline is not None and baseline is not row:
                 result.append(_comparison(row, baseline))
     return result
@@ -44,7 +50,7 @@ def _comparison(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]
         }  # fmt: skip
     return {
         "row": label(row), "baseline": label(baseline), "batch": row["batch"], "text_tokens": row["text_tokens"],
-        "mode": row["mode"], "baseline_mode": baseline["mode"], **ratio,
+        "images": row.get("images", 1), "mode": row["mode"], "baseline_mode": baseline["mode"], **ratio,
         "beyond_noise": ratio["low"] > 1 or ratio["high"] < 1,
     }  # fmt: skip
 
@@ -53,8 +59,7 @@ def speedup_field(comparisons: list[dict[str, Any]]) -> dict[str, float]:
     """The `speedup` of prefill.json: a sentence -> a number."""
     field = {}
     for c in comparisons:
-        where = f"batch {c['batch']}, text {c['text_tokens']}"
-        field[f"{c['row']} {c['mode']} over {c['baseline']} {c['baseline_mode']}, {where}"] = c["ratio"]
+        field[f"{c['row']} {c['mode']} over {c['baseline']} {c['baseline_mode']}, {point(c)}"] = c["ratio"]
     return field
 
 

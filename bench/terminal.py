@@ -4,31 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from .speedup import label
+from .speedup import label, point, where
 from .table import number, render
 
 HEADER = (
-    "model", "projector", "mode", "batch", "image", "preprocess", "vision", "projector", "insert", "prefill", "first",
-    "total", "spread", "projector's", "speed-up", "peak", "KV",
+    "model", "projector", "mode", "batch", "text", "image", "preprocess", "vision", "projector", "insert", "prefill",
+    "first", "total", "spread", "projector's", "speed-up", "peak", "KV",
 )  # fmt: skip
 TIMES = ("preprocess", "vision", "projector", "insert", "prefill", "first_token", "total")
-UNITS = ("", "", "", "", "tokens", *["ms"] * 7, "%", "share %", "", "MB", "MB")
+UNITS = ("", "", "", "", "tokens", "tokens", *["ms"] * 7, "%", "share %", "", "MB", "MB")
 
 
 def report(result: dict[str, Any]) -> str:
     """What the terminal shows."""
     speedups = {
-        (c["row"], c["batch"], c["text_tokens"], c["mode"]): c["ratio"]
-        for c in result["comparisons"]
-        if c["mode"] == c["baseline_mode"]
+        (c["row"], where(c), c["mode"]): c["ratio"] for c in result["comparisons"] if c["mode"] == c["baseline_mode"]
     }
     lines = []
     for row in result["rows"]:
-        key = (label(row), row["batch"], row["text_tokens"], row["mode"])
+        key = (label(row), where(row), row["mode"])
         baseline = label(row) == "llava-1.5/mlp2x" and row["total_ms"] is not None and not result["refused"]
         share = row["projector_share"]
         lines.append((
-            row["model"], row["projector"], row["mode"], str(row["batch"]), str(row["image_tokens"]),
+            row["model"], row["projector"], row["mode"], str(row["batch"]), str(row["text_tokens"]),
+            str(row["image_tokens"]),
             *(number(row[f"{stage}_ms"]) for stage in TIMES),
             number(row["spread_percent"]), number(None if share is None else 100 * share),
             "1.00x" if baseline else f"{speedups[key]:.2f}x" if key in speedups else "-",
@@ -38,7 +37,8 @@ def report(result: dict[str, Any]) -> str:
         "",
         f"{result['device']}   {result['dtype']}, attention {result['attention']}, torch {result['torch']}, "
         f"transformers {result['transformers']}, commit {result['commit'][:12]}",
-        f"{result['preset']}, {_texts(result)} text tokens, one photograph per sequence, weights: {result['weights']}; "
+        f"{result['preset']}, {_texts(result)} text tokens, {_images(result)} of one photograph per sequence, "
+        f"weights: {result['weights']}; "
         f"median of {max((row['rounds'] for row in result['rows']), default=0)} interleaved rounds",
         "",
         render(HEADER, [UNITS, *lines], left=3),
@@ -46,9 +46,7 @@ def report(result: dict[str, Any]) -> str:
         "total: from pixel values on the device to the first token on the host, preprocessing not included.",
     ]
     out += ["", *_floors(result), ""]
-    out += [
-        f"{label(row)} {row['mode']}, batch {row['batch']}: {row['failed']}" for row in result["rows"] if row["failed"]
-    ]
+    out += [f"{label(row)} {row['mode']}, {point(row)}: {row['failed']}" for row in result["rows"] if row["failed"]]
     out += [f"note: {note}" for note in result["notes"]]
     out += ["checked: " + _sentence(check) for check in result["checks"]]
     if result["refused"]:
@@ -61,7 +59,8 @@ def _floors(result: dict[str, Any]) -> list[str]:
     stages = ("vision", "projector", "insert", "prefill", "total")
     lines = [
         (
-            row["model"], row["projector"], row["mode"], str(row["batch"]),
+            row["model"], row["projector"], row["mode"], str(row["batch"]), str(row["text_tokens"]),
+            str(row["image_tokens"]),
             *(number(row["floor_ratio"][f"{stage}_ms"], 2) for stage in stages),
         )
         for row in result["rows"]
@@ -71,13 +70,18 @@ def _floors(result: dict[str, Any]) -> list[str]:
         f"Measured over floor, at {ceilings['flops'] / 1e12:.3g} TFLOP/s and {ceilings['bandwidth'] / 1e9:.0f} GB/s "
         f"({ceilings['source']}):"
     )
-    return [title, render(("model", "projector", "mode", "batch", *stages), lines, left=3)]
+    return [title, render(("model", "projector", "mode", "batch", "text", "image", *stages), lines, left=3)]
 
 
 def _sentence(check: dict[str, Any]) -> str:
     error = "not finite" if check["error"] is None else f"{check['error']:.1e}"
     verdict = "" if check["agrees"] else "  DIFFERS"
     return f"{check['name']}: difference {error} (allowed {check['bound']:.0e}){verdict}"
+
+
+def _images(result: dict[str, Any]) -> str:
+    counts = list(dict.fromkeys(row.get("images", 1) for row in result["rows"])) or [1]
+    return f"{', '.join(map(str, counts))} {'image' if counts == [1] else 'images'}"
 
 
 def _texts(result: dict[str, Any]) -> str:
