@@ -9,7 +9,7 @@ def gemm_with_remainder(
     x_ptr, w_ptr, y_ptr, K, x_stride, w_stride, y_stride,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRAP: tl.constexpr,
 ):  # fmt: skip
-    """y = x @ w^T where the columns of x repeat with period C: plain `k % C` if TRAP, `tl.multiple_of` around it otherwise."""
+    """y = x @ w^T, the columns of x with period C: a bare `k % C` if TRAP, else `tl.multiple_of` around it."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
