@@ -13,6 +13,7 @@ MODULE = LOADER_FILE.removesuffix(".py")
 LOADER = '''"""LLaVA-STF for trust_remote_code=True; needs the stf-kernels package, which provides llava_integration."""
 
 import llava_integration
+from transformers import AutoProcessor
 
 
 class LlavaStfConfig(llava_integration.LlavaStfConfig):
@@ -30,7 +31,15 @@ class LlavaStfForConditionalGeneration(llava_integration.LlavaStfForConditionalG
 
 
 class LlavaStfProcessor(llava_integration.LlavaStfProcessor):
-    pass
+    _auto_class = "AutoProcessor"
+
+    def to_dict(self, *args, **kwargs):
+        """transformers writes no auto_map of a processor."""
+        return super().to_dict(*args, **kwargs) | {"auto_map": {"AutoProcessor": "llava_stf_auto.LlavaStfProcessor"}}
+
+
+# Once a model is loaded the package's processor is known by its name, and would be taken instead.
+AutoProcessor.register(llava_integration.LlavaStfConfig, LlavaStfProcessor, exist_ok=True)
 '''
 
 MODEL_CLASSES = {

@@ -20,6 +20,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
+    SiglipVisionModel,
 )
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -220,14 +221,19 @@ def make_stock(
 
 
 def official_features(
-    tower: CLIPVisionModel, projector: dict[str, Tensor], pixels: Tensor, blocks: list[int] = BLOCKS, window: int = 2
+    tower: CLIPVisionModel | SiglipVisionModel,
+    projector: dict[str, Tensor],
+    pixels: Tensor,
+    blocks: list[int] = BLOCKS,
+    window: int = 2,
+    prefix: int = 1,
 ) -> Tensor:
     """What the official model computes, by F.unfold and F.linear in float64: [N, 3, S, S] -> [N, tokens, D]."""
     tower = tower.double()
     with torch.no_grad():
         states = tower(pixels.double(), output_hidden_states=True).hidden_states
     w = {name.removeprefix("model."): value.double() for name, value in projector.items()}
-    x = torch.cat([states[i][:, 1:] for i in blocks], dim=-1)
+    x = torch.cat([states[i][:, prefix:] for i in blocks], dim=-1)
     if "mm_projector_crosslayer.0.weight" in w:
         x = F.gelu(F.linear(x, w["mm_projector_crosslayer.0.weight"], w["mm_projector_crosslayer.0.bias"]))
         x = F.linear(x, w["mm_projector_crosslayer.2.weight"], w["mm_projector_crosslayer.2.bias"])

@@ -12,6 +12,7 @@ import signal
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from llava_integration.convert import ConversionError, convert_official, writer
 from llava_integration.convert.__main__ import main
@@ -343,10 +344,11 @@ def test_values_that_float16_cannot_hold(src, dst):
 
 class TestCommandLine:
     @pytest.fixture(autouse=True)
-    def keep_the_handler(self):
-        handler = signal.getsignal(signal.SIGTERM)
+    def restore(self):
+        handler, verbosity = signal.getsignal(signal.SIGTERM), logging.get_verbosity()
         yield
         signal.signal(signal.SIGTERM, handler)
+        logging.set_verbosity(verbosity)
 
     def test_report(self, src, dst, capsys):
         assert main(["official", str(src), str(dst), "--dtype", "bfloat16"]) == 0

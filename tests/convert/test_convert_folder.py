@@ -30,7 +30,7 @@ print(json.dumps({
 }))
 if len(sys.argv) > 3:
     model.save_pretrained(sys.argv[3])
-    processor.save_pretrained(sys.argv[3])
+    processor.save_pretrained(sys.argv[3] + "-processor")
 """
 
 
@@ -59,9 +59,11 @@ def test_fresh_processes(converted, tmp_path):
         json.loads((folder / "config.json").read_text())["auto_map"] for folder in (converted, tmp_path / "again")
     )
     assert one_map == other_map
-    (loader,) = (tmp_path / "again").glob("*.py")
-    assert loader.read_text() == (converted / loader.name).read_text()
-    assert any(f"{loader.stem}.LlavaStfProcessor" in file.read_text() for file in (tmp_path / "again").glob("*.json"))
+    for folder in (tmp_path / "again", tmp_path / "again-processor"):
+        (loader,) = folder.glob("*.py")
+        assert loader.read_text() == (converted / loader.name).read_text()
+    processor_config = json.loads((tmp_path / "again-processor" / "processor_config.json").read_text())
+    assert processor_config["auto_map"] == {"AutoProcessor": f"{loader.stem}.LlavaStfProcessor"}
 
 
 def test_without_auto_map_there_is_no_code(official, tmp_path):

@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from PIL import Image
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import llava_integration as li
 from llava_integration.convert import convert_official
@@ -153,6 +160,29 @@ def test_tower_weights_from_its_folder(tmp_path):
     ck.write_json(src / "config.json", ck.official_config(mm_vision_tower="../clip"))
     convert_official(src, tmp_path / "again")
     assert same(features(tmp_path / "again", pixels), expected)
+
+
+@pytest.mark.parametrize("pooling_head", [True, False])
+def test_a_siglip_tower_has_no_cls_token_and_an_odd_grid(tmp_path, pooling_head):
+    """3x3 patches in windows of 2, as 27x27 in SigLIP's own size: one token; pixels normalized its way."""
+    torch.manual_seed(6)
+    sizes = {name: ck.VISION[name] for name in ck.VISION if name != "projection_dim"} | {"image_size": 42}
+    tower = ck.randomize(SiglipVisionModel(SiglipVisionConfig(**sizes)))
+    src, folder = ck.make_official(tmp_path), tmp_path / "siglip"
+    folder.mkdir()
+    ck.write_json(folder / "config.json", {"model_type": "siglip", "vision_config": sizes})
+    tensors = ck.official_tensors(tower, ck.make_language(), ck.make_projector())
+    (src / "pytorch_model.bin.index.json").unlink()
+    ck.write_bin(src, {name: value for name, value in tensors.items() if pooling_head or ".head." not in name})
+    ck.write_json(src / "config.json", ck.official_config(mm_vision_tower=str(folder)))
+    convert_official(src, tmp_path / "stf")
+    pixels = torch.randn(2, 3, 42, 42)
+    expected = ck.official_features(tower, ck.make_projector(), pixels, prefix=0)
+    assert expected.shape[1] == 1
+    assert same(features(tmp_path / "stf", pixels), expected)
+    images = AutoProcessor.from_pretrained(tmp_path / "stf").image_processor
+    assert (list(images.image_mean), images.do_pad) == ([0.5, 0.5, 0.5], True)
+    assert images(Image.new("RGB", (30, 90)), return_tensors="pt")["pixel_values"].shape == (1, 3, 42, 42)
 
 
 def test_the_known_clip_needs_no_folder():
