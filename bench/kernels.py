@@ -52,9 +52,12 @@ def main(argv: list[str] | None = None) -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path: Path = args.json or environment.results_folder(device) / "kernels.json"
+    result: dict[str, Any] = {}
     try:
-        result = measure(args, device, lambda value: results.write(path, value))
+        measure(args, device, result, lambda: results.write(path, result))
     except KeyboardInterrupt:
+        if result:
+            results.write(path, result)  # the rows of the step that was under way, too
         print(f"\ninterrupted; {path} keeps what was measured", file=sys.stderr)
         return 130
     results.check(result, str(path))
@@ -82,7 +85,8 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
                 yield f"compile {stage}", batch, first
 
 
-def measure(args: argparse.Namespace, device: str, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, device: str, result: dict[str, Any], save: Callable[[], None]) -> None:
+    """Measure into `result`, calling `save` after every step."""
     import torch
 
     import stf_kernels
@@ -98,13 +102,13 @@ def measure(args: argparse.Namespace, device: str, save: Callable[[dict[str, Any
     sizes = SMALL if args.small else LLAVA
     torch.backends.cudnn.benchmark = True  # the convolution rival gets its best algorithm
     ceilings = measure_ceilings(device, size=512 if args.small else None)
-    result: dict[str, Any] = {
+    result |= {
         "schema": 1, "kind": "kernels", "complete": False, **environment.describe(device),
         "sizes": "small" if args.small else "llava-1.5-7b", "ceilings": ceilings.as_dict(),
         "command": ["python", "-m", "bench.kernels", *sys.argv[1:]], "rows": [], "notes": [],
     }  # fmt: skip
     steps = list(plan(args))
-    bench = Bench(args, device, sizes, ceilings, Flush(device), result["rows"])
+    bench = Bench(args, device, sizes, ceilings, Flush(device), result, began + args.budget)
     with Progress(len(steps)) as bar, torch.no_grad():
         for what, batch, name in steps:
             reserve = COMPILE_SECONDS if what.startswith("compile") else 0.0
@@ -125,21 +129,20 @@ def measure(args: argparse.Namespace, device: str, save: Callable[[dict[str, Any
             if device == "cuda":
                 torch.cuda.empty_cache()
             bar.step()
-            save(result)
+            save()
         bar.finish("done")
     result["complete"] = not result["notes"]
     result["clock_mhz_after"] = environment.clock_mhz() if device == "cuda" else None
-    return result
 
 
 class Bench:
     """One step: check and time every provider of a stage, append its rows."""
 
     def __init__(
-        self, args: Any, device: str, sizes: Any, ceilings: Any, flush: Any, rows: list[dict[str, Any]]
+        self, args: Any, device: str, sizes: Any, ceilings: Any, flush: Any, result: dict[str, Any], until: float
     ) -> None:
-        self.args, self.device, self.sizes = args, device, sizes
-        self.ceilings, self.flush, self.rows = ceilings, flush, rows
+        self.args, self.device, self.sizes, self.until = args, device, sizes, until
+        self.ceilings, self.flush, self.rows, self.notes = ceilings, flush, result["rows"], result["notes"]
 
     def step(self, what: str, operands: Any, dtype: str) -> None:
         from .providers import compiled, providers
@@ -152,6 +155,11 @@ class Bench:
             found = providers(stage, operands)
             allowed = 2 * self.error(found[0], exact) + 1e-6  # eager is first
             for provider in [compiled(stage, operands)] if only else found:
+                # Kernels are compiled at their first call: one step may take many times what the next one does.
+                if time.monotonic() > self.until:
+                    where = f"{what} {stage}, batch {operands.batch}, {dtype}"
+                    self.notes.append(f"not measured, out of time: {where}, {provider.name} and what follows")
+                    return None
                 self.row(stage, operands.batch, dtype, provider, exact, allowed)
             del exact
         return None

@@ -231,9 +231,14 @@ def run(
             conclude(result)
             save()
 
+        warm_up = 0.0  # the longest so far, in seconds
         for index, (mode, point) in enumerate(plan):
             batch, text, images = point
             name = f"{mode}, batch {batch}, {text} text tokens, {images} image{'s' if images > 1 else ''}"
+            start = time.monotonic()
+            if groups and start + warm_up > until:
+                result["notes"].append(f"{name}: not measured, the time budget ended before")
+                continue
 
             def preprocess(count: int = batch * images) -> float:
                 start = time.perf_counter()
@@ -261,7 +266,9 @@ def run(
                 eager_outputs[point] = {c.row.name: c.output for c in group.cells if c.output is not None}
             publish()
 
-            share = (until - time.monotonic()) / (len(plan) - index)
+            warm_up = max(warm_up, time.monotonic() - start)
+            later = len(plan) - index - 1
+            share = (until - time.monotonic() - later * warm_up) / (later + 1)
 
             def after_round(name: str = name, group: Group = group) -> None:
                 bar.step()
@@ -274,7 +281,7 @@ def run(
                 result["notes"].append(f"{name}: {taken} rounds fitted into the time budget, {most} were planned")
             group.runs.clear()  # a captured graph holds its memory
         bar.finish("done")
-    result["complete"] = True
+    result["complete"] = len(groups) == len(plan)
     conclude(result)
     return result
 
