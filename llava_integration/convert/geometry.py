@@ -17,9 +17,14 @@ LINEARS = {"0": "linear_1", "2": "linear_2"}
 PREFIX = "model.multi_modal_projector."
 RELAID_OUT = PREFIX + "stf.linear_1.weight"
 
-# The published model: the blocks of a 24-layer tower that config.json does not name, deepest first.
-PUBLISHED_LAYERS = 24
-PUBLISHED_BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)
+PUBLISHED_SELECT = -2
+
+
+def published_blocks(layers: int) -> list[int]:
+    """The rule of the published model, whose config.json does not name its blocks: all multiples of three behind the
+    layer before the last, deepest first. 24 layers -> [23, 21, 18, 15, 12, 9, 6, 3]."""
+    selected = layers + 1 + PUBLISHED_SELECT
+    return [selected, *range((selected - 1) // 3 * 3, 0, -3)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def derive(entries: Entries, channels: int) -> Geometry:
 
 
 def block_layers(geometry: Geometry, layers: int, selected: object, given: list[int] | None) -> list[int]:
-    """The tower's layers in concatenation order: as given, as config.json lists them, or the published ones."""
+    """The tower's layers in concatenation order: as given, as config.json lists them, or by the published rule."""
     listed = selected if isinstance(selected, list) and len(selected) == geometry.blocks else None
     if (blocks := given or listed) is not None:
         if len(blocks) != geometry.blocks:
@@ -90,12 +95,13 @@ def block_layers(geometry: Geometry, layers: int, selected: object, given: list[
     selected = -2 if selected is None else selected
     if geometry.blocks == 1 and isinstance(selected, int):
         return [selected]
-    if (layers, geometry.blocks, selected) == (PUBLISHED_LAYERS, len(PUBLISHED_BLOCKS), -2):
-        return list(PUBLISHED_BLOCKS)
+    published = published_blocks(layers)
+    if selected == PUBLISHED_SELECT and len(published) == geometry.blocks:
+        return published
     raise ConversionError(
-        f"--blocks: the checkpoint does not name its {geometry.blocks} blocks of a tower of {layers} layers, and only "
-        f"those of the published model are known ({len(PUBLISHED_BLOCKS)} of {PUBLISHED_LAYERS}); name them, e.g. "
-        "--blocks 5,3,1 with the first of the concatenation first"
+        f"--blocks: the checkpoint does not name its {geometry.blocks} blocks of a tower of {layers} layers, and the "
+        f"rule of the published model, {published} behind layer {PUBLISHED_SELECT}, does not give them; name them, "
+        "e.g. --blocks 5,3,1 with the first of the concatenation first"
     )
 
 
