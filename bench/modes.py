@@ -111,7 +111,10 @@ class Captured:
             # The baseline keeps the tower layer that it runs for nothing; llava-1.5-skip is the row without it.
             # No room for new tokens: the cache columns of all modes then count the same tokens.
             self.runner = PrefillRunner(
-                model, *inputs.input_ids.shape, max_new_tokens=0, full_tower=row.model == "llava-1.5"
+                model,
+                *inputs.input_ids.shape,
+                max_new_tokens=0,
+                full_tower=row.model in ("llava-1.5", "llava-1.5-pool"),
             )
             self._call()  # captured by now, whether the runner captures at once or at its first call
 

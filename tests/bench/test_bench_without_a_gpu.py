@@ -1,0 +1,172 @@
+"""If this fails, the time on a borrowed GPU is spent on finding a mistake that no GPU is needed to find."""
+
+import json
+import sys
+import time
+
+import fake_cuda
+import pytest
+from sample_results import KERNELS, prefill_result
+
+from bench import gpu, models, prefill, results, roofline
+
+JUNIT = '<testsuites><testsuite><testcase name="a"/><testcase name="b"/></testsuite></testsuites>'
+# What a part's process does here instead of its work: it writes what the part would, with a status of its own.
+PRETEND = """
+import json, pathlib, sys
+path, text, status = sys.argv[1:]
+pathlib.Path(path).write_text(text)
+print("said", path)
+sys.exit(int(status))
+"""
+
+
+@pytest.fixture(scope="module")
+def pretended(tmp_path_factory):
+    """A prefill as on a GPU: eager and captured, all rows, in bf16 and with device events."""
+    path = tmp_path_factory.mktemp("gpu") / "prefill.json"
+    with pytest.MonkeyPatch.context() as patch:
+        fake_cuda.install(patch)
+        build = models.build_stock
+        patch.setattr(models, "build_stock", lambda preset, *, device, **rest: build(preset, device="cpu", **rest))
+        ceilings = roofline.Ceilings(1e14, 1e12, 141e9, "pretended")
+        patch.setattr(roofline, "measure_ceilings", lambda *_, **__: ceilings)
+        with fake_cuda.OnCpu():
+            arguments = ["--preset", "tiny", "--device", "cuda", "--full", "--modes", "eager", "graph", "--rounds", "1"]
+            status = prefill.main([*arguments, "--images", "2", "--decode", "1", "--json", str(path)])
+        events = list(fake_cuda.Event.made)
+    return status, results.read(path), events
+
+
+def test_eager_and_captured_rows_are_measured_as_on_a_gpu(pretended):
+    status, result, _ = pretended
+    assert status == 0
+    assert (result["device"], result["dtype"]) == ("Pretended GPU", "bfloat16")
+    modes = [row["mode"] for row in result["rows"]]
+    assert modes == ["eager"] * 5 + ["graph"] * 5
+    for row in result["rows"]:
+        assert row["failed"] is None
+        assert row["image_tokens"] == 2 * (16 if row["projector"] == "mlp2x" and "pool" not in row["model"] else 4)
+        assert all(row[f"{stage}_ms"] is not None for stage in ("vision", "projector", "insert", "prefill", "total"))
+        assert row["peak_mb"] == pytest.approx(row["weights_mb"] + 2048)  # 3 GiB at the peak, 1 GiB before
+        assert bool(row["wall_samples"]["total_ms"]) == (row["mode"] == "eager")
+    kv = {(row["model"], row["projector"], row["mode"]): row["kv_mb"] for row in result["rows"]}
+    assert all(kv[model, projector, "eager"] == kv[model, projector, "graph"] for model, projector, _ in kv)
+
+
+def test_captured_rows_are_compared_with_captured_and_with_eager(pretended):
+    result = pretended[1]
+    found = {(c["row"], c["mode"], c["baseline_mode"]) for c in result["comparisons"]}
+    assert {("llava-stf/fused", "graph", "graph"), ("llava-stf/fused", "graph", "eager")} <= found
+    assert sum("against its eager run" in check["name"] for check in result["checks"]) == 5
+    assert all(check["agrees"] for check in result["checks"])
+
+
+def test_only_the_events_inside_a_graph_are_external(pretended):
+    events = pretended[2]
+    assert all(options["enable_timing"] for options in events)
+    external = [options for options in events if options.get("external")]
+    # Without a capture, the runner's own call, output() and two warm-up runs and a round record them: four boundaries.
+    assert external
+    assert len(external) % 4 == 0
+    assert len(external) < len(events)
+
+
+@pytest.fixture
+def pretend_parts(monkeypatch, tmp_path):
+    """bench.gpu with processes that write files at once. `statuses` says how each ends."""
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("STF_COMMIT", "c0ffee")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    statuses, limits, commands = {}, {}, []
+    real = gpu.run_limited
+    prefill_text, kernels_text = json.dumps(prefill_result()), json.dumps(KERNELS)
+
+    def pretend(command, seconds, **environment):
+        commands.append(command)
+        name = command[2].removeprefix("bench.")
+        if name == "pytest":
+            name = "tests/gpu" if command[-1] == "tests/gpu" else "tests"
+            path = next(a.split("=", 1)[1] for a in command if a.startswith("--junitxml="))
+            text = JUNIT
+        else:
+            path = command[command.index("--json") + 1]
+            text = prefill_text if name == "prefill" else kernels_text
+        limits[name] = seconds
+        status = statuses.get(name, 0)
+        return real([sys.executable, "-c", PRETEND, path, text, str(status)], seconds, **environment)
+
+    monkeypatch.setattr(gpu, "run_limited", pretend)
+    return statuses, limits, commands, tmp_path / "out" / "pretended-gpu"
+
+
+def test_every_part_leaves_its_file_under_out(pretend_parts, capfd):
+    _, limits, commands, folder = pretend_parts
+    assert gpu.main([]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["kernels.json", "prefill.json", "tests.json"]
+    tests = results.read(folder / "tests.json")
+    assert (tests["commit"], tests["passed"], tests["failed"], tests["complete"]) == ("c0ffee", 4, 0, True)
+    assert capfd.readouterr().out.count("passed  ") == 3
+    # Nothing is asked of pytest, of git or of a network that a bare machine lacks.
+    assert all(command[:2] == [sys.executable, "-m"] for command in commands)
+    # A program is told to end before it is stopped.
+    for command in commands[2:]:
+        assert float(command[command.index("--budget") + 1]) < limits[command[2].removeprefix("bench.")]
+
+
+@pytest.mark.parametrize("part", ["tests/gpu", "tests", "kernels", "prefill"])
+def test_a_part_that_fails_is_said_and_the_others_still_run(pretend_parts, part, capfd):
+    statuses, _, _, folder = pretend_parts
+    statuses[part] = 3
+    assert gpu.main([]) == 1
+    assert len(list(folder.iterdir())) == 3
+    failed = [line.split()[1] for line in capfd.readouterr().out.splitlines() if line.startswith("  FAILED")]
+    assert failed == [part.split("/")[0]]
+
+
+def test_an_error_of_a_part_is_not_the_end_of_the_others(pretend_parts, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "read_junit", lambda path: 1 / 0)
+    assert gpu.main([]) == 1
+    assert "ZeroDivisionError" in capfd.readouterr().out
+    assert (pretend_parts[3] / "prefill.json").is_file()
+
+
+def test_an_old_file_does_not_pass_for_this_run(pretend_parts, monkeypatch, capfd):
+    folder = pretend_parts[3]
+    results.write(folder / "kernels.json", KERNELS)
+    monkeypatch.setattr(gpu, "run_limited", lambda command, seconds, **_: (-11, ""))  # died before it wrote
+    assert gpu.main(["--only", "kernels"]) == 1
+    assert "exit status -11" in capfd.readouterr().out
+
+
+def test_all_parts_together_end_inside_ten_minutes():
+    parts, clock = list(gpu.PARTS), gpu.SECONDS
+    for index, name in enumerate(parts):
+        share = gpu.share_of(clock, parts[index:])
+        assert share > 100, f"{name}: too little to measure anything"
+        clock -= share + 2 * gpu.GRACE if index < len(parts) - 1 else share  # even where each has to be stopped
+    assert clock == pytest.approx(0)
+    assert gpu.SECONDS + gpu.GRACE + 20 < 600
+    assert gpu.share_of(545.0, ["kernels"]) == 545.0
+    assert gpu.share_of(-3.0, parts) == 0.0
+
+
+def test_what_a_stopped_part_started_does_not_hold_the_others_up(capfd):
+    code = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print('on')"
+    )
+    begin = time.monotonic()
+    status, output = gpu.run_limited([sys.executable, "-c", code], 30.0)
+    assert (status, output.strip()) == (0, "on")
+    assert time.monotonic() - begin < 20
+
+
+def test_a_stopped_measurement_writes_more_than_a_pipe_holds(capfd):
+    code = (
+        "import sys, time\nprint('on', flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('x' * 500_000); print('saved'); sys.exit(130)"
+    )
+    status, output = gpu.run_limited([sys.executable, "-c", code], 1.5)
+    assert status is None
+    assert output.rstrip().endswith("saved")
