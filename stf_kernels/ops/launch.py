@@ -84,6 +84,8 @@ def launch_stage(
     if out is not None:
         if y is not out:
             out.copy_(y)
+        elif not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # written through a pointer: tell autograd
         return out, None if pre is None else pre.to(x.dtype)
     return y.to(x.dtype), None if pre is None else pre.to(x.dtype)
 

@@ -47,15 +47,26 @@ def _as_list(value: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-def _in_form_of(value, items: list):
-    """Gradients in the structure of the argument they belong to."""
-    if value is None:
-        return None
-    return items[0] if isinstance(value, Tensor) else items
+class Form(NamedTuple):
+    """How an argument was passed, without the tensors: None, one tensor, or a list of `count`."""
+
+    count: int
+    is_list: bool
+
+    @classmethod
+    def of(cls, value: Tensor | Sequence[Tensor] | None) -> "Form":
+        return cls(len(_as_list(value)), not (value is None or isinstance(value, Tensor)))
+
+    def restore(self, items: list):
+        """`count` items in that form."""
+        if self.is_list:
+            return items
+        return items[0] if self.count else None
 
 
-def _in_form_of_all(values: Sequence, groups: Sequence[list]) -> list:
-    return [_in_form_of(value, group) for value, group in zip(values, groups, strict=True)]
+def _restore_all(forms: Sequence[Form], items: Sequence) -> list:
+    groups = _split(items, [form.count for form in forms])
+    return [form.restore(group) for form, group in zip(forms, groups, strict=True)]
 
 
 class ChainOperator:
@@ -107,23 +118,21 @@ class ChainOperator:
         return [block, *saved]
 
     def _setup_context(self, ctx, inputs, output) -> None:
-        ctx.inputs_form = inputs
+        ctx.forms, ctx.static, ctx.save = [Form.of(value) for value in inputs[:3]], inputs[3:-1], inputs[-1]
         ctx.save_for_backward(*output[1:], *(t for value in inputs[:3] for t in _as_list(value)))
 
     def _autograd_backward(self, ctx, grads):
         _refuse_double_backward()
-        values, static = ctx.inputs_form[:3], ctx.inputs_form[3:-1]
-        flags = [_as_flags(flag, value) for flag, value in zip(ctx.needs_input_grad[:3], values, strict=True)]
-        sizes = [len(flag) for flag in flags]
-        needs = [need for flag in flags for need in flag]
+        if not ctx.save:
+            raise RuntimeError("save: a gradient was asked for; call the operator with save=True")
+        needs = [
+            need for form, flag in zip(ctx.forms, ctx.needs_input_grad, strict=False) for need in _flags(form, flag)
+        ]
         kept = list(ctx.saved_tensors)
         saved, tensors = kept[: len(kept) - len(needs)], kept[len(kept) - len(needs) :]
-        arguments = _in_form_of_all(values, _split(tensors, sizes))
-        if not ctx.inputs_form[-1]:
-            raise RuntimeError("save: a gradient was asked for; call the operator with save=True")
-        found = iter(self._backward_op(grads[0], saved, *arguments, *static, needs))
-        in_order = _split([next(found) if need else None for need in needs], sizes)
-        return (*_in_form_of_all(values, in_order), *(None for _ in static), None)
+        found = iter(self._backward_op(grads[0], saved, *_restore_all(ctx.forms, tensors), *ctx.static, needs))
+        in_order = [next(found) if need else None for need in needs]
+        return (*_restore_all(ctx.forms, in_order), *(None for _ in ctx.static), None)
 
     def _backward(self, grad, saved, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
         *static, needs = static_and_needs
@@ -143,7 +152,7 @@ class ChainOperator:
             with torch._C._ExcludeDispatchKeyGuard(
                 torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
             ):
-                cast = [_in_form_of(v, [t.to(dtype) for t in _as_list(v)]) for v in (blocks, weights, biases)]
+                cast = [Form.of(v).restore([t.to(dtype) for t in _as_list(v)]) for v in (blocks, weights, biases)]
                 return self._forward_op(*cast, *rest)
 
         return autocast
@@ -203,10 +212,9 @@ def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
     return parts
 
 
-def _as_flags(flag, value) -> list[bool]:
-    if value is None:
-        return []
-    return [flag] if isinstance(value, Tensor) else list(flag)
+def _flags(form: Form, flag: bool | Sequence[bool]) -> list[bool]:
+    """ctx.needs_input_grad of one argument, a flag for each of its tensors."""
+    return list(flag) if form.is_list else [flag] * form.count
 
 
 def _refuse_double_backward() -> None:
