@@ -42,6 +42,7 @@ class Cell:
     preprocess: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     failed: str | None = None
+    warm_up_s: float | None = None
 
     def series(self, stage: str) -> list[float]:
         values = [sample[stage] for sample in self.samples]
@@ -71,6 +72,7 @@ class Cell:
             "activations_mb": output.peak_bytes / MB if output else None,
             "kv_mb": output.kv_bytes / MB if output and output.kv_bytes is not None else None,
             "first_tokens": output.tokens if output else None,
+            "warm_up_s": self.warm_up_s,
             "failed": self.failed,
             "samples": {stage: [s[stage] for s in self.samples] for stage in (*STAGES, "total_ms")},
             "wall_samples": {stage: [s[stage] for s in self.wall_samples] for stage in (*STAGES, "total_ms")},
@@ -100,6 +102,7 @@ class Group:
         """The first run is watched for memory and for its outputs; more follow on a GPU."""
         if cell.failed:
             return
+        start = time.monotonic()
         try:
             run = self.runs[cell.row.name] = prepare(
                 self.mode, cell.row, self.inputs(cell.row), self.device, self.decode_tokens
@@ -107,6 +110,7 @@ class Group:
             cell.output = run.output()
             for _ in range(self.warmup):
                 run.run()
+            cell.warm_up_s = time.monotonic() - start
         except _OUT_OF_MEMORY as error:
             self._give_up(cell, f"does not fit into memory ({_first_line(error)})")
         except Exception as error:

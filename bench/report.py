@@ -3,14 +3,16 @@
     python -m bench.report FILE... [--out DIR]     report.html and PNG charts, beside the first FILE unless --out says
     python -m bench.report --compare A B           rows of two runs on one device: B over A, beyond their spread or not
 
-A difference counts when the p10-p90 ranges of the two runs do not overlap. Exit codes: 0, or 2 for a file that is not a
-result, is cut short, or comes from another device.
+A difference counts when the p10-p90 ranges of the two runs do not overlap, of rows and of speed-ups alike; with fewer
+than four rounds that happens by chance too often to be told. Exit codes: 0, or 2 for a file that is not a result, is
+cut short, or comes from another device.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,10 @@ def write_report(files: list[Path], out: Path) -> tuple[Path, str | None]:
     return path, note
 
 
+# Two samples of n of one and the same thing lie apart with probability 2 / C(2n, n): 1 in 10 for 3, 1 in 35 for 4.
+ENOUGH_ROUNDS = 4
 _KEYS = {
-    "prefill": ("model", "projector", "mode", "batch", "text_tokens"),
+    "prefill": ("model", "projector", "mode", "batch", "text_tokens", "images"),
     "kernels": ("stage", "pass", "provider", "dtype", "batch"),
 }
 
@@ -83,10 +87,10 @@ def compare(first: Path, second: Path) -> str:
                 "a ratio of the two would say nothing about the code"
             )
     keys = _KEYS[a["kind"]]
-    other = {tuple(row.get(key) for key in keys): row for row in b["rows"]}
+    other = {_name(row, keys): row for row in b["rows"]}
     lines = []
     for row in a["rows"]:
-        name = tuple(row.get(key) for key in keys)
+        name = _name(row, keys)
         before, after = _samples(row), _samples(other.get(name, {}))
         if before and after:
             lines.append((*(str(part) for part in name), *_difference(before, after)))
@@ -95,7 +99,29 @@ def compare(first: Path, second: Path) -> str:
     title = f"A {first} ({a['commit'][:12]})   B {second} ({b['commit'][:12]})   {a['device']}"
     unit = "ms" if a["kind"] == "prefill" else "us"
     header = (*keys, f"A {unit}", f"B {unit}", "B / A", "")
-    return "\n".join([title, "", render(header, lines, left=len(keys))])
+    return "\n".join([title, "", render(header, lines, left=len(keys)), *_speedups(a, b)])
+
+
+def _name(row: dict[str, Any], keys: Sequence[str]) -> tuple:
+    defaults = {"images": 1, "pass": "forward"}  # of files from before these were fields
+    return tuple(row.get(key, defaults.get(key)) for key in keys)
+
+
+def _speedups(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Ratios within a round do not feel a machine that was busier in one run: theirs is the stricter comparison."""
+    keys = ("row", "mode", "baseline_mode", "batch", "text_tokens", "images")
+    other = {_name(c, keys): c for c in b.get("comparisons", [])}
+    lines = []
+    for first in a.get("comparisons", []):
+        name = _name(first, keys)
+        second = other.get(name)
+        if second is None:
+            continue
+        apart = first["high"] < second["low"] or second["high"] < first["low"]
+        shown = [f"{c['ratio']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in (first, second)]
+        lines.append((*map(str, name), *shown, "DIFFERS" if apart else "within noise"))
+    header = ("speed-up of", "mode", "over", "batch", "text_tokens", "images", "A", "B", "")
+    return ["", render(header, lines, left=len(keys))] if lines else []
 
 
 def _samples(row: dict[str, Any]) -> list[float]:
@@ -107,7 +133,7 @@ def _samples(row: dict[str, Any]) -> list[float]:
 
 def _difference(before: list[float], after: list[float]) -> tuple[str, str, str, str]:
     apart = percentile(before, 0.9) < percentile(after, 0.1) or percentile(after, 0.9) < percentile(before, 0.1)
-    enough = min(len(before), len(after)) >= 3
+    enough = min(len(before), len(after)) >= ENOUGH_ROUNDS
     ratio = median(after) / median(before)
     verdict = "too few rounds" if not enough else "within noise" if not apart else "faster" if ratio < 1 else "SLOWER"
     return number(median(before), 2), number(median(after), 2), f"{ratio:.3f}", verdict

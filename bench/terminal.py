@@ -47,6 +47,10 @@ def report(result: dict[str, Any]) -> str:
     ]
     out += ["", *_floors(result), ""]
     out += [f"{label(row)} {row['mode']}, {point(row)}: {row['failed']}" for row in result["rows"] if row["failed"]]
+    out += [
+        f"{label(row)} {row['mode']}, {point(row)}: {row['warm_up_s']:.0f} s before the first timed run"
+        for row in result["rows"] if row["mode"] == "compile" and row.get("warm_up_s")
+    ]  # fmt: skip
     out += [f"note: {note}" for note in result["notes"]]
     out += ["checked: " + _sentence(check) for check in result["checks"]]
     if result["refused"]:

@@ -22,10 +22,10 @@ def prefill_result():
         "notes": [],
         "checks": [{"name": "features", "error": 1e-6, "bound": 1e-5, "agrees": True}],
         "rows": [
-            prefill_row("llava-1.5", "mlp2x", 1, 123.25, [120.0, 123.25, 125.0]),
-            prefill_row("llava-stf", "fused", 1, 50.5, [50.0, 50.5, 51.0]),
-            prefill_row("llava-1.5", "mlp2x", 8, 800.0, [800.0, 800.0, 800.0]),
-            prefill_row("llava-stf", "fused", 8, 300.0, [300.0, 300.0, 300.0]),
+            prefill_row("llava-1.5", "mlp2x", 1, 123.25, [120.0, 123.25, 123.25, 125.0]),
+            prefill_row("llava-stf", "fused", 1, 50.5, [50.0, 50.5, 50.5, 51.0]),
+            prefill_row("llava-1.5", "mlp2x", 8, 800.0, [800.0] * 4),
+            prefill_row("llava-stf", "fused", 8, 300.0, [300.0] * 4),
         ],
         "comparisons": [
             {**comparison, "batch": 1, "ratio": 2.44, "low": 2.4, "high": 2.45},

@@ -36,6 +36,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         (["--batch", "0"], "--batch", "at least 1"),
         (["--batch", "two"], "--batch", "'two'"),
         (["--rounds", "-1"], "--rounds", "at least 1"),
+        (["--images", "0"], "--images", "at least 1"),
+        (["--budget", "nan"], "--budget", "above 0"),
         (["--modes", "fast"], "--modes", "'fast'"),
         (["--model", "llava-hf/llava-1.5-7b-hf"], "--model", "config.json"),
         (["--model", "absent", "--preset", "cpu"], "--model", "'absent'"),
@@ -48,6 +50,17 @@ def test_bad_input_is_named_before_anything_is_loaded(arguments, option, words):
     assert option in done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_of_another_model_is_found_before_anything_is_loaded(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    done = run("--model", str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert "expected a checkpoint of model_type 'llava'" in done.stderr
+    (tmp_path / "config.json").write_text('{"model_type": "lla')
+    done = run("--model", str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert "is not a JSON object" in done.stderr
 
 
 def test_a_photograph_cut_short_is_found_before_anything_is_loaded(tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import copy
 import html.parser
+import random
 import re
 
 import pytest
@@ -78,14 +79,39 @@ def test_an_incomplete_or_refused_run_is_marked(tmp_path):
 
 def test_compare_says_what_is_more_than_noise(files, tmp_path, capsys):
     other = copy.deepcopy(prefill_result())
-    other["rows"][0]["samples"]["total_ms"] = [121.0, 124.0, 125.5]  # overlaps
-    other["rows"][1]["samples"]["total_ms"] = [40.0, 40.5, 41.0]
-    other["rows"][2]["samples"]["total_ms"] = [900.0, 910.0, 905.0]
-    other["rows"][3]["samples"]["total_ms"] = [100.0, 100.0]
+    other["rows"][0]["samples"]["total_ms"] = [121.0, 124.0, 124.0, 125.5]  # overlaps
+    other["rows"][1]["samples"]["total_ms"] = [40.0, 40.5, 40.5, 41.0]
+    other["rows"][2]["samples"]["total_ms"] = [900.0, 910.0, 905.0, 905.0]
+    other["rows"][3]["samples"]["total_ms"] = [100.0] * 3
     write(tmp_path / "b.json", other)
     assert report.main(["--compare", str(files[0]), str(tmp_path / "b.json")]) == 0
-    verdicts = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[4:]]
+    verdicts = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[4:8]]
     assert verdicts == ["within noise", "faster", "SLOWER", "too few rounds"]
+
+
+def test_compare_sees_a_speed_up_that_changed_although_both_rows_moved(files, tmp_path, capsys):
+    other = copy.deepcopy(prefill_result())
+    other["comparisons"][0] |= {"ratio": 2.43, "low": 2.41, "high": 2.5}
+    other["comparisons"][1] |= {"ratio": 2.4, "low": 2.3, "high": 2.5}
+    write(tmp_path / "b.json", other)
+    assert report.main(["--compare", str(files[0]), str(tmp_path / "b.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in lines[lines.index("", 2) :] if line.startswith("llava-stf/fused")]
+    assert [line.split("  ")[-1].strip() for line in shown] == ["within noise", "DIFFERS"]
+    assert "2.67 [2.60, 2.70]  2.40 [2.30, 2.50]" in shown[1]
+
+
+def test_two_runs_of_one_machine_agree_within_their_spread(tmp_path):
+    """As long as the noise is the same: 200 pairs of runs of seven rounds, drawn from one distribution."""
+    draws = random.Random(4)
+
+    def samples():
+        return [draws.lognormvariate(3.0, 0.2) for _ in range(7)]
+
+    verdicts = [report._difference(samples(), samples())[-1] for _ in range(200)]
+    assert verdicts.count("within noise") >= 195
+    shifted = [report._difference(samples(), [2 * x for x in samples()])[-1] for _ in range(200)]
+    assert shifted.count("SLOWER") >= 195
 
 
 @pytest.mark.parametrize(

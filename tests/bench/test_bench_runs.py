@@ -7,23 +7,40 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, group, kernels, prefill, results
+from bench import gpu, group, kernels, prefill, report, results
 from bench.models import build_stock
 from bench.modes import Eager
 from bench.presets import PRESETS
+from llava_integration.modeling import LlavaStfModel
 
 TINY = ["--preset", "tiny", "--device", "cpu", "--batch", "1"]
 
 
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory):
+    """All rows, and what ran in them: the projector's package, and whether image tokens were written in place."""
     path = tmp_path_factory.mktemp("run") / "prefill.json"
-    status = prefill.main([*TINY, "--full", "--rounds", "3", "--decode", "2", "--json", str(path)])
-    return status, results.read(path)
+    projectors, in_place = set(), []
+    run, writes_in_place = Eager.run, LlavaStfModel._writes_in_place
+
+    def spy_run(self):
+        projector = type(self.row.activate().model.multi_modal_projector)
+        projectors.add((self.row.name, projector.__module__.split(".")[0]))
+        return run(self)
+
+    def spy_writes(self, embeds):
+        in_place.append(writes_in_place(self, embeds))
+        return in_place[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Eager, "run", spy_run)
+        patch.setattr(LlavaStfModel, "_writes_in_place", spy_writes)
+        status = prefill.main([*TINY, "--full", "--rounds", "3", "--decode", "2", "--json", str(path)])
+    return status, results.read(path), projectors, in_place, path
 
 
 def test_five_rows_are_measured_and_agree(full_run):
-    status, result = full_run
+    status, result = full_run[:2]
     assert status == 0
     assert result["complete"]
     assert [(r["model"], r["projector"], r["image_tokens"]) for r in result["rows"]] == [
@@ -64,36 +81,14 @@ def test_a_checkpoint_takes_the_place_of_a_preset(tmp_path):
     assert "small-llava" in (tmp_path / "report.html").read_text()
 
 
-def test_the_fused_row_is_this_library(monkeypatch, tmp_path):
-    import stf_kernels
-
-    seen = set()
-    original = Eager.run
-
-    def spy(self):
-        seen.add((self.row.name, type(self.row.activate().model.multi_modal_projector).__module__.split(".")[0]))
-        return original(self)
-
-    monkeypatch.setattr(Eager, "run", spy)
-    prefill.main([*TINY, "--rounds", "1", "--json", str(tmp_path / "x.json")])
-    assert ("llava-stf/fused", stf_kernels.__name__) in seen
-    assert ("llava-stf/reference", "reference") in seen
+def test_the_fused_row_is_this_library(full_run):
+    assert {("llava-stf/fused", "stf_kernels"), ("llava-stf/reference", "reference")} <= full_run[2]
 
 
-def test_the_stopwatch_leaves_the_fused_row_on_its_in_place_path(monkeypatch, tmp_path):
-    from llava_integration.modeling import LlavaStfModel
-
-    chosen = []
-    original = LlavaStfModel._writes_in_place
-
-    def spy(self, embeds):
-        chosen.append(original(self, embeds))
-        return chosen[-1]
-
-    monkeypatch.setattr(LlavaStfModel, "_writes_in_place", spy)
-    prefill.main([*TINY, "--rounds", "1", "--json", str(tmp_path / "x.json")])
-    assert chosen
-    assert all(chosen)
+def test_the_stopwatch_leaves_the_fused_row_on_its_in_place_path(full_run):
+    """Once a run of an STF row, whichever projector it has; of the two only the fused one writes in place."""
+    assert full_run[3]
+    assert any(full_run[3])
 
 
 def test_no_speed_up_when_fused_and_reference_differ(monkeypatch, tmp_path, capsys):
@@ -143,18 +138,56 @@ def test_a_row_that_does_not_fit_says_so_and_the_rest_goes_on(monkeypatch, tmp_p
 
     monkeypatch.setattr(Eager, "output", too_large)
     path = tmp_path / "prefill.json"
-    assert prefill.main([*TINY, "--rounds", "1", "--json", str(path)]) == 0
-    first, *others = results.read(path)["rows"]
-    assert "does not fit" in first["failed"]
+    assert prefill.main([*TINY, "--images", "1000000", "1", "--rounds", "1", "--json", str(path)]) == 0
+    *too_large, first, second, third = results.read(path)["rows"]
+    assert [row["image_tokens"] for row in too_large] == [16_000_000, 4_000_000, 4_000_000]
+    assert all("does not fit into memory (about" in row["failed"] for row in too_large)  # from its numbers
+    assert "does not fit into memory (no room" in first["failed"]  # as the device said
     assert first["total_ms"] is None
-    assert all(row["total_ms"] > 0 for row in others)
+    assert second["total_ms"] > 0
+    assert third["total_ms"] > 0
     assert results.read(path)["speedup"] == {}  # nothing to compare with
 
 
 def test_a_size_that_cannot_fit_is_refused_from_its_numbers(monkeypatch, capsys):
     monkeypatch.setattr("bench.memory.available_bytes", lambda device: 1 << 30)
-    assert prefill.main(["--preset", "13b", "--device", "cpu"]) == 2
-    assert "--preset" in capsys.readouterr().err
+    monkeypatch.setattr("bench.models.build_stock", lambda *_, **__: pytest.fail("loaded all the same"))
+    assert prefill.main(["--preset", "13b", "--device", "cpu", "--batch", "8", "2"]) == 2
+    assert re.search(r"--preset: '13b' at batch 2 needs about \d+\.\d GiB", capsys.readouterr().err)
+
+
+def test_points_that_the_budget_does_not_reach_are_said(tmp_path):
+    path = tmp_path / "prefill.json"
+    arguments = [*TINY, "--text", "5", "6", "--rounds", "1", "--budget", "0.001", "--json", str(path)]
+    assert prefill.main(arguments) == 0
+    result = results.read(path)
+    assert {row["text_tokens"] for row in result["rows"]} == {5}
+    assert result["complete"] is False
+    assert any("6 text tokens" in note and "not measured" in note for note in result["notes"])
+
+
+def test_a_sweep_changes_one_thing_at_a_time():
+    args = prefill.parse(["--sweep"])
+    args.preset = PRESETS["7b"]
+    points = prefill.points(args)
+    assert points[0] == (1, 64, 1)
+    assert len(points) == len(set(points)) == 6 + 2 + 2
+    assert {batch for batch, _, _ in points} == {1, 2, 4, 8, 16, 32}
+    assert all(sum(value != first for value, first in zip(p, points[0], strict=True)) <= 1 for p in points)
+    args = prefill.parse(["--batch", "1", "8", "--images", "1", "4"])
+    args.preset = PRESETS["7b"]
+    assert prefill.points(args) == [(1, 64, 1), (1, 64, 4), (8, 64, 1), (8, 64, 4)]
+
+
+def test_two_runs_are_compared_row_by_row(full_run, tmp_path, capsys):
+    path = tmp_path / "again.json"
+    assert prefill.main([*TINY, "--rounds", "4", "--json", str(path)]) == 0
+    capsys.readouterr()
+    assert report.main(["--compare", str(full_run[4]), str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("too few rounds") for line in lines) == 3  # three rounds there, four here
+    assert report.main(["--compare", str(path), str(path)]) == 0
+    assert capsys.readouterr().out.count("within noise") == 3 + 2  # rows and speed-ups, against themselves
 
 
 def test_rounds_stop_at_the_budget(monkeypatch):
@@ -208,6 +241,29 @@ def test_a_rival_that_does_not_run_costs_only_its_own_row(monkeypatch, tmp_path)
     rows = {row["provider"]: row for row in results.read(path)["rows"]}
     assert "no convolution here" in rows["conv2d"]["failed"]
     assert rows["stf"]["us_eager"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it would run there")
+@pytest.mark.parametrize("how", ["interrupted", "out of time"])
+def test_a_kernel_table_that_ends_early_keeps_its_rows(how, monkeypatch, tmp_path):
+    original, rows = kernels.Bench.row, []
+
+    def two(self, *arguments):
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+        rows.append(arguments)
+        if how == "out of time" and len(rows) == 2:
+            self.until = 0.0
+
+    monkeypatch.setattr(kernels.Bench, "row", two)
+    path = tmp_path / "kernels.json"
+    arguments = ["--small", "--no-compile", "--batch", "1", "--dtype", "float32", "--stage", "G3", "--json", str(path)]
+    assert kernels.main(arguments) == (130 if how == "interrupted" else 0)
+    result = results.read(path)
+    assert len(result["rows"]) == 2
+    assert result["complete"] is False
+    assert any("out of time" in note for note in result["notes"]) == (how == "out of time")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -6,6 +6,7 @@ import time
 
 import fake_cuda
 import pytest
+import torch
 from sample_results import KERNELS, prefill_result
 
 from bench import gpu, models, prefill, results, roofline
@@ -31,9 +32,10 @@ def pretended(tmp_path_factory):
         patch.setattr(models, "build_stock", lambda preset, *, device, **rest: build(preset, device="cpu", **rest))
         ceilings = roofline.Ceilings(1e14, 1e12, 141e9, "pretended")
         patch.setattr(roofline, "measure_ceilings", lambda *_, **__: ceilings)
+        patch.setattr(torch, "compile", lambda function, **_: function)  # a minute of C++ for each row, here
         with fake_cuda.OnCpu():
-            arguments = ["--preset", "tiny", "--device", "cuda", "--full", "--modes", "eager", "graph", "--rounds", "1"]
-            status = prefill.main([*arguments, "--images", "2", "--decode", "1", "--json", str(path)])
+            arguments = ["--preset", "tiny", "--device", "cuda", "--full", "--modes", "eager", "graph", "compile"]
+            status = prefill.main([*arguments, "--rounds", "1", "--images", "2", "--decode", "1", "--json", str(path)])
         events = list(fake_cuda.Event.made)
     return status, results.read(path), events
 
@@ -43,11 +45,13 @@ def test_eager_and_captured_rows_are_measured_as_on_a_gpu(pretended):
     assert status == 0
     assert (result["device"], result["dtype"]) == ("Pretended GPU", "bfloat16")
     modes = [row["mode"] for row in result["rows"]]
-    assert modes == ["eager"] * 5 + ["graph"] * 5
+    assert modes == ["eager"] * 5 + ["graph"] * 5 + ["compile"] * 5
     for row in result["rows"]:
         assert row["failed"] is None
         assert row["image_tokens"] == 2 * (16 if row["projector"] == "mlp2x" and "pool" not in row["model"] else 4)
-        assert all(row[f"{stage}_ms"] is not None for stage in ("vision", "projector", "insert", "prefill", "total"))
+        staged = [row[f"{stage}_ms"] is not None for stage in ("vision", "projector", "insert", "prefill")]
+        assert staged == [row["mode"] != "compile"] * 4  # the boundaries would break a compiled graph
+        assert row["total_ms"] > 0
         assert row["peak_mb"] == pytest.approx(row["weights_mb"] + 2048)  # 3 GiB at the peak, 1 GiB before
         assert bool(row["wall_samples"]["total_ms"]) == (row["mode"] == "eager")
     kv = {(row["model"], row["projector"], row["mode"]): row["kv_mb"] for row in result["rows"]}
@@ -58,7 +62,7 @@ def test_captured_rows_are_compared_with_captured_and_with_eager(pretended):
     result = pretended[1]
     found = {(c["row"], c["mode"], c["baseline_mode"]) for c in result["comparisons"]}
     assert {("llava-stf/fused", "graph", "graph"), ("llava-stf/fused", "graph", "eager")} <= found
-    assert sum("against its eager run" in check["name"] for check in result["checks"]) == 5
+    assert sum("against its eager run" in check["name"] for check in result["checks"]) == 10
     assert all(check["agrees"] for check in result["checks"])
 
 
