@@ -4,7 +4,7 @@ VENV := .venv
 PINS_VENV := .venv-gpu-pins
 RUN := $(VENV)/bin/python
 
-.PHONY: help prefill test test-fast test-gpu-pins test-browser aot gpu lint format clean
+.PHONY: help prefill test test-gpu-pins test-browser aot gpu lint format clean
 
 help:
 	@echo "make prefill        compare LLaVA-1.5 with LLaVA-STF, stage by stage (two minutes without a GPU)"
@@ -28,22 +28,21 @@ $(PINS_VENV)/.installed: setup.py .ci/gpu-pins.txt
 prefill: $(VENV)/.installed
 	$(RUN) -m bench.prefill $(ARGS)
 
-# The interpreter must be chosen before the kernels are imported, so its tests are a process of their own.
+# The interpreter must be chosen before the kernels are imported, so its tests are a process of their own. It runs
+# beside the others, one core each (tiny tensors are slower on two threads), and its report follows theirs.
+define run_tests
+	@mkdir -p .work
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(1) -m pytest tests/interpreter > .work/interpreter.log 2>&1 & interpreter=$$!; \
+	trap 'kill $$interpreter 2>/dev/null' INT TERM; \
+	status=0; OMP_NUM_THREADS=1 $(1) -m pytest tests --ignore=tests/interpreter || status=1; \
+	wait $$interpreter || status=1; cat .work/interpreter.log; exit $$status
+endef
+
 test: $(VENV)/.installed
-	$(RUN) -m pytest tests --ignore=tests/interpreter
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreter
+	$(call run_tests,$(RUN))
 
 test-gpu-pins: $(PINS_VENV)/.installed
-	$(PINS_VENV)/bin/python -m pytest tests --ignore=tests/interpreter
-	TRITON_INTERPRET=1 $(PINS_VENV)/bin/python -m pytest tests/interpreter
-
-test-browser: $(VENV)/.installed
-	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
-	{ test "$$(id -u)" = 0 && command -v apt-get && apt-get update -qq && \
-	  apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
-	{ echo "make test-browser: Chromium is missing and only root on Debian can have it installed here;" \
-	       "install it first: apt-get install chromium" >&2; exit 1; }
-	STF_BROWSER_TESTS=1 $(RUN) -m pytest tests/browser
+	$(call run_tests,$(PINS_VENV)/bin/python)
 
 aot: $(VENV)/.installed
 	$(RUN) -m stf_kernels.aot
