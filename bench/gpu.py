@@ -162,8 +162,8 @@ def run_tests(folder: Path, seconds: float) -> Part:
         return status, counts, output
 
     # The device's own tests in a process of their own: a GPU fault in one must not count against the rest.
-    status, device, output = run(["tests/gpu"], 0.5 * seconds)
-    sanitizer = run_sanitizer(0.15 * seconds)
+    status, device, output = run(["tests/gpu"], 0.7 * seconds)
+    sanitizer = run_sanitizer(0.12 * seconds)
     workers = {"arguments": ["-n", "8"], "threads": "2"} if importlib.util.find_spec("xdist") else None
     rest_status, rest, rest_output = run(
         [*(workers["arguments"] if workers else []), "--ignore=tests/gpu", "--maxfail=20", "tests"],

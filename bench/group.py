@@ -6,6 +6,7 @@ alike, and a speed-up is a ratio of neighbours in time.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,12 +60,14 @@ class Cell:
             series = self.series(stage)
             result[stage] = median(series) if series else None
         total, projector = result["total_ms"], result["projector_ms"]
+        staged = total and projector is not None
         output = self.output
         result |= {
             "preprocess_ms": median(self.preprocess) if self.preprocess else None,
             "end_to_end_ms": total + median(self.preprocess) if total and self.preprocess else None,
             "decode_ms_per_token": median(self.decode) if self.decode else None,
-            "projector_share": projector / total if projector is not None and total else None,
+            "projector_share": projector / total if staged else None,
+            "shares": {stage: result[stage] / total if staged else None for stage in STAGES},
             "spread_percent": spread_percent(self.series("total_ms")) if self.samples else None,
             "rounds": len(self.samples),
             "peak_mb": (self.weights + output.peak_bytes) / MB if output else None,
@@ -156,6 +159,13 @@ class Group:
                 cell.wall_samples.append(wall)
             if self.decode_tokens and self.mode == "eager":
                 cell.decode.append(run.decode())
+
+    def release(self) -> None:
+        """A captured graph holds its memory, and the next point may need it."""
+        self.runs.clear()
+        if self.device.startswith("cuda"):
+            gc.collect()
+            torch.cuda.empty_cache()
 
     @property
     def measurable(self) -> bool:

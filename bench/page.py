@@ -119,6 +119,10 @@ def _table(
     )
 
 
+def _with_share(milliseconds: float | None, share: float | None) -> str:
+    return number(milliseconds, 2) + ("" if share is None else f" ({100 * share:.1f} %)")
+
+
 def _prefill(result: dict[str, Any], images: str) -> str:
     """What a reader asks first, first: how long and how much faster; then where the time goes, floors and checks."""
     speedups = {
@@ -128,13 +132,13 @@ def _prefill(result: dict[str, Any], images: str) -> str:
     for index, row in enumerate(result["rows"]):
         found = speedups.get((label(row), where(row), row["mode"]))
         ratio = f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else "-"
-        share = row["projector_share"]
+        shares = row.get("shares") or {"projector_ms": row["projector_share"]}
         name = (label(row), row["mode"], str(row["batch"]), str(row["text_tokens"]), str(row["image_tokens"]))
         totals.append((*name[:3], number(row["total_ms"], 2), ratio, number(row["spread_percent"]), *name[3:],
                        number(row["decode_ms_per_token"], 2), number(row["peak_mb"], 0), number(row["kv_mb"]),
                        row["failed"] or ""))  # fmt: skip
-        stages.append((*name, number(row["preprocess_ms"], 2), *(number(row[f"{s}_ms"], 2) for s in _STAGES),
-                       number(None if share is None else 100 * share)))  # fmt: skip
+        stages.append((*name, number(row["preprocess_ms"], 2),
+                       *(_with_share(row[f"{s}_ms"], shares.get(f"{s}_ms")) for s in _STAGES)))  # fmt: skip
         ratios = row["floor_ratio"]
         floors.append((*name, *(number(ratios.get(f"{s}_ms"), 2) for s in (*_STAGES[:-1], "total"))))
         if row["projector"] == "fused":
@@ -148,9 +152,9 @@ def _prefill(result: dict[str, Any], images: str) -> str:
         _table("totals", (*name[:3], "total ms", "speed-up [p10, p90]", "spread %", *name[3:], "decode ms / token",
                           "peak MB", "KV MB", ""), totals, 2, own, wrap=11),
         images,
-        "<h3>Where the time goes, ms</h3>",
-        _table("stages", (*name, "preprocess", "vision", "projector", "insert", "prefill", "first token",
-                          "projector %"), stages, 2, own),
+        "<h3>Where the time goes, ms (share of the total)</h3>",
+        _table("stages", (*name, "preprocess", "vision", "projector", "insert", "prefill", "first token"), stages, 2,
+               own),
         "<h3>Measured over floor</h3>",
         _table("floors", (*name, "vision", "projector", "insert", "prefill", "total"), floors, 2, own),
         "<h3>Checked before timing</h3>",

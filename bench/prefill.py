@@ -283,7 +283,7 @@ def run(
             taken = take_rounds(group, fewest=fewest, most=most, until=time.monotonic() + share, after_each=after_round)
             if taken < most and group.measurable:
                 result["notes"].append(f"{name}: {taken} rounds fitted into the time budget, {most} were planned")
-            group.runs.clear()  # a captured graph holds its memory
+            group.release()
         bar.finish("done")
     result["complete"] = len(groups) == len(plan)
     conclude(result)

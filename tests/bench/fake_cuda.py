@@ -20,6 +20,7 @@ class Event:
 
     def __init__(self, **options: Any) -> None:
         self.made.append(options)
+        self.options = options
         self.at: float | None = None
 
     def record(self) -> None:

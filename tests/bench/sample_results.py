@@ -8,6 +8,7 @@ def prefill_row(model, projector, batch, total, samples):
     return {
         "model": model, "projector": projector, "batch": batch, "image_tokens": 144, "text_tokens": 40, "mode": "eager",
         **times, "total_ms": total, "preprocess_ms": 3.0, "decode_ms_per_token": None, "projector_share": 0.2,
+        "shares": dict.fromkeys(STAGES, 0.2),
         "spread_percent": 4.0, "floor_ratio": dict.fromkeys((*STAGES, "total_ms"), 1.7), "peak_mb": 10.0, "kv_mb": 1.0,
         "failed": None, "samples": {"total_ms": samples},
     }  # fmt: skip

@@ -46,7 +46,7 @@ def test_the_page_shows_the_numbers_and_needs_no_network(files, tmp_path):
     text = (tmp_path / "out" / "report.html").read_text()
     page = Page(text)
     assert not page.open
-    for cell in ("123.25", "50.50", "2.44 [2.40, 2.45]", "1.70", "200.0", "1.50"):
+    for cell in ("123.25", "50.50", "2.44 [2.40, 2.45]", "1.70", "10.10 (20.0 %)", "200.0", "1.50"):
         assert cell in page.cells
     assert "GPU &lt;1&gt;" in text
     assert "<script" not in text

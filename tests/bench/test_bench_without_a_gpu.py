@@ -7,9 +7,11 @@ import time
 import fake_cuda
 import pytest
 import torch
+from PIL import Image
 from sample_results import KERNELS, prefill_result
 
-from bench import gpu, models, prefill, results, roofline
+from bench import gpu, models, modes, prefill, results, roofline
+from bench.presets import PRESETS
 
 JUNIT = '<testsuites><testsuite><testcase name="a"/><testcase name="b"/></testsuite></testsuites>'
 # What a part's process does here instead of its work: it writes what the part would, with a status of its own.
@@ -74,6 +76,26 @@ def test_only_the_events_inside_a_graph_are_external(pretended):
     assert external
     assert len(external) % 4 == 0
     assert len(external) < len(events)
+
+
+def test_a_graph_that_takes_no_events_is_still_timed_as_a_whole(monkeypatch):
+    stock = models.build_stock(PRESETS["tiny"], device="cpu", dtype=torch.float32, seed=1)
+    row = models.Row("llava-1.5", "mlp2x", stock, 16)
+    image = Image.new("RGB", (56, 56))
+    inputs = models.build_inputs(
+        PRESETS["tiny"], image, batch=1, text_tokens=4, image_tokens=16, device="cpu", dtype=torch.float32, seed=1
+    )
+    fake_cuda.install(monkeypatch)
+
+    def refuse(self):
+        if self.options.get("external"):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.at = 1.0
+
+    monkeypatch.setattr(fake_cuda.Event, "record", refuse)
+    run = modes.Captured(row, inputs, "cuda")
+    assert run.run() == {**dict.fromkeys(modes.STAGES), "total_ms": 0.0}
+    assert run.output().logits.shape == (1, PRESETS["tiny"].vocabulary)
 
 
 @pytest.fixture

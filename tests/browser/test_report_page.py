@@ -19,7 +19,11 @@ def files(tmp_path_factory):
     result["notes"] = ["a/path/or/name/that/has/no/place/to/break/" + "x" * 120]
     failed = {**result["rows"][0], "batch": 32, "failed": "does not fit into memory (CUDA out of memory)"}
     failed |= {key: None for key in failed if key.endswith("_ms") or key in ("peak_mb", "kv_mb", "spread_percent")}
-    failed |= {"projector_share": None, "floor_ratio": dict.fromkeys(failed["floor_ratio"])}
+    failed |= {
+        "projector_share": None,
+        "shares": dict.fromkeys(failed["shares"]),
+        "floor_ratio": dict.fromkeys(failed["floor_ratio"]),
+    }
     result["rows"].append(failed)
     write(folder / "prefill.json", result)
     write(folder / "kernels.json", KERNELS)
@@ -117,7 +121,7 @@ def test_the_figures_are_those_of_the_files(browser, page, files):
 
 
 def number(text):
-    return float(text.replace(",", ""))
+    return float(text.split(" (")[0].replace(",", ""))  # a share of the total stands behind some
 
 
 def test_the_model_stays_in_sight_while_a_narrow_table_is_scrolled(browser, page):
