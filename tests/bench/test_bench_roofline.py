@@ -25,6 +25,18 @@ def test_the_projector_floors_of_the_design(batch, microseconds):
     assert 1e3 * floors_ms(H200, work)["projector_ms"] == pytest.approx(microseconds, rel=0.02)
 
 
+def test_images_of_a_sequence_are_work_for_the_tower_and_tokens_for_the_language_model():
+    one, four = (
+        prefill_work(PRESETS["7b"], model="llava-stf", batch=2, text_tokens=64, item=2, images=images)
+        for images in (1, 4)
+    )
+    for stage in ("vision_ms", "projector_ms"):
+        assert sum(w.flops for w in four[stage]) == 4 * sum(w.flops for w in one[stage])
+    tokens = (4 * 144 + 64) / (144 + 64)
+    assert four["prefill_ms"][0].flops == pytest.approx(tokens * one["prefill_ms"][0].flops)
+    assert PRESETS["7b"].activation_bytes(2, 64, 2, 4) > 3 * PRESETS["7b"].activation_bytes(2, 64, 2)
+
+
 def test_a_floor_is_the_slower_of_arithmetic_and_memory():
     ceilings = Ceilings(flops=100.0, bandwidth=10.0, memory=1.0, source="test")
     assert ceilings.seconds(flops=200.0, nbytes=1.0) == 2.0

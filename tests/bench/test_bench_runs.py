@@ -139,9 +139,13 @@ def test_a_row_that_does_not_fit_says_so_and_the_rest_goes_on(monkeypatch, tmp_p
 
     monkeypatch.setattr(Eager, "output", too_large)
     path = tmp_path / "prefill.json"
-    assert prefill.main([*TINY, "--images", "1000000", "1", "--rounds", "1", "--json", str(path)]) == 0
+    # Room for one image of a sequence and not for 256: those are never tried.
+    room = PRESETS["tiny"].memory_bytes(1, 8, 4) + (1 << 20)
+    monkeypatch.setattr("bench.memory.available_bytes", lambda device: room)
+    assert PRESETS["tiny"].activation_bytes(1, 8, 4, 256) > room
+    assert prefill.main([*TINY, "--images", "256", "1", "--rounds", "1", "--json", str(path)]) == 0
     *too_large, first, second, third = results.read(path)["rows"]
-    assert [row["image_tokens"] for row in too_large] == [16_000_000, 4_000_000, 4_000_000]
+    assert [row["image_tokens"] for row in too_large] == [256 * 16, 256 * 4, 256 * 4]
     assert all("does not fit into memory (about" in row["failed"] for row in too_large)  # from its numbers
     assert "does not fit into memory (no room" in first["failed"]  # as the device said
     assert first["total_ms"] is None
