@@ -161,9 +161,10 @@ def test_an_error_of_a_part_is_not_the_end_of_the_others(pretend_parts, monkeypa
 def test_an_old_file_does_not_pass_for_this_run(pretend_parts, monkeypatch, capfd):
     folder = pretend_parts[3]
     results.write(folder / "kernels.json", KERNELS)
-    monkeypatch.setattr(gpu, "run_limited", lambda command, seconds, **_: (-11, ""))  # died before it wrote
-    assert gpu.main(["--only", "kernels"]) == 1
-    assert "exit status -11" in capfd.readouterr().out
+    for status in (0, -11):
+        monkeypatch.setattr(gpu, "run_limited", lambda *_, status=status, **__: (status, ""))  # wrote nothing
+        assert gpu.main(["--only", "kernels"]) == 1
+        assert f"cannot be read (No such file or directory); exit status {status}" in capfd.readouterr().out
 
 
 def test_all_parts_together_end_inside_ten_minutes():
