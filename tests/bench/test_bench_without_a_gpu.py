@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 import fake_cuda
 import pytest
@@ -179,14 +180,19 @@ def test_all_parts_together_end_inside_ten_minutes():
     assert gpu.share_of(-3.0, parts) == 0.0
 
 
-def test_what_a_stopped_part_started_does_not_hold_the_others_up(capfd):
+def test_what_a_part_leaves_running_is_ended(capfd):
+    """It holds the pipe open and the GPU busy."""
     code = (
-        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print('on')"
+        "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid)"
     )
-    begin = time.monotonic()
     status, output = gpu.run_limited([sys.executable, "-c", code], 30.0)
-    assert (status, output.strip()) == (0, "on")
-    assert time.monotonic() - begin < 20
+    assert status == 0
+    stat = Path(f"/proc/{output.strip()}/stat")
+    until = time.monotonic() + 5
+    while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
 
 
 def test_a_stopped_measurement_writes_more_than_a_pipe_holds(capfd):
