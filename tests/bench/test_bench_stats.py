@@ -57,6 +57,19 @@ def test_rows_are_compared_with_their_own_batch_and_mode():
     }
 
 
+def test_rows_are_compared_with_their_own_number_of_images():
+    rows = [
+        row("llava-1.5", "mlp2x", [10.0]),
+        row("llava-stf", "fused", [5.0]),
+        {**row("llava-1.5", "mlp2x", [90.0]), "images": 4},
+        {**row("llava-stf", "fused", [30.0]), "images": 4},
+    ]
+    assert speedup_field(compare_rows(rows)) == {
+        "llava-stf/fused eager over llava-1.5/mlp2x eager, batch 1, text 8": 2.0,
+        "llava-stf/fused eager over llava-1.5/mlp2x eager, batch 1, text 8, 4 images": 3.0,
+    }
+
+
 def test_noise_is_not_a_speed_up():
     noisy = [row("llava-1.5", "mlp2x", [10.0, 12.0, 10.0]), row("llava-stf", "fused", [10.0, 10.0, 12.0])]
     clear = [row("llava-1.5", "mlp2x", [10.0, 12.0, 10.0]), row("llava-stf", "fused", [5.0, 5.0, 6.0])]
