@@ -44,6 +44,14 @@ test: $(VENV)/.installed
 test-gpu-pins: $(PINS_VENV)/.installed
 	$(call run_tests,$(PINS_VENV)/bin/python)
 
+test-browser: $(VENV)/.installed
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	{ test "$$(id -u)" = 0 && command -v apt-get && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+	{ echo "make test-browser: Chromium is missing and only root on Debian can have it installed here;" \
+	       "install it first: apt-get install chromium" >&2; exit 1; }
+	STF_BROWSER_TESTS=1 $(RUN) -m pytest tests/browser
+
 aot: $(VENV)/.installed
 	$(RUN) -m stf_kernels.aot
 
