@@ -17,7 +17,7 @@ from stf_kernels import CompactTokenProjector
 
 from .configuration import LlavaStfConfig, prefix_tokens, projector_activation, resolve_layers, vision_grid
 from .placement import check_token_count, image_rows, is_captured
-from .vision_tower import to_device_of, tower_hidden_states
+from .vision_tower import image_chunks, to_device_of, tower_hidden_states
 
 
 def build_projector(config: LlavaStfConfig, **factory) -> CompactTokenProjector:
@@ -39,12 +39,19 @@ def build_projector(config: LlavaStfConfig, **factory) -> CompactTokenProjector:
     )
 
 
+def _without_projector(plan: dict) -> dict:
+    """A dtype plan that keeps the projector in the model's dtype: unquantised, but in 16 bit as in `from_llava`."""
+    return {name: dtype for name, dtype in plan.items() if not name.endswith("multi_modal_projector")}
+
+
 class LlavaStfModel(LlavaModel):
     """Vision tower, compact projector and language model, without the language modeling head."""
 
     config: LlavaStfConfig
     # Hidden states of a tower split over devices would have to be gathered; one device is always enough for it.
     _no_split_modules = ["CLIPVisionModel", "SiglipVisionModel", "CompactTokenProjector"]  # noqa: RUF012
+    # The one list that every quantizer of transformers leaves alone, names from the root of either class.
+    _keep_in_fp32_modules = ["multi_modal_projector", "model.multi_modal_projector"]  # noqa: RUF012
 
     def __init__(self, config: LlavaStfConfig):
         LlavaPreTrainedModel.__init__(self, config)
@@ -52,6 +59,9 @@ class LlavaStfModel(LlavaModel):
         self.multi_modal_projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        return _without_projector(super()._get_dtype_plan(dtype))
 
     @property
     def vision_grid(self) -> tuple[int, int]:
@@ -71,8 +81,11 @@ class LlavaStfModel(LlavaModel):
 
     def project_images(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> Tensor:
         """pixel_values [N, 3, S, S] -> [N, (H//r)*(W//r), D]. Tensor in, tensor out: what torch.compile takes whole."""
-        blocks = self.encode_blocks(pixel_values, vision_feature_layer)
-        return self.multi_modal_projector(blocks, self.vision_grid)
+        parts = [
+            self.multi_modal_projector(self.encode_blocks(part, vision_feature_layer), self.vision_grid)
+            for part in image_chunks(self.vision_tower, pixel_values)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @can_return_tuple
     def get_image_features(
@@ -182,8 +195,11 @@ class LlavaStfModel(LlavaModel):
             check_token_count(mask, pixel_values.shape[0], self.config.image_seq_length, self._token_id)
         rows = image_rows(mask, count)
         flat = inputs_embeds.view(-1, inputs_embeds.shape[-1])
-        blocks = self.encode_blocks(pixel_values, layers)
-        self.multi_modal_projector(blocks, self.vision_grid, out=flat, rows=rows)
+        done = 0
+        for part in image_chunks(self.vision_tower, pixel_values):
+            blocks, count = self.encode_blocks(part, layers), part.shape[0] * self.config.image_seq_length
+            self.multi_modal_projector(blocks, self.vision_grid, out=flat, rows=rows[done : done + count])
+            done += count
         return flat[rows]
 
     def _writes_in_place(self, inputs_embeds: Tensor) -> bool:
@@ -234,6 +250,9 @@ class LlavaStfForConditionalGeneration(LlavaForConditionalGeneration):
         self.model = LlavaStfModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        return _without_projector(super()._get_dtype_plan(dtype))
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """As GenerationMixin.generate; counts image tokens before it encodes images, and takes pixel_values=None."""

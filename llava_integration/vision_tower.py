@@ -11,6 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .placement import is_captured
+
+# Larger tensors are mapped and paged in anew by every allocation on a CPU, and no cache holds them.
+CPU_ACTIVATION_BYTES = 24 * 2**20
+
 
 def tower_hidden_states(
     tower: nn.Module, pixel_values: Tensor, layers: Sequence[int], *, run_all: bool = False
@@ -21,7 +26,7 @@ def tower_hidden_states(
     unless `run_all`, for what they cost the stock model. Gradient checkpointing and the attention implementation are
     the layers' own. Raises TypeError or ValueError for pixel values that are not a float tensor of this shape.
     """
-    _check_pixels(tower, pixel_values)
+    check_pixels(tower, pixel_values)
     wanted, found = set(layers), {}
     hidden = tower.embeddings(to_device_of(tower, pixel_values))
     if hasattr(tower, "pre_layrnorm"):
@@ -37,13 +42,29 @@ def tower_hidden_states(
     return [found[layer] for layer in layers]
 
 
+def image_chunks(tower: nn.Module, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    """pixel_values [N, 3, S, S] in the pieces that `tower` encodes fastest: whole, except on a CPU.
+
+    There the widest activation of a piece, [n, prefix + H*W, intermediate_size], stays below CPU_ACTIVATION_BYTES:
+    two frames of CLIP-L in fp32. A tower whose weights are offloaded takes all images at once, to load them once.
+    """
+    check_pixels(tower, pixel_values)
+    parameter, config = next(tower.parameters()), tower.config
+    if parameter.device.type != "cpu" or is_captured():
+        return (pixel_values,)
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    frame = tokens * max(config.intermediate_size, config.hidden_size) * parameter.element_size()
+    return pixel_values.split(max(CPU_ACTIVATION_BYTES // frame, 1))
+
+
 def to_device_of(module: nn.Module, tensor: Tensor) -> Tensor:
     """`tensor` on the device of `module`'s parameters; as it is where they are offloaded: hooks will move both."""
     device = next(module.parameters()).device
     return tensor if device.type == "meta" else tensor.to(device)
 
 
-def _check_pixels(tower: nn.Module, pixel_values: Tensor) -> None:
+def check_pixels(tower: nn.Module, pixel_values: Tensor) -> None:
+    """TypeError or ValueError unless pixel_values is a floating-point tensor [N, 3, S, S] of the tower's size."""
     config = tower.config
     expected = (config.num_channels, config.image_size, config.image_size)
     if not isinstance(pixel_values, Tensor) or not torch.is_floating_point(pixel_values):
@@ -54,6 +75,8 @@ def _check_pixels(tower: nn.Module, pixel_values: Tensor) -> None:
             f"pixel_values: expected [images, {_commas(expected)}], got {list(pixel_values.shape)}; "
             "prepare images with the model's processor"
         )
+    if pixel_values.shape[0] == 0:
+        raise ValueError("pixel_values: expected at least one image or None, got no image")
 
 
 def _commas(shape: Sequence[int]) -> str:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import reference
-from llava_integration import modeling
+from llava_integration import modeling, vision_tower
 from llava_integration.placement import image_rows
 
 
@@ -180,6 +181,69 @@ def test_attention_implementations_agree(build, stf):
     assert torch.allclose(run(stf, ids, build.pixels(4)).logits, expected, atol=1e-6)  # eager takes softmax in fp32
 
 
+def test_flash_attention_gets_what_it_takes(build, stf, monkeypatch):
+    """A stand-in for the kernels: no mask or a 2D mask of the prompt, from the tower and the language model alike."""
+    seen = []
+
+    def flash(module, query, key, value, attention_mask, scaling=None, is_causal=None, **kwargs):
+        causal = module.is_causal if is_causal is None else is_causal
+        seen.append((type(module).__name__, attention_mask is None or attention_mask.ndim == 2))
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+        mask = mask.tril() if causal else mask
+        if attention_mask is not None:
+            mask = mask & attention_mask[:, None, None].bool()
+            mask = mask | ~mask.any(-1, keepdim=True)  # rows of padding: anything but NaN
+        repeat = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(repeat, 1) for t in (key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return out.transpose(1, 2), None
+
+    (ids, mask), pixels = build.prompt([1, 2]), build.pixels(3)
+    expected = run(stf, ids, pixels, mask).logits
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    for config in (stf.config, stf.config.text_config, stf.config.vision_config):
+        config._attn_implementation_internal = "flash_attention_2"
+    got = run(stf, ids, pixels, mask).logits
+    assert torch.allclose(got[mask.bool()], expected[mask.bool()], atol=1e-10)
+    assert set(seen) == {("CLIPAttention", True), ("LlamaAttention", True)}
+
+
+def test_attention_may_be_chosen_for_tower_and_language_model_apart(build, stf, tmp_path):
+    stf.save_pretrained(tmp_path)
+    choice = {"vision_config": "eager", "text_config": "sdpa"}
+    loaded = type(stf).from_pretrained(tmp_path, attn_implementation=choice)
+    assert loaded.model.vision_tower.config._attn_implementation == "eager"
+    assert loaded.model.language_model.config._attn_implementation == "sdpa"
+    assert stf._supports_flash_attn
+    assert stf._supports_sdpa
+
+
+class TestChunks:
+    """On a CPU a video is encoded a few frames at a time: same tokens, in order, as all at once."""
+
+    @pytest.mark.parametrize("frames", [1, 2, 3])
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_same_tokens(self, build, stf, monkeypatch, frames, grad):
+        ids, mask = build.prompt([2, 0, 3])
+        pixels, batches = build.pixels(5), []
+        expected = run(stf, ids, pixels, mask, grad=grad)
+        monkeypatch.setattr(vision_tower, "CPU_ACTIVATION_BYTES", frames * 17 * 48 * 8)
+        stf.model.vision_tower.embeddings.register_forward_hook(lambda m, args, out: batches.append(len(out)))
+        got = run(stf, ids, pixels, mask, grad=grad)
+        assert batches == [frames] * (5 // frames) + [5 % frames] * (5 % frames > 0)
+        assert torch.allclose(got.logits, expected.logits, rtol=0, atol=1e-12)
+        assert torch.allclose(got.image_hidden_states, expected.image_hidden_states, rtol=0, atol=1e-12)
+
+    def test_at_least_one_frame(self, build, stf, monkeypatch):
+        monkeypatch.setattr(vision_tower, "CPU_ACTIVATION_BYTES", 1)
+        assert [len(part) for part in vision_tower.image_chunks(stf.model.vision_tower, build.pixels(3))] == [1, 1, 1]
+
+    def test_offloaded_weights_are_loaded_once(self, build, stf, monkeypatch):
+        monkeypatch.setattr(vision_tower, "CPU_ACTIVATION_BYTES", 1)
+        tower = stf.model.vision_tower.to("meta")
+        assert [len(part) for part in vision_tower.image_chunks(tower, build.pixels(3))] == [3]
+
+
 class TestGenerate:
     """Fused and reference projector give the same tokens in every mode."""
 
@@ -316,15 +380,24 @@ def test_tower_and_projector_compile_without_a_graph_break(build):
             assert torch.allclose(project(pixels), stf.model.project_images(pixels), atol=1e-5)
 
 
-def test_the_whole_forward_compiles_without_a_graph_break(build):
+def test_the_whole_forward_compiles_to_two_graphs_without_a_break(build):
+    """One for the first batch size, one for all others."""
     text, vision = build.text(num_hidden_layers=1), build.clip(num_hidden_layers=1)
     stf = build.stf(torch.float32, vision=vision, text=text, vision_feature_layer=[1, 0])
-    ids, _ = build.prompt([1, 1])
-    pixels = build.pixels(2, torch.float32)
-    compiled = torch.compile(stf, fullgraph=True, backend="eager")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(stf, fullgraph=True, backend=backend)
     with torch.no_grad():
-        logits = compiled(input_ids=ids, pixel_values=pixels, use_cache=False).logits
-    assert torch.allclose(logits, run(stf, ids, pixels).logits, atol=1e-5)
+        for batch in (1, 2, 3, 4, 5):
+            ids, _ = build.prompt([1] * batch)
+            pixels = build.pixels(batch, torch.float32)
+            logits = compiled(input_ids=ids, pixel_values=pixels, use_cache=False).logits
+            assert torch.allclose(logits, run(stf, ids, pixels).logits, atol=1e-5)
+    assert len(graphs) <= 2
 
 
 class TestBadInput:
@@ -384,6 +457,10 @@ class TestBadInput:
     def test_pixels_of_another_size(self, build, stf):
         with pytest.raises(ValueError, match=r"pixel_values: expected \[images, 3, 56, 56\]"):
             run(stf, build.prompt([1])[0], build.pixels(1, size=70))
+
+    def test_no_image_at_all(self, build, stf):
+        with pytest.raises(ValueError, match="pixel_values: expected at least one image or None, got no image"):
+            run(stf, build.prompt([0])[0], build.pixels(0))
 
     def test_another_layer_may_be_asked_for(self, build, stf):
         pixels = build.pixels(1)

@@ -1,0 +1,165 @@
+"""Broken if this fails: a model on several devices, in few bits or over processes is not the model, or not allowed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+import llava_integration as li
+
+ROOT = Path(__file__).parents[2]
+
+
+def logits(model, build, dtype):
+    ids, mask = build.prompt([1, 2])
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=mask, pixel_values=build.pixels(3, dtype)).logits
+    return out[mask.bool()].float()
+
+
+class TestQuantised:
+    """The projector is what the model is about: it stays in 16 bit, whatever the rest is loaded in."""
+
+    @pytest.mark.parametrize("skip", [None, ["lm_head"]], ids=["default", "own list"])
+    @pytest.mark.parametrize("part", ["whole", "base"])
+    def test_every_quantizer_is_told_to_leave_the_projector(self, stf, part, skip):
+        """The list and the matching that all quantizers of transformers share."""
+        model = stf if part == "whole" else stf.model
+        patterns = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+        linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        kept = {name for name in linear if not should_convert_module(name, patterns)}
+        projector = {name for name in linear if "multi_modal_projector" in name}
+        assert len(projector) == 4
+        assert projector <= kept
+        assert kept - projector <= {"lm_head", linear[-1]}, "the rest is quantised as usual"
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_sixteen_bit_does_not_become_fp32(self, build, tmp_path, dtype):
+        """transformers' flag for both is called keep-in-fp32; only its first half is meant."""
+        build.stf(torch.float32).save_pretrained(tmp_path)
+        for loader in (AutoModelForImageTextToText, li.LlavaStfModel):
+            loaded = loader.from_pretrained(tmp_path, dtype=dtype)
+            assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_bitsandbytes(self, build, tmp_path, bits):
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        stf = build.stf(torch.float16)
+        stf.save_pretrained(tmp_path / "full")
+        config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.float16)
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "full", quantization_config=config)
+        self.check(build, stf, loaded, (bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit))
+        loaded.save_pretrained(tmp_path / "few")
+        again = AutoModelForImageTextToText.from_pretrained(tmp_path / "few")
+        assert torch.equal(logits(again, build, torch.float16), logits(loaded, build, torch.float16))
+
+    def test_torchao(self, build, tmp_path):
+        quantization = pytest.importorskip("torchao.quantization")
+        from transformers import TorchAoConfig
+
+        stf = build.stf(torch.bfloat16)
+        stf.save_pretrained(tmp_path)
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            tmp_path, quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig())
+        )
+        assert "Int8" in type(loaded.model.language_model.layers[0].self_attn.q_proj.weight).__name__
+        self.check(build, stf, loaded, torch.nn.Linear)
+
+    @staticmethod
+    def check(build, stf, loaded, quantised):
+        assert isinstance(loaded.model.language_model.layers[0].self_attn.q_proj, quantised)
+        ours, theirs = (model.model.multi_modal_projector.state_dict() for model in (loaded, stf))
+        assert all(torch.equal(value, theirs[name]) and value.dtype == stf.dtype for name, value in ours.items())
+        assert all(type(module) is not torch.nn.Linear or module.weight.dtype == stf.dtype
+                   for module in loaded.model.multi_modal_projector.modules())  # fmt: skip
+        expected = logits(stf, build, stf.dtype)
+        assert (logits(loaded, build, stf.dtype) - expected).abs().max() < 0.3 * expected.abs().max()
+
+
+class TestDeviceMap:
+    """The tower and the projector stay whole; every part may live elsewhere."""
+
+    def test_tower_and_projector_are_not_split(self, build, tmp_path):
+        """Room for half a tower a device: accelerate must move on rather than cut."""
+        accelerate = pytest.importorskip("accelerate")
+        for vision, name in ((build.clip(), "CLIPVisionModel"), (build.siglip(), "SiglipVisionModel")):
+            config = build.stf(torch.float32, vision=vision, vision_feature_layer=[5, 3]).config
+            with torch.device("meta"):
+                stf = li.LlavaStfForConditionalGeneration(config)
+            assert {name, "CompactTokenProjector"} <= set(stf._no_split_modules)
+            tower = sum(p.numel() * p.element_size() for p in stf.model.vision_tower.parameters())
+            memory = {0: tower * 3 // 4, 1: 2 * tower, "cpu": 10**9}
+            plan = accelerate.infer_auto_device_map(stf, memory, no_split_module_classes=list(stf._no_split_modules))
+            for part in ("model.vision_tower", "model.multi_modal_projector"):
+                assert part in plan, plan
+                assert not any(key.startswith(f"{part}.") for key in plan)
+
+    @pytest.mark.parametrize("away", ["vision_tower", "multi_modal_projector", "language_model"])
+    def test_a_part_on_disk(self, build, tmp_path, away):
+        pytest.importorskip("accelerate")
+        stf = build.stf(torch.float32)
+        stf.save_pretrained(tmp_path / "model")
+        parts = ("vision_tower", "multi_modal_projector", "language_model")
+        device_map = {f"model.{part}": "disk" if part == away else "cpu" for part in parts} | {"lm_head": "cpu"}
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+        )
+        assert all(parameter.is_meta for parameter in getattr(loaded.model, away).parameters())
+        assert torch.allclose(logits(loaded, build, torch.float32), logits(stf, build, torch.float32), atol=1e-5)
+        ids, mask = build.prompt([1, 2])
+        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": build.pixels(3, torch.float32)}
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        assert torch.equal(loaded.generate(**inputs, **options), stf.generate(**inputs, **options))
+
+
+class TestTensorParallel:
+    """The language model is split as the stock LLaVA's, the projector is whole on every rank."""
+
+    def test_the_plan_is_the_stock_one(self, stf, stock):
+        assert stf.tp_plan == stock.tp_plan
+        assert any(name.endswith("q_proj") for name in stf.tp_plan)
+        assert not any("multi_modal_projector" in name or "vision_tower" in name for name in stf.tp_plan)
+
+    def test_two_processes_give_the_logits_of_one(self, build, tmp_path):
+        pytest.importorskip("accelerate")
+        stf, (ids, mask) = build.stf(torch.float32), build.prompt([1, 2])
+        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": build.pixels(3, torch.float32)}
+        stf.save_pretrained(tmp_path)
+        torch.save(inputs, tmp_path / "inputs.pt")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environment = os.environ | {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
+        script = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(tmp_path)]
+        ranks = [
+            subprocess.Popen(
+                script, cwd=ROOT, env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in "01"
+        ]  # fmt: skip
+        try:
+            outputs = [rank.communicate(timeout=240) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        with torch.no_grad():
+            expected = stf(**inputs).logits
+        shapes = {name: list(p.shape) for name, p in stf.model.multi_modal_projector.named_parameters()}
+        for rank, (out, error) in zip(ranks, outputs, strict=True):
+            assert rank.returncode == 0, error
+            result = json.loads(out.splitlines()[-1])
+            assert result["query"] == [24, 48], "the language model is not split"
+            assert result["projector"] == shapes
+            assert torch.allclose(torch.tensor(result["logits"]), expected, atol=1e-5)
