@@ -56,7 +56,7 @@ def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
             yield from (Case(arch, name, "bfloat16", config) for name in _DEFAULT_PROBLEMS)
         yield from (Case(arch, "concat", "float32", config) for config in tiles(arch, 4))
         yield Case(arch, "concat", "bfloat16", tiles(arch, 2)[-1], aligned=False)
-        yield Case(arch, "linear_merge", "bfloat16", split_tiles(arch, 2)[-1])
+        yield from (Case(arch, "linear_merge", "bfloat16", config) for config in split_tiles(arch, 2)[-1:])
         return
     for dtype, itemsize in DTYPES.items():
         for config in dict.fromkeys(

@@ -82,21 +82,21 @@ def refuse_dtensor(name: str, tensor: object) -> None:
         )
 
 
-def check_linear(weight: object, bias: object, k: int, k_meaning: str, x_name: str, x: Tensor) -> None:
-    """weight [N, k] and bias [N] that fit x's dtype and device."""
+def check_linear(weight: object, bias: object, k: int, k_meaning: str, x_name: str, x: Tensor, layer: str = "") -> None:
+    """weight [N, k] and bias [N] that fit x's dtype and device; `layer` ("stf.linear_2.") says whose they are."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a tensor [N, {k}], got {type(weight).__name__}")
+        raise TypeError(f"{layer}weight: expected a tensor [N, {k}], got {type(weight).__name__}")
     if weight.ndim != 2 or weight.shape[1] != k:
-        raise ValueError(f"weight: expected shape [N, {k}] ({k_meaning}), got {tuple(weight.shape)}")
-    refuse_dtensor("weight", weight)
-    check_same("weight", weight, x_name, x)
+        raise ValueError(f"{layer}weight: expected shape [N, {k}] ({k_meaning}), got {tuple(weight.shape)}")
+    refuse_dtensor(f"{layer}weight", weight)
+    check_same(f"{layer}weight", weight, x_name, x)
     if bias is None:
         return
     if not isinstance(bias, Tensor):
-        raise TypeError(f"bias: expected a tensor [{weight.shape[0]}] or None, got {type(bias).__name__}")
+        raise TypeError(f"{layer}bias: expected a tensor [{weight.shape[0]}] or None, got {type(bias).__name__}")
     if tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    check_same("bias", bias, x_name, x)
+        raise ValueError(f"{layer}bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_same(f"{layer}bias", bias, x_name, x)
 
 
 def check_skip(skip_tokens: object, tokens: int) -> None:
@@ -108,7 +108,7 @@ def check_skip(skip_tokens: object, tokens: int) -> None:
 def resolve_grid(grid: Sequence[int] | None, tokens: int, merge_size: int, truncate: bool) -> tuple[int, int]:
     """(H, W) of `tokens` tokens, checked against the merge size; None means a square."""
     if grid is None:
-        side = math.isqrt(tokens)
+        side = math.isqrt(int(tokens))  # int: torch.compile may trace a second resolution as a symbol
         if side * side != tokens:
             raise ValueError(f"grid: {tokens} tokens are not a square; pass grid=(H, W)")
         grid = (side, side)
@@ -127,13 +127,19 @@ def resolve_grid(grid: Sequence[int] | None, tokens: int, merge_size: int, trunc
     return height, width
 
 
+def _rows_apart(out: Tensor) -> bool:
+    return (out.stride(1) == 1 or out.shape[1] == 1) and (out.stride(0) >= out.shape[1] or out.shape[0] <= 1)
+
+
 def check_out(out: object, rows: object, count: int, width: int, x: Tensor) -> None:
     """The target of a scatter: out [R, width] of x's dtype and device, rows int64 [count] inside it."""
     if out is None or rows is None:
         raise ValueError(f"{'out' if out is None else 'rows'}: out and rows come together, got only the other")
-    if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] != width or out.stride(1) != 1:
+    if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] != width or not _rows_apart(out):
         got = f"{tuple(out.shape)} with strides {out.stride()}" if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"out: expected a tensor [R, {width}] with a contiguous last axis, got {got}")
+        raise ValueError(
+            f"out: expected a tensor [R, {width}] with a contiguous last axis and rows that do not overlap, got {got}"
+        )
     check_same("out", out, "blocks[0]", x)
     if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or tuple(rows.shape) != (count,):
         got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from . import checks, ops
 from .functional import autocast_dtype, concat_linear, spatial_merge_linear
-from .plain_linear import FrozenRelayout, activate, call_linear, is_untouched, plain_parameters
+from .ops.torch_path import activate
+from .plain_linear import FrozenRelayout, call_linear, is_untouched, plain_parameters
 from .relayout import channel_to_patch_major
 
 
@@ -246,7 +247,7 @@ class CompactTokenProjector(nn.Module):
             return out
         x = blocks[0][:, self.skip_tokens :] if self.mbtf is None else self.mbtf(blocks)
         z = stf(x, (height, width))
-        return z if out is None else out.index_copy_(0, rows, z.flatten(0, 1))
+        return z if out is None else out.index_copy_(0, rows, z.flatten(0, 1).to(out.dtype))
 
     def refresh(self) -> None:
         """Forget the relaid-out copy of a frozen channel-major weight; see SpatialTokenFusion.refresh."""
@@ -257,15 +258,18 @@ class CompactTokenProjector(nn.Module):
         mbtf, stf = self.mbtf, self.stf
         if mbtf is None or not (is_untouched(mbtf, MultiBlockTokenFusion) and is_untouched(stf, SpatialTokenFusion)):
             return None
-        first, second = mbtf.readable(), stf.readable()
-        if first is None or second is None or bool(first[1]) != bool(second[1]) or mbtf.activation != stf.activation:
+        first = mbtf.readable()
+        second = None if first is None else stf.readable()
+        if second is None or bool(first[1]) != bool(second[1]) or mbtf.activation != stf.activation:
             return None
         return first[0] + second[0], first[1] + second[1]
 
     def _check_target(self, blocks: Sequence[Tensor], out: Tensor | None, rows: Tensor | None, count: int) -> None:
         checks.check_out(out, rows, count, self.out_dim, blocks[0])
         if torch.is_grad_enabled() and (
-            any(block.requires_grad for block in blocks) or any(p.requires_grad for p in self.parameters())
+            out.requires_grad
+            or any(block.requires_grad for block in blocks)
+            or any(p.requires_grad for p in self.parameters())
         ):
             raise ValueError(
                 "out: writing into `out` is for inference and keeps no gradient; call it under torch.no_grad(), or "
@@ -287,13 +291,25 @@ def check_module_blocks(blocks: Sequence[Tensor], num_blocks: int, dim: int, ski
     checks.check_skip(skip_tokens, blocks[0].shape[1])
 
 
-def run_chain(operator, blocks: Sequence[Tensor], weights: list[Tensor], biases: list[Tensor], *static):
-    """Call a fused chain in the dtype that autocast asks for, after the checks that need the parameters."""
+LAYERS = ("mbtf.linear_1.", "mbtf.linear_2.", "stf.linear_1.", "stf.linear_2.")
+
+
+def run_chain(
+    operator, blocks: Sequence[Tensor], weights: list[Tensor], biases: list[Tensor],
+    activation: str | None, skip_tokens: int, merge_size: int, *rest,
+):  # fmt: skip
+    """Call a fused chain in the dtype that autocast asks for.
+
+    Parameters can be replaced after construction and a kernel takes its sizes from them: one that does not fit the
+    layer before it is refused here.
+    """
     dtype = autocast_dtype(blocks[0])
     if dtype is not None:
         blocks, weights, biases = ([t.to(dtype) for t in group] for group in (blocks, weights, biases))
-    for weight in weights:
-        checks.check_same("weight", weight, "blocks", blocks[0])
-    for bias in biases:
-        checks.check_same("bias", bias, "blocks", blocks[0])
-    return operator(list(blocks), weights, biases, *static)
+    whole = len(weights) == len(LAYERS)
+    width = len(blocks) * blocks[0].shape[2] * (1 if whole else merge_size**2)
+    for i, (weight, layer) in enumerate(zip(weights, LAYERS if whole else ("linear_1.", "linear_2."), strict=True)):
+        bias = biases[i] if biases else None
+        checks.check_linear(weight, bias, width, "the width of its input", "blocks", blocks[0], layer)
+        width = weight.shape[0] * (merge_size**2 if whole and i == 1 else 1)
+    return operator(list(blocks), weights, biases, activation, skip_tokens, merge_size, *rest)

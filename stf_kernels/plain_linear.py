@@ -7,18 +7,24 @@ A LoRA adapter, a quantised layer, a sharded one (DTensor), a layer with a forwa
 import weakref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 from . import checks
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = (  # torch's own dictionaries, of register_module_forward_hook and the like
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
 _ORDINARY = (Tensor, nn.Parameter)
 
 
 def is_untouched(module: nn.Module, expected: type[nn.Module]) -> bool:
     """The module is of exactly this class, without hooks and without a forward of its own instance."""
-    if type(module) is not expected or "forward" in module.__dict__:
+    if type(module) is not expected or "forward" in module.__dict__ or any(_GLOBAL_HOOKS):
         return False
     return not any(getattr(module, hooks) for hooks in _HOOKS)
 
@@ -44,15 +50,6 @@ def call_linear(name: str, module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
 
-def activate(x: Tensor, activation: str | None) -> Tensor:
-    """The activation behind a layer that is called as a module."""
-    if activation == "gelu":
-        return F.gelu(x)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    return F.silu(x) if activation == "silu" else x
-
-
 class FrozenRelayout:
     """A relaid-out copy of a weight, kept while that is safe: the weight frozen, its module in eval mode.
 
@@ -64,20 +61,23 @@ class FrozenRelayout:
         self.clear()
 
     def clear(self) -> None:
-        self._key: tuple | None = None
-        self._of = lambda: None
-        self._copy: Tensor | None = None
+        self._kept: tuple | None = None  # (key, weak reference to the weight, its copy), replaced as one
 
     def get(self, weight: Tensor, relayout, training: bool) -> Tensor:
         if training or weight.requires_grad or weight.is_inference() or torch.compiler.is_compiling():
             return relayout(weight)
-        key = (weight.data_ptr(), weight._version)
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return relayout(weight)  # a copy made in a capture holds nothing before the graph's first replay
+        # By stream: one may not read what another has yet to write.
+        stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None
+        key = (weight.data_ptr(), weight._version, stream)
+        kept = self._kept
         # The same address and version may be another tensor in freed memory: the tensor itself must be the same.
-        if key != self._key or self._of() is not weight:
+        if kept is None or kept[0] != key or kept[1]() is not weight:
             # A copy made under inference_mode could not take part in a gradient later.
             with torch.inference_mode(False), torch.no_grad():
-                self._key, self._of, self._copy = key, weakref.ref(weight), relayout(weight)
-        return self._copy
+                self._kept = kept = (key, weakref.ref(weight), relayout(weight))
+        return kept[2]
 
     def __deepcopy__(self, memo: dict) -> "FrozenRelayout":
         return FrozenRelayout()

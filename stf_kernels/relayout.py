@@ -13,6 +13,8 @@ def _windows(weight: Tensor, merge_size: int) -> int:
     if not isinstance(merge_size, int) or isinstance(merge_size, bool) or merge_size < 1:
         raise ValueError(f"merge_size: expected a positive int, got {merge_size!r}")
     window = merge_size * merge_size
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor [N, r*r*C], got {type(weight).__name__}")
     if weight.ndim != 2 or weight.shape[1] % window:
         raise ValueError(
             f"weight: expected [N, r*r*C] with r*r = {window} dividing the second axis, got {tuple(weight.shape)}"

@@ -3,6 +3,9 @@
     program (tile, split) sums its part of the K steps and writes it to a workspace;
     the last of a tile's programs to arrive adds the parts up in the order of the splits, and stores the tile.
 
+NVIDIA only: there the barrier and the releasing atomic of one thread publish the stores of all. AMD's barrier does not
+wait for the stores of other wavefronts, so a part might be read before it is written; configurations refuse it there.
+
 No atomic ever adds a value, so the sum has one order and a run the same bits as the run before. The counters of
 arrival return to zero by themselves.
 """

@@ -2,10 +2,13 @@
 
 stage.py         what one segmented GEMM computes: geometry, shapes, where its rows come from and go
 launch.py        the Triton launcher: takes a configuration, never searches
+direct_launch.py past the JIT's argument binding
+workspace.py     what split-K needs beside its operands
 torch_path.py    the same stage in plain torch
-chain.py         stages in a row, forward and backward, with the rule of what is kept for the backward
+chain.py         stages in a row, and the rule of what is kept for the backward
+backward.py      the gradients of a chain
 registration.py  torch.library: schema, fake, autograd, autocast, and the eager bypass
-concat_linear.py, spatial_merge_linear.py, compact_projector.py   the operators
+concat_linear.py, spatial_merge_linear.py, token_fusion.py   the operators
 """
 
 from .concat_linear import concat_linear

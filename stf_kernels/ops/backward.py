@@ -4,7 +4,7 @@
 
 dW and dX run in the library GEMM (cuBLAS, MKL): they are plain matrix products once the segment is named, and
 `out=` writes a slice of dW with its own row stride, so nothing is concatenated. A segment whose rows have no common
-stride (a CLS-cropped batch) is taken image by image in fp32 and fp64, and in 16 bit copied, one at a time. Where
+stride (a CLS-cropped batch) is taken image by image on the CPU in fp32 and fp64, and else copied, one at a time. Where
 Triton runs, one elementwise kernel reads a pre-activation once and writes act'(pre) * dX, act(pre) and the column sums.
 """
 
@@ -68,7 +68,7 @@ def chain_bwd(
             )
         if needs.weights[i]:
             if x is None:
-                x = kept if before.activation is None else torch_path.activate_(kept.clone(), before.activation)
+                x = kept if before.activation is None else torch_path.activate(kept, before.activation)
             d_weights[i] = torch.mm(g.t(), x.reshape(g.shape[0], weights[i].shape[1]))
             x = None
         if not upstream:
@@ -115,8 +115,8 @@ def _first_weight_grad(g: Tensor, blocks: Sequence[Tensor], weight: Tensor, stag
     dw = torch.empty(weight.shape, device=weight.device, dtype=weight.dtype)
     for s, segment in enumerate(stage.segments(blocks)):
         target = dw[:, s * c : (s + 1) * c]
-        if stage.gather > 1 or segment.dtype not in torch_path.WIDE or not _rows_of_images_only(segment):
-            torch.mm(g.t(), segment.reshape(-1, c), out=target)
+        if stage.gather > 1 or not _product_of_each_image(segment):
+            torch.mm(g.t(), segment.flatten(0, -2), out=target)
             continue
         # No copy at all: one product an image, summed. In 16 bit every sum would be rounded, so there it is a copy.
         for b, g_image in enumerate(g.view(segment.shape[0], segment.shape[1], -1)):
@@ -124,10 +124,14 @@ def _first_weight_grad(g: Tensor, blocks: Sequence[Tensor], weight: Tensor, stag
     return dw
 
 
-def _rows_of_images_only(segment: Tensor) -> bool:
-    """Several images whose rows have a stride each, but none together: a CLS-cropped batch."""
+def _product_of_each_image(segment: Tensor) -> bool:
+    """A CLS-cropped batch, whose rows have no common stride, in fp32 or fp64 on the CPU.
+
+    A GPU would read and write dW once an image; there copying one segment is cheaper.
+    """
     batch, tokens = segment.shape[:2]
-    return batch > 1 and tokens > 0 and segment.stride(0) != tokens * segment.stride(1)
+    apart = batch > 1 and tokens > 0 and segment.stride(0) != tokens * segment.stride(1)
+    return apart and segment.dtype in torch_path.WIDE and segment.device.type == "cpu"
 
 
 def _block_grads(
@@ -142,7 +146,7 @@ def _block_grads(
         ]
     x = blocks[0]
     whole = all(side % stage.gather == 0 for side in stage.grid)
-    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype) if whole else torch.zeros_like(x)
+    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype) if whole else x.new_zeros(x.shape)
     for s, segment in enumerate(stage.segments([dx])):
         segment.copy_(torch.mm(g, weight[:, s * c : (s + 1) * c]).view(segment.shape))
     return [dx]

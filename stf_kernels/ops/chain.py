@@ -34,7 +34,7 @@ def run_stage(
             try:
                 return launch.launch_stage(blocks, weight, bias, stage, config, save_pre=save_pre, out=out, rows=rows)
             except launch.out_of_resources() as error:
-                tuning.reject(x.device, config, error)
+                tuning.reject(x.device, x.dtype, config, error)
             config = _configuration(x, len(blocks), weight, stage)
             return launch.launch_stage(blocks, weight, bias, stage, config, save_pre=save_pre, out=out, rows=rows)
     y, pre = torch_path.run_stage(blocks, weight, bias, stage, save_pre)

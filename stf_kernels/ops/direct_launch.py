@@ -45,7 +45,9 @@ def launch(kernel, grid: tuple[int, ...], arguments: tuple, constants: Mapping[s
 def _specialisation(value: object, do_not_specialize: bool) -> object:
     """What of an argument the compiler may have used: never less, sometimes more (every integer but M by value)."""
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+        # ROCm's compiler also uses whether the storage lies within 2 GB
+        near = torch.version.hip is None or value.untyped_storage().size() <= 2**31 - 1
+        return value.dtype, value.data_ptr() % 16 == 0, near
     if isinstance(value, tuple):
         return tuple(_specialisation(item, do_not_specialize) for item in value)
     return value.bit_length() > 31 if do_not_specialize else value

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from ..backend import current_backend, use_backend
+from ..backend import current_backend, use_backend, use_triton
 from .backward import Needs, chain_bwd
 from .chain import chain_fwd
 from .stage import Stage
@@ -90,7 +91,8 @@ class ChainOperator:
     def __call__(self, blocks, weights, biases, *static) -> Tensor:
         tensors = [*_as_list(blocks), *_as_list(weights), *_as_list(biases)]
         wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if torch.compiler.is_compiling() or not all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
+        ordinary = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        if torch.compiler.is_compiling() or not ordinary or _is_watched(tensors[0]):
             return self._forward_op(blocks, weights, biases, *static, wants_grad)[0]
         if wants_grad:
             lengths = len(_as_list(blocks)), len(_as_list(weights))
@@ -119,6 +121,7 @@ class ChainOperator:
 
     def _setup_context(self, ctx, inputs, output) -> None:
         ctx.forms, ctx.static, ctx.save = [Form.of(value) for value in inputs[:3]], inputs[3:-1], inputs[-1]
+        ctx.backend = current_backend()
         ctx.save_for_backward(*output[1:], *(t for value in inputs[:3] for t in _as_list(value)))
 
     def _autograd_backward(self, ctx, grads):
@@ -130,7 +133,8 @@ class ChainOperator:
         ]
         kept = list(ctx.saved_tensors)
         saved, tensors = kept[: len(kept) - len(needs)], kept[len(kept) - len(needs) :]
-        found = iter(self._backward_op(grads[0], saved, *_restore_all(ctx.forms, tensors), *ctx.static, needs))
+        with use_backend(ctx.backend):
+            found = iter(self._backward_op(grads[0], saved, *_restore_all(ctx.forms, tensors), *ctx.static, needs))
         in_order = [next(found) if need else None for need in needs]
         return (*_restore_all(ctx.forms, in_order), *(None for _ in ctx.static), None)
 
@@ -198,7 +202,9 @@ def _run_backward(plan: Plan, grad, saved, blocks, weights, num_biases: int, nee
     for_blocks, for_weights, for_biases = _split(needs, (len(blocks), len(weights), num_biases))
     needed = Needs(for_blocks, for_weights, for_biases or [False] * len(weights))
     cropped = [block[:, skip:] for block in blocks]
-    d_blocks, d_weights, d_biases = chain_bwd(grad, saved, cropped, weights, stages, needed)
+    # A backward called inside an autocast region must not have its products cast: they are in the forward's dtype.
+    with torch.autocast(grad.device.type, enabled=False):
+        d_blocks, d_weights, d_biases = chain_bwd(grad, saved, cropped, weights, stages, needed)
     if skip:
         d_blocks = [g if g is None else nn.functional.pad(g, (0, 0, skip, 0)) for g in d_blocks]
     return [*d_blocks, *d_weights, *d_biases[:num_biases]]
@@ -215,6 +221,21 @@ def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
 def _flags(form: Form, flag: bool | Sequence[bool]) -> list[bool]:
     """ctx.needs_input_grad of one argument, a flag for each of its tensors."""
     return list(flag) if form.is_list else [flag] * form.count
+
+
+def _is_watched(x: Tensor) -> bool:
+    """A kernel would run where a mode records (FLOP counters, make_fx) what goes through the dispatcher.
+
+    Forward-mode derivatives would be lost in a kernel, so they are refused there; plain torch has both by itself.
+    """
+    recorded, dual = torch._C._len_torch_dispatch_stack() > 0, forward_ad._current_level >= 0
+    if not (recorded or dual) or not use_triton(x.device, x.dtype):
+        return False
+    if dual:
+        raise RuntimeError(
+            "stf_kernels: forward-mode derivatives are not supported by the Triton kernels; use use_backend('torch')"
+        )
+    return True
 
 
 def _refuse_double_backward() -> None:

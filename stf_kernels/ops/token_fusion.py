@@ -7,6 +7,8 @@ projector   STF(MBTF(blocks)): W2's GEMM writes its rows merged, W3's reads them
 
 import functools
 
+import torch
+
 from .registration import ChainOperator, Plan, define, run_plan
 from .stage import Stage
 
@@ -38,8 +40,17 @@ def _fake_project_into(blocks, weights, biases, *static_out_rows) -> None:
     return None
 
 
-# The projector with its last rows written to out[rows[i]]: inference only, out [R, D], rows int64 [B * tokens].
-compact_token_projector_out = define(
+# As a torch op: the last rows are written to out[rows[i]]. Inference only, out [R, D], rows int64 [B * tokens].
+_project_into_op = define(
     "compact_token_projector_out", f"{_TENSORS}, {_STATIC}, Tensor(a!) out, Tensor rows", "()",
     _project_into, _fake_project_into,
 )  # fmt: skip
+
+
+def compact_token_projector_out(blocks, weights, biases, *static_out_rows) -> None:
+    """Outside torch.compile past the dispatcher, as ChainOperator does."""
+    if torch.compiler.is_compiling():
+        _project_into_op(blocks, weights, biases, *static_out_rows)
+        return
+    with torch.no_grad():
+        _project_into(blocks, weights, biases, *static_out_rows)

@@ -26,7 +26,7 @@ def linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage:
     y = None
     for s, segment in enumerate(stage.segments(blocks)):
         # reshape copies one segment where its rows have no common stride (a CLS-cropped batch), never all of them
-        x, w = segment.reshape(-1, c), weight[:, s * c : (s + 1) * c]
+        x, w = segment.flatten(0, -2), weight[:, s * c : (s + 1) * c]
         if y is not None:
             y.addmm_(x, w.t())
         elif bias is None:
@@ -40,7 +40,7 @@ def _gathered(blocks: Sequence[Tensor], stage: Stage) -> Tensor:
     """The dense operand [rows, K]; a view where one segment with common strides is all there is."""
     segments = [segment.flatten(1, -2) for segment in stage.segments(blocks)]
     x = segments[0] if len(segments) == 1 else torch.cat(segments, dim=-1)
-    return x.reshape(-1, x.shape[-1])
+    return x.flatten(0, 1)
 
 
 def activate_(x: Tensor, activation: str | None) -> Tensor:
@@ -52,6 +52,15 @@ def activate_(x: Tensor, activation: str | None) -> Tensor:
     if activation == "silu":
         return F.silu(x, inplace=True)
     return x
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """The activation, as a new tensor."""
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return F.silu(x) if activation == "silu" else x
 
 
 def activation_backward(dy: Tensor, pre: Tensor, activation: str, *, into: Tensor | None) -> Tensor:
@@ -69,8 +78,8 @@ def run_stage(
     """(y, pre-activation [rows, N] or None); y in the stage's output shape and no view, so that it may be changed."""
     n = weight.shape[0]
     y = linear(blocks, weight, bias, stage)
-    pre = y.clone() if save_pre else None
-    y = activate_(y, stage.activation)
+    pre = y if save_pre else None
+    y = activate(y, stage.activation) if save_pre else activate_(y, stage.activation)
     if stage.scatter > 1:
         return merge_windows(y.view(*blocks[0].shape[:2], n), stage.grid, stage.scatter), pre
     return torch.ops.aten._unsafe_view(y, stage.out_shape(blocks[0].shape, n)), pre

@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
                 configs = candidates(
                     key.m, problem.n, problem.k, DTYPES[dtype],
                     shared_limit=limit, multiprocessors=properties.multi_processor_count,
+                    splits=(1,) if arch.startswith("gfx") else (1, 2, 4, 8),
                 )  # fmt: skip
                 entry = entry_for(problem, key, configs[: options.most], bench.microseconds, journal)
                 entries.append(entry)

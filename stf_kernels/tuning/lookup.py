@@ -30,7 +30,7 @@ _TOP = {"version", "device", "arch", "commit", "torch", "triton", "entries"}
 _ENTRY = {"stage", "dtype", "n", "k", "m_max", "provider", "config", "us", "rival", "rival_us"}
 
 
-_too_large: set[tuple[str, GemmConfig | None]] = set()
+_too_large: set[tuple[str, int, GemmConfig | None]] = set()
 INTERPRETER_CONFIG = GemmConfig(block_m=32, block_n=32, block_k=32, group_m=2)
 
 # (stage, dtype, n, k) -> (m_max, configuration) in ascending order; None is cuBLAS.
@@ -87,6 +87,8 @@ def _config(where: str, entry: dict, arch: str) -> GemmConfig | None:
     if entry["provider"] != "triton":
         raise ValueError(f"{where}.provider: expected 'triton' or 'cublas', got {entry['provider']!r}")
     config = GemmConfig.from_dict(entry["config"])
+    if config.split_k > 1 and arch.startswith("gfx"):
+        raise ValueError(f"{where}.config: split_k is for NVIDIA GPUs, got {config} for {arch}")
     need, limit = config.shared_bytes(DTYPES[entry["dtype"]]), SHARED_MEMORY_LIMIT.get(arch)
     if limit is not None and need > limit:
         raise ValueError(f"{where}.config: {config} needs {need} bytes of shared memory, {arch} has {limit}")
@@ -137,17 +139,17 @@ def choose(
     config = _choose(slug, arch, stage, dtype, m, n, k)
     if config is None and not may_decline:
         config = default_config(arch, dtype.itemsize, m, n)
-    return smallest(dtype.itemsize) if (slug, config) in _too_large else config
+    return smallest(dtype.itemsize) if (slug, dtype.itemsize, config) in _too_large else config
 
 
-def reject(device: torch.device, config: GemmConfig, reason: object) -> None:
+def reject(device: torch.device, dtype: torch.dtype, config: GemmConfig, reason: object) -> None:
     """Remember that a configuration does not run on a device; `choose` then gives the smallest. Warns once for each."""
     slug, arch = device_identity(torch.cuda.current_device() if device.index is None else device.index)
-    if (slug, config) in _too_large:
+    if (slug, dtype.itemsize, config) in _too_large:
         return
-    _too_large.add((slug, config))
+    _too_large.add((slug, dtype.itemsize, config))
     warnings.warn(
-        f"stf_kernels: {config} does not run on {slug} ({arch}): {reason}. {smallest(2)} serves instead; "
+        f"stf_kernels: {config} does not run on {slug} ({arch}): {reason}. {smallest(dtype.itemsize)} serves instead; "
         "`python -m stf_kernels.tuning` finds better ones",
         stacklevel=2,
     )

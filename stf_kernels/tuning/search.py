@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +32,24 @@ _NOT_WORTH_TRYING = 2.0  # times the best estimate
 CUBLAS_MARGIN = 0.98  # cuBLAS must be this much faster than the best kernel to be named
 
 
-def candidates(m: int, n: int, k: int, itemsize: int, *, shared_limit: int, multiprocessors: int) -> list[GemmConfig]:
+def candidates(
+    m: int,
+    n: int,
+    k: int,
+    itemsize: int,
+    *,
+    shared_limit: int,
+    multiprocessors: int,
+    splits: Sequence[int] = (1, 2, 4, 8),
+) -> list[GemmConfig]:
     """Configurations worth measuring for y [m, n] = A [m, k] @ W^T, the most promising first.
 
     Tiles come in the order of their cost, first each with one pipeline, then each with its next, so that a search cut
     short has tried every promising tile.
     """
     tiles = [
-        (cost(bm, bn, splits, m, n, k, multiprocessors), bm, bn, splits)
-        for bm, bn, splits in itertools.product((16, 32, 64, 128, 256), (32, 64, 128, 256), (1, 2, 4, 8))
+        (cost(bm, bn, split_k, m, n, k, multiprocessors), bm, bn, split_k)
+        for bm, bn, split_k in itertools.product((16, 32, 64, 128, 256), (32, 64, 128, 256), splits)
     ]
     best = min(tiles)[0]
     promising = [tile[1:] for tile in sorted(tiles) if tile[0] <= _NOT_WORTH_TRYING * best]
@@ -164,7 +173,7 @@ class Bench:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, device="cuda", generator=generator).to(dtype)
 
-        self._problem = problem
+        self._problem, self._expected = problem, None
         self._blocks = [draw(batch, problem.source_tokens + 1, problem.c)[:, 1:] for _ in range(problem.num_blocks)]
         self._weight, self._bias = draw(problem.n, problem.k) / problem.k**0.5, draw(problem.n)
 
@@ -174,13 +183,23 @@ class Bench:
 
         operands = (self._blocks, self._weight, self._bias, self._problem.stage)
 
-        def run() -> None:
+        def run() -> Tensor:
             if config is None:
-                torch_path.run_stage(*operands, False)
-            else:
-                launch.launch_stage(*operands, config)
+                return torch_path.run_stage(*operands, False)[0]
+            return launch.launch_stage(*operands, config)[0]
 
         try:
+            found = run()
+            if config is not None:
+                self._check(found)
             return 1e3 * do_bench(run, warmup=5, rep=30, return_mode="median")
         except launch.out_of_resources():
             return None
+
+    def _check(self, found: Tensor) -> None:
+        """A configuration that computes something else is a defect to report, not a time to note."""
+        if self._expected is None:
+            self._expected = torch_path.run_stage(self._blocks, self._weight, self._bias, self._problem.stage, False)[0]
+        error = (found.double() - self._expected.double()).norm() / self._expected.double().norm()
+        if not error < 0.02:
+            raise RuntimeError(f"{self._problem.name}: the kernel differs from the torch path by {float(error):.3g}")

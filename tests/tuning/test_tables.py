@@ -96,10 +96,10 @@ def test_a_table_that_is_wrong_is_refused_by_name_and_the_heuristic_serves(devic
 def test_a_configuration_that_does_not_run_is_replaced_with_one_warning(device):
     device.write_text(table(entry()))
     with pytest.warns(UserWarning, match="test-gpu.*out of shared memory.*stf_kernels.tuning"):
-        tuning.reject(CUDA, CONFIG, "out of shared memory")
+        tuning.reject(CUDA, torch.bfloat16, CONFIG, "out of shared memory")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tuning.reject(CUDA, CONFIG, "out of shared memory")
+        tuning.reject(CUDA, torch.bfloat16, CONFIG, "out of shared memory")
     assert choose(576) == smallest(2)
 
 
@@ -119,6 +119,16 @@ def test_the_heuristic_fits_every_architecture(arch, itemsize):
 def test_a_configuration_checks_its_fields(field, value):
     with pytest.raises(ValueError, match=field):
         replace(CONFIG, **{field: value})
+
+
+def test_split_k_is_refused_where_its_barrier_is_none(device, monkeypatch):
+    monkeypatch.setattr(lookup, "device_identity", lambda index: ("test-gpu", "gfx942"))
+    small = GemmConfig(64, 64, 32, num_stages=2, split_k=4)
+    device.write_text(table(entry(config=small.to_dict()), arch="gfx942"))
+    with pytest.warns(UserWarning, match="split_k is for NVIDIA"):
+        assert choose(576).split_k == 1
+    assert split_tiles("gfx942", 2) == []
+    assert all(config.split_k > 1 for config in split_tiles("sm_90", 2))
 
 
 def test_every_shipped_table_is_valid():
