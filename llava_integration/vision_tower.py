@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .placement import is_captured
 
 # Larger tensors are mapped and paged in anew by every allocation on a CPU, and no cache holds them.
-CPU_ACTIVATION_BYTES = 24 * 2**20
+CPU_ACTIVATION_BYTES = 16 * 2**20
 
 
 def tower_hidden_states(
@@ -46,7 +46,8 @@ def image_chunks(tower: nn.Module, pixel_values: Tensor) -> tuple[Tensor, ...]:
     """pixel_values [N, 3, S, S] in the pieces that `tower` encodes fastest: whole, except on a CPU.
 
     There the widest activation of a piece, [n, prefix + H*W, intermediate_size], stays below CPU_ACTIVATION_BYTES:
-    two frames of CLIP-L in fp32. A tower whose weights are offloaded takes all images at once, to load them once.
+    one frame of CLIP-L in fp32, three in bf16. A tower whose weights are offloaded takes all images at once, to load
+    them once.
     """
     check_pixels(tower, pixel_values)
     parameter, config = next(tower.parameters()), tower.config

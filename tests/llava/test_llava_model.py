@@ -380,8 +380,9 @@ def test_tower_and_projector_compile_without_a_graph_break(build):
             assert torch.allclose(project(pixels), stf.model.project_images(pixels), atol=1e-5)
 
 
-def test_the_whole_forward_compiles_to_two_graphs_without_a_break(build):
-    """One for the first batch size, one for all others."""
+def test_the_whole_forward_compiles_to_two_graphs_without_a_break(build, monkeypatch):
+    """One for the first batch size, one for all others: no loop over chunks of images in the graph."""
+    monkeypatch.setattr(vision_tower, "CPU_ACTIVATION_BYTES", 1)
     text, vision = build.text(num_hidden_layers=1), build.clip(num_hidden_layers=1)
     stf = build.stf(torch.float32, vision=vision, text=text, vision_feature_layer=[1, 0])
     graphs = []
