@@ -15,6 +15,7 @@ from stf_kernels import aot
 from stf_kernels.codegen import TARGETS, Pointer, compile_for, innermost_math_loop
 from stf_kernels.kernels.activation_bwd import _activation_bwd_kernel
 from stf_kernels.kernels.segmented_linear import _segmented_linear_fwd_kernel
+from stf_kernels.ops import launch
 from stf_kernels.ops.launch import stage_constants
 from stf_kernels.ops.stage import Stage
 from stf_kernels.tuning import GemmConfig
@@ -84,7 +85,7 @@ def test_spills_go_red():
 
 
 def test_plain_fp32_has_no_tensor_core_and_tf32_has():
-    config = GemmConfig(64, 64, 32)
+    config = GemmConfig(64, 64, 16)
     case = aot.Case("sm_90", "concat", "float32", config)
     line, found = aot.examine(case)
     assert not found
@@ -138,8 +139,8 @@ def test_the_elementwise_backward_compiles_everywhere():
                 {
                     "dy_ptr": pointer, "pre_ptr": pointer, "dpre_ptr": pointer, "act_ptr": pointer,
                     "partial_ptr": Pointer("fp32"), "M": 1152, "N": 16384, "ACTIVATION": activation,
-                    "FAST_ACTIVATION": True, "WRITE_ACT": True, "SUM_ROWS": True, "ROWS_PER_PROGRAM": 128,
-                    "BLOCK_M": 16, "BLOCK_N": 128,
+                    "FAST_ACTIVATION": True, "WRITE_ACT": True, "SUM_ROWS": True,
+                    "ROWS_PER_PROGRAM": launch.ROWS_PER_PROGRAM, "BLOCK_M": launch.BLOCK_M, "BLOCK_N": launch.BLOCK_N,
                 },
                 num_warps=4, num_stages=3,
             )  # fmt: skip
