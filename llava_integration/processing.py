@@ -169,9 +169,11 @@ class LlavaStfProcessor(LlavaProcessor):
         """videos -> all frames as one list of images, and text with one placeholder per frame."""
         if isinstance(videos, str) or (isinstance(videos, (list, tuple)) and any(isinstance(v, str) for v in videos)):
             raise TypeError("videos: expected frames, got a path; read the frames first")
-        if len(videos) == 0 or any(len(video) == 0 for video in videos if isinstance(video, (list, tuple))):
+        batched = (
+            [list(video) for video in make_batched_videos(videos)] if len(videos) and _has_items(videos[0]) else []
+        )
+        if not batched or not all(batched):
             raise ValueError(f"videos: expected at least one frame in each, got {videos!r}")
-        batched = [list(video) for video in make_batched_videos(videos)]
         frames = [frame for video in batched for frame in video]
         if text is None:
             return frames, None
@@ -181,3 +183,8 @@ class LlavaStfProcessor(LlavaProcessor):
         lengths = iter(len(video) for video in batched)
         placeholder = re.compile(re.escape(self.image_token))
         return frames, [placeholder.sub(lambda match: match.group() * next(lengths), sample) for sample in text]
+
+
+def _has_items(value) -> bool:
+    """False for an empty list or array; True for a frame that is no sequence at all, such as a PIL image."""
+    return not hasattr(value, "__len__") or len(value) > 0

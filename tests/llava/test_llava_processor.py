@@ -102,7 +102,7 @@ class TestVideo:
         )
         assert stf.float().generate(**inputs, max_new_tokens=2, **options).shape[0] == 2
 
-    @pytest.mark.parametrize("videos", [[], [[]]])
+    @pytest.mark.parametrize("videos", [[], [[]], torch.zeros(0, 3, 8, 8), [torch.zeros(0, 3, 8, 8).numpy()]], ids=str)
     def test_without_frames(self, processor, videos):
         with pytest.raises(ValueError, match="videos: expected at least one frame"):
             processor(videos=videos, text="<image>")

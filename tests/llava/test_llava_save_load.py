@@ -36,6 +36,30 @@ def test_bit_for_bit_through_the_auto_classes(build, tmp_path, dtype):
     assert same_state(stf.model, base)
 
 
+@pytest.mark.parametrize(
+    ("tower", "changes"),
+    [
+        ("clip", {"spatial_merge_size": 1}),  # MBTF alone
+        ("clip", {"vision_feature_layer": [4], "use_mbtf": False}),  # STF alone
+        ("siglip", {"spatial_merge_size": 4, "vision_feature_layer": [-1, 0, 2, 2]}),
+        ("siglip", {"spatial_merge_size": 3, "spatial_merge_truncate": True}),
+        ("clip", {"multimodal_projector_bias": False, "projector_hidden_act": "silu", "stf_hidden_size": 24}),
+    ],
+    ids=str,
+)
+def test_every_geometry(build, tmp_path, tower, changes):
+    """The folder alone says what the model is: the weights bit for bit, the logits up to where the weights lie."""
+    stf = build.stf(vision=getattr(build, tower)(num_hidden_layers=5), **changes)
+    stf.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert same_state(stf, loaded)
+    ids, _ = build.prompt([1, 1], stf.config.image_seq_length)
+    pixels = build.pixels(2)
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=ids, pixel_values=pixels).logits for model in (stf, loaded))
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-13)  # BLAS sums by alignment
+
+
 def test_in_shards(stf, tmp_path):
     stf.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
