@@ -26,6 +26,16 @@ setup(
     extras_require={
         "llava": LLAVA,
         "bench": BENCH,
-        "dev": [*BENCH, "accelerate", "hypothesis", "peft", "ruff", "sentencepiece", "triton>=3.6"],
+        "dev": [
+            *BENCH,
+            "accelerate",
+            "bitsandbytes",
+            "hypothesis",
+            "peft",
+            "ruff",
+            "sentencepiece",
+            "torchao",
+            "triton>=3.6",
+        ],
     },
 )
