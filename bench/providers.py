@@ -4,7 +4,8 @@ stf               the public operator or module, default path
 stf-triton        the same with use_backend("triton"): differs where the device's table names cuBLAS
 stf-merge-store   G2 as the chain runs it: rows written in the merged layout
 stf-dense         G3 as the chain runs it: on tokens that are already merged
-stf-<tile>        the kernel with one of the heuristic's tiles
+stf-<tile>        the kernel with one of the heuristic's tiles; -k4: its split-K form, where tiles are few
+stf-direct        the chain launched without the JIT's argument binding (STF_KERNELS_DIRECT_LAUNCH=1)
 eager             plain PyTorch: cat, gather, F.linear, GELU
 compile           torch.compile of that, max-autotune without its own CUDA graphs
 conv2d            G3 as cuDNN's convolution of window 2, stride 2, on channels_last
@@ -15,6 +16,7 @@ strided           G1 as one cuBLAS operand over a preallocated [B, 577, 8, C] bu
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,7 +72,7 @@ def providers(stage: str, operands: Operands, *, tiles: bool = True) -> list[Pro
             Provider("eager", lambda: eager_chain(operands.blocks, operands.parameters, sizes)),
             Provider("stf", ours),
         ]
-        return [*found, Provider("stf-triton", _forced(ours))] if gpu else found
+        return [*found, Provider("stf-triton", _forced(ours)), Provider("stf-direct", _direct(ours))] if gpu else found
     x, (w, b) = operands.inputs[stage], operands.parameters[stage]
     ours = {
         "G1": lambda: stf_kernels.concat_linear(x, w, b, activation="gelu", skip_tokens=1),
@@ -132,6 +134,17 @@ def _forced(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
+def _direct(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        os.environ["STF_KERNELS_DIRECT_LAUNCH"] = "1"
+        try:
+            return call()
+        finally:
+            del os.environ["STF_KERNELS_DIRECT_LAUNCH"]
+
+    return run
+
+
 def _merge_store(operands: Operands) -> Provider:
     from stf_kernels.ops.chain import run_stage
     from stf_kernels.ops.stage import Stage, unmerge_windows
@@ -185,7 +198,7 @@ def _strided(operands: Operands) -> Provider:
 def _tiles(stage: str, operands: Operands) -> list[Provider]:
     from stf_kernels.ops.launch import launch_stage
     from stf_kernels.ops.stage import Stage
-    from stf_kernels.tuning.heuristic import tiles
+    from stf_kernels.tuning.heuristic import split_tiles, tiles
 
     major, minor = torch.cuda.get_device_capability()
     sizes, x, (w, b) = operands.sizes, operands.inputs[stage], operands.parameters[stage]
@@ -194,10 +207,15 @@ def _tiles(stage: str, operands: Operands) -> list[Provider]:
     else:
         geometry = Stage("gelu" if stage == "G1" else None)
     blocks = [block[:, 1:] for block in x] if stage == "G1" else [x]
+    arch, itemsize = f"sm_{major}{minor}", w.element_size()
+    configs = list(tiles(arch, itemsize))
+    if stage in ("G2", "G4") and operands.batch <= 2:  # too few tiles for the GPU: here the K axis is worth splitting
+        configs += [config for config in split_tiles(arch, itemsize) if config.split_k == 4]
     return [
         Provider(
-            f"stf-{config.block_m}x{config.block_n}x{config.block_k}-w{config.num_warps}-s{config.num_stages}",
+            f"stf-{config.block_m}x{config.block_n}x{config.block_k}-w{config.num_warps}-s{config.num_stages}"
+            + (f"-k{config.split_k}" if config.split_k > 1 else ""),
             lambda config=config: launch_stage(blocks, w, b, geometry, config)[0],
         )
-        for config in tiles(f"sm_{major}{minor}", w.element_size())
+        for config in configs
     ]
