@@ -50,19 +50,19 @@ class Case:
 
 
 def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
-    """Every shipped specialisation of an architecture, or only the inference defaults in bf16 and fp32."""
+    """Every shipped specialisation of an architecture, or only the defaults in bf16 and fp32."""
     if defaults_only:
         for config in tiles(arch, 2):
             yield from (Case(arch, name, "bfloat16", config) for name in _DEFAULT_PROBLEMS)
+        yield from (Case(arch, "concat_train", "bfloat16", config) for config in tiles(arch, 2, save_pre=True))
         yield from (Case(arch, "concat", "float32", config) for config in tiles(arch, 4))
         yield Case(arch, "concat", "bfloat16", tiles(arch, 2)[-1], aligned=False)
         yield from (Case(arch, "linear_merge", "bfloat16", config) for config in split_tiles(arch, 2)[-1:])
         return
     for dtype, itemsize in DTYPES.items():
-        for config in dict.fromkeys(
-            (*tiles(arch, itemsize), *split_tiles(arch, itemsize), *shipped_configs(arch, dtype))
-        ):
-            for name in PROBLEMS:
+        inference = (*tiles(arch, itemsize), *split_tiles(arch, itemsize), *shipped_configs(arch, dtype))
+        for name, problem in PROBLEMS.items():
+            for config in dict.fromkeys(tiles(arch, itemsize, save_pre=True) if problem.save_pre else inference):
                 case = Case(arch, name, dtype, config)
                 yield case
                 yield replace(case, aligned=False)
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stf_kernels.aot", description=__doc__.splitlines()[0])
     archs = list(SHARED_MEMORY_LIMIT)
     parser.add_argument("--target", nargs="+", choices=archs, default=archs, metavar="ARCH", help=f"of {archs}")
-    parser.add_argument("--defaults", action="store_true", help="only the default configurations of inference")
+    parser.add_argument("--defaults", action="store_true", help="only the default configurations")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):

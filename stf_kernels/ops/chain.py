@@ -29,13 +29,13 @@ def run_stage(
     """One stage on the path that the backend and the device's table say -> (y or out, pre-activation or None)."""
     x = blocks[0]
     if backend.use_triton(x.device, x.dtype):
-        config = _configuration(x, len(blocks), weight, stage)
+        config = _configuration(x, len(blocks), weight, stage, save_pre)
         if config is not None:
             try:
                 return launch.launch_stage(blocks, weight, bias, stage, config, save_pre=save_pre, out=out, rows=rows)
             except launch.out_of_resources() as error:
                 tuning.reject(x.device, x.dtype, config, error)
-            config = _configuration(x, len(blocks), weight, stage)
+            config = _configuration(x, len(blocks), weight, stage, save_pre)
             return launch.launch_stage(blocks, weight, bias, stage, config, save_pre=save_pre, out=out, rows=rows)
     y, pre = torch_path.run_stage(blocks, weight, bias, stage, save_pre)
     if out is None:
@@ -43,11 +43,14 @@ def run_stage(
     return out.index_copy_(0, rows, y.flatten(0, 1).to(out.dtype)), pre
 
 
-def _configuration(x: Tensor, num_blocks: int, weight: Tensor, stage: Stage) -> tuning.GemmConfig | None:
+def _configuration(
+    x: Tensor, num_blocks: int, weight: Tensor, stage: Stage, save_pre: bool
+) -> tuning.GemmConfig | None:
     """The device's choice; None is cuBLAS, the table's to name unless the user asked for Triton."""
     m = x.shape[0] * stage.tokens(x.shape)
     may_decline = backend.current_backend() == "auto"
-    return tuning.choose(x.device, stage.kind(num_blocks), x.dtype, m, *weight.shape, may_decline=may_decline)
+    kind = stage.kind(num_blocks)
+    return tuning.choose(x.device, kind, x.dtype, m, *weight.shape, may_decline=may_decline, save_pre=save_pre)
 
 
 def chain_fwd(

@@ -24,7 +24,7 @@ _MANY_TILES = 96  # roughly the multiprocessors of a data-centre GPU
 _HALF = {
     # 228 KB of shared memory, warpgroup products: wide tiles, 64 columns a step
     "sm_90": (GemmConfig(128, 256, 64, 8, 8, 3), GemmConfig(128, 128, 64, 8, 8, 4), GemmConfig(64, 128, 64, 8, 4, 4)),
-    "sm_80": (GemmConfig(128, 256, 32, 8, 8, 4), GemmConfig(128, 128, 32, 8, 4, 4), GemmConfig(64, 128, 64, 8, 4, 4)),
+    "sm_80": (GemmConfig(128, 256, 32, 8, 8, 4), GemmConfig(128, 128, 32, 8, 8, 4), GemmConfig(64, 128, 64, 8, 4, 4)),
     # 99 KB of shared memory
     "sm_89": (GemmConfig(128, 128, 32, 8, 8, 4), GemmConfig(128, 64, 64, 8, 4, 3), GemmConfig(64, 64, 64, 8, 4, 4)),
     # 64 KB of shared memory, wavefronts of 64 threads
@@ -41,8 +41,13 @@ def _family(arch: str) -> str:
     return {"sm_90": "sm_90", "sm_100": "sm_90", "sm_103": "sm_90", "sm_80": "sm_80"}.get(arch, "sm_89")
 
 
-def tiles(arch: str, itemsize: int) -> tuple[GemmConfig, ...]:
-    """The heuristic's configurations for an architecture ("sm_90", "gfx942", ...), largest tile first."""
+def tiles(arch: str, itemsize: int, *, save_pre: bool = False) -> tuple[GemmConfig, ...]:
+    """The heuristic's configurations for an architecture ("sm_90", "gfx942", ...), largest tile first.
+
+    save_pre: for an epilogue that stores the pre-activation too. With the largest tiles it spills.
+    """
+    if save_pre:
+        return tiles(arch, itemsize)[1:]
     if itemsize == 4:
         return _FLOAT_AMD if arch.startswith("gfx") else _FLOAT
     return _HALF[_family(arch)]
@@ -55,9 +60,9 @@ def split_tiles(arch: str, itemsize: int) -> list[GemmConfig]:
     return [replace(config, split_k=splits) for config in tiles(arch, itemsize)[1:] for splits in (2, 4, 8)]
 
 
-def default_config(arch: str, itemsize: int, m: int, n: int) -> GemmConfig:
+def default_config(arch: str, itemsize: int, m: int, n: int, *, save_pre: bool = False) -> GemmConfig:
     """A configuration for y [m, n] on an architecture, operands of `itemsize` bytes."""
-    candidates = tiles(arch, itemsize)
+    candidates = tiles(arch, itemsize, save_pre=save_pre)
     for config in candidates:
         if -(-m // config.block_m) * -(-n // config.block_n) >= _MANY_TILES:
             return config

@@ -125,7 +125,15 @@ def _choose(slug: str, arch: str, stage: str, dtype: torch.dtype, m: int, n: int
 
 
 def choose(
-    device: torch.device, stage: str, dtype: torch.dtype, m: int, n: int, k: int, *, may_decline: bool = True
+    device: torch.device,
+    stage: str,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    may_decline: bool = True,
+    save_pre: bool = False,
 ) -> GemmConfig | None:
     """The configuration for y [m, n] = A [m, k] @ W^T at a stage of `STAGES` on `device`.
 
@@ -137,8 +145,9 @@ def choose(
     index = torch.cuda.current_device() if device.index is None else device.index
     slug, arch = device_identity(index)
     config = _choose(slug, arch, stage, dtype, m, n, k)
-    if config is None and not may_decline:
-        config = default_config(arch, dtype.itemsize, m, n)
+    # Tables are measured without the pre-activation's store, which wants smaller tiles.
+    if save_pre if config is not None else not may_decline:
+        config = default_config(arch, dtype.itemsize, m, n, save_pre=save_pre)
     return smallest(dtype.itemsize) if (slug, dtype.itemsize, config) in _too_large else config
 
 

@@ -135,3 +135,10 @@ def test_every_shipped_table_is_valid():
     for path in lookup._TABLES.glob("*.json"):
         text = path.read_text()
         assert lookup.parse_table(text, json.loads(text)["arch"]), path.name
+
+
+def test_a_stage_that_keeps_its_pre_activation_gets_a_smaller_tile(device):
+    """The largest tile spills when its epilogue stores two results, whatever a table of inference says."""
+    device.write_text(table(entry()))
+    assert choose(18432, save_pre=True) == default_config("sm_90", 2, 18432, 4096, save_pre=True)
+    assert choose(18432, save_pre=True) != choose(18432)
