@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
@@ -30,6 +30,7 @@ from .tuning.lookup import DTYPES, shipped_configs
 _TRITON_TYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
+_FEW_TILES = ("linear_merge", "linear_scatter")  # where the tuner splits K first
 _DEFAULT_PROBLEMS = ("concat", "linear_merge", "merge", "linear_scatter")
 
 
@@ -60,14 +61,17 @@ def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
         yield from (Case(arch, "linear_merge", "bfloat16", config) for config in split_tiles(arch, 2)[-1:])
         return
     for dtype, itemsize in DTYPES.items():
-        inference = (*tiles(arch, itemsize), *split_tiles(arch, itemsize), *shipped_configs(arch, dtype))
         for name, problem in PROBLEMS.items():
-            for config in dict.fromkeys(tiles(arch, itemsize, save_pre=True) if problem.save_pre else inference):
-                case = Case(arch, name, dtype, config)
-                yield case
-                yield replace(case, aligned=False)
+            configs = [*tiles(arch, itemsize, save_pre=problem.save_pre)]
+            if not problem.save_pre:
+                configs += shipped_configs(arch, dtype)
+            if name in _FEW_TILES:
+                configs += split_tiles(arch, itemsize)
+            for config in dict.fromkeys(configs):
+                yield Case(arch, name, dtype, config)
                 if dtype == "float32":
-                    yield replace(case, tf32=True)
+                    yield Case(arch, name, dtype, config, tf32=True)
+        yield from (Case(arch, "concat", dtype, config, aligned=False) for config in tiles(arch, itemsize))
 
 
 def kernel_arguments(case: Case) -> dict[str, object]:
