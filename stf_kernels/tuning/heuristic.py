@@ -30,7 +30,7 @@ _HALF = {
     # 64 KB of shared memory, wavefronts of 64 threads
     "gfx942": (GemmConfig(256, 128, 32, 8, 8, 2), GemmConfig(128, 128, 32, 8, 4, 2), GemmConfig(64, 128, 64, 8, 4, 2)),
 }
-_FLOAT = (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 16, 8, 4, 3), GemmConfig(64, 32, 32, 8, 4, 3))
+_FLOAT = (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 16, 8, 4, 3))
 _FLOAT_AMD = (GemmConfig(128, 64, 16, 8, 8, 2), GemmConfig(64, 64, 16, 8, 4, 2), GemmConfig(32, 64, 16, 8, 4, 2))
 
 
