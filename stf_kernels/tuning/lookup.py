@@ -146,7 +146,9 @@ def choose(
     slug, arch = device_identity(index)
     config = _choose(slug, arch, stage, dtype, m, n, k)
     # Tables are measured without the pre-activation's store, which wants smaller tiles.
-    if save_pre if config is not None else not may_decline:
+    not_to_decline = config is None and not may_decline
+    too_large_to_train = config is not None and save_pre
+    if not_to_decline or too_large_to_train:
         config = default_config(arch, dtype.itemsize, m, n, save_pre=save_pre)
     return smallest(dtype.itemsize) if (slug, dtype.itemsize, config) in _too_large else config
 
