@@ -22,8 +22,9 @@ STAGE_COLOURS = {
     "prefill_ms": ("language model", "#5dade2"),
     "first_token_ms": ("first token", "#2c3e50"),
 }
-LINES = ("#1b4f72", "#e67e22", "#27ae60", "#8e44ad", "#7f8c8d", "#c0392b")
+LINES = ("#1b4f72", "#e67e22", "#27ae60", "#8e44ad", "#7f8c8d", "#c0392b", "#17a2b8", "#b8860b")
 MARKS = "osD^vP"
+DASHES = ("-", "--", ":", "-.")
 NO_MATPLOTLIB = "matplotlib is not installed, so there are no charts; install it with: pip install matplotlib"
 
 
@@ -62,6 +63,19 @@ def _figure(height: float) -> tuple[Any, Any, Callable[[], bytes]]:
         return buffer.getvalue()
 
     return figure, axes, png
+
+
+def _styles(keys: list[tuple[Any, Any]]) -> list[dict[str, str]]:
+    """(what, how) of every line -> a colour and a mark per what, dashes per how: no two lines alike."""
+    what, how = (list(dict.fromkeys(part)) for part in zip(*keys, strict=True))
+    return [
+        {
+            "color": LINES[what.index(w) % len(LINES)],
+            "marker": MARKS[(what.index(w) + how.index(h)) % len(MARKS)],
+            "linestyle": DASHES[how.index(h) % len(DASHES)],
+        }
+        for w, h in keys
+    ]
 
 
 def _names(rows: list[dict[str, Any]]) -> list[str]:
@@ -110,14 +124,15 @@ def speedup(result: dict[str, Any], axis: str = "batch") -> bytes | None:
     # What never varies is not said at every line.
     told = [i for i, name in enumerate(fixed) if len({key[2 + i] for key in lines}) > 1]
     figure, axes, png = _figure(3.2 + 0.2 * (len(lines) // 2))
-    for index, (key, points) in enumerate(lines.items()):
+    styles = _styles([(key[0], key[1:]) for key in lines])
+    for index, (style, (key, points)) in enumerate(zip(styles, lines.items(), strict=True)):
         points = sorted(points, key=lambda p: p[axis])
         ratio = [p["ratio"] for p in points]
         errors = [[max(0.0, p["ratio"] - p["low"]) for p in points], [max(0.0, p["high"] - p["ratio"]) for p in points]]
         shift = 1 + 0.02 * (index - (len(lines) - 1) / 2)  # bars beside each other, not on top
         name = " ".join([key[0], key[1], *(f"{key[2 + i]} {_AXES[fixed[i]]}" for i in told)])
         axes.errorbar([p[axis] * shift for p in points], ratio, errors, label=name, capsize=3,
-                      color=LINES[index % len(LINES)], marker=MARKS[index % len(MARKS)])  # fmt: skip
+                      **style)  # fmt: skip
     ticks = sorted({p[axis] for points in lines.values() for p in points})
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
@@ -155,12 +170,12 @@ def kernel_floor(result: dict[str, Any]) -> bytes | None:
     if not rows:
         return None
     figure, axes, png = _figure(3.6)
-    for index, key in enumerate(sorted({(row["provider"], row["dtype"]) for row in rows})):
+    keys = sorted({(row["provider"], row["dtype"]) for row in rows})
+    for style, key in zip(_styles(keys), keys, strict=True):
         points = sorted(
             (r["batch"], (r["us"] or r["us_eager"]) / r["floor_us"]) for r in rows if (r["provider"], r["dtype"]) == key
         )
-        axes.plot(*zip(*points, strict=True), label=" ".join(key), color=LINES[index % len(LINES)],
-                  marker=MARKS[index % len(MARKS)])  # fmt: skip
+        axes.plot(*zip(*points, strict=True), label=" ".join(key), **style)
     batches = sorted({row["batch"] for row in rows})
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)

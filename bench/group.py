@@ -23,7 +23,11 @@ from .stages import STAGES
 from .stats import median, spread_percent
 
 # row -> the row whose outputs it must repeat
-TWINS = {"llava-stf/fused": "llava-stf/reference", "llava-1.5-skip/mlp2x": "llava-1.5/mlp2x"}
+TWINS = {
+    "llava-stf/fused": "llava-stf/reference",
+    "llava-stf/fused+savings": "llava-stf/fused",
+    "llava-1.5-skip/mlp2x": "llava-1.5/mlp2x",
+}
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -37,6 +41,7 @@ class Cell:
     images: int
     mode: str
     weights: int
+    device: str
     output: Output | None = None
     samples: list[dict[str, float | None]] = field(default_factory=list)
     wall_samples: list[dict[str, float]] = field(default_factory=list)
@@ -54,7 +59,7 @@ class Cell:
         result: dict[str, Any] = {
             "model": self.row.model, "projector": self.row.projector, "batch": self.batch,
             "image_tokens": self.images * self.row.image_tokens, "text_tokens": self.text_tokens,
-            "images": self.images, "mode": self.mode,
+            "images": self.images, "mode": self.mode, "savings": self.row.savings(self.mode, self.device),
         }  # fmt: skip
         for stage in (*STAGES, "total_ms"):
             series = self.series(stage)
@@ -95,7 +100,7 @@ class Group:
     ) -> None:  # fmt: skip
         self.device, self.warmup, self.preprocess, self.decode_tokens = device, warmup, preprocess, decode_tokens
         self.inputs, self.mode = inputs, mode
-        self.cells = [Cell(row, batch, text_tokens, images, mode, weight_bytes(row.activate())) for row in rows]
+        self.cells = [Cell(row, batch, text_tokens, images, mode, weight_bytes(row.activate()), device) for row in rows]
         for cell in self.cells:
             cell.failed = too_large
         self.runs: dict[str, Any] = {}

@@ -5,6 +5,7 @@ llava-1.5-skip  mlp2x      the same without the tower layer whose output nobody 
 llava-1.5-pool  mlp2x      the stock projector's tokens averaged 2x2
 llava-stf       reference  LLaVA-STF with the projector of reference/, plain PyTorch
 llava-stf       fused      LLaVA-STF with the projector of stf_kernels, the same parameters
+llava-stf       fused      LLaVA-STF as llava_integration runs it, with every other saving (plain.py): fused+savings
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .presets import Preset
+from .speedup import label
 
 STD = 0.02
+SKIP = "llava-1.5-skip"
 POOL = 16_777_213  # a prime, so that rows of a matrix never line up with the pool's period
 
 
@@ -34,10 +37,22 @@ class Row:
     module: nn.Module
     image_tokens: int
     swap: nn.Module | None = None
+    every_saving: bool = False
+
+    def savings(self, mode: str, device: str) -> list[str]:
+        """What this row saves beyond its projector, names of plain.SAVINGS."""
+        from .plain import savings_in
+
+        return savings_in(mode, device) if self.every_saving else ["unused-tower-layers"] * (self.model == SKIP)
+
+    @property
+    def full_tower(self) -> bool:
+        """Whether it runs the tower layer that nobody reads."""
+        return not self.every_saving and self.model != SKIP
 
     @property
     def name(self) -> str:
-        return f"{self.model}/{self.projector}"
+        return label({"model": self.model, "projector": self.projector, "savings": self.every_saving})
 
     def activate(self) -> nn.Module:
         if self.swap is not None:
@@ -177,8 +192,10 @@ def without_last_layer(model: nn.Module) -> nn.Module:
 
 
 def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
-    """Three rows, or with `full` all five. The STF projector is the exact warm start until it is randomised."""
+    """Three rows, or with `full` all six. The STF projector is the exact warm start until it is randomised."""
     from llava_integration import from_llava
+
+    from .plain import plain
 
     many, few = preset.image_tokens(1), preset.image_tokens(2)
     rows = [Row("llava-1.5", "mlp2x", stock, many)]
@@ -186,16 +203,18 @@ def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
         pooled = share(stock)
         pooled.model.multi_modal_projector = PooledProjector(pooled.model.multi_modal_projector, preset.grid)
         rows += [
-            Row("llava-1.5-skip", "mlp2x", without_last_layer(stock), many),
+            Row(SKIP, "mlp2x", without_last_layer(stock), many),
             Row("llava-1.5-pool", "mlp2x", pooled, few),
         ]
     stf = from_llava(stock).eval().requires_grad_(False)
+    saving = [Row("llava-stf", "fused", share(stf), few, every_saving=True)] if full else []
     fused = stf.model.multi_modal_projector
+    plain(stf, fused)
     rows += [
         Row("llava-stf", "reference", stf, few, swap=reference_projector(fused)),
         Row("llava-stf", "fused", stf, few, swap=fused),
     ]
-    return rows
+    return rows + saving
 
 
 @dataclass

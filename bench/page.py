@@ -7,7 +7,8 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from .speedup import label, where
+from .speedup import label, names_savings, where
+from .stats import median
 from .table import number
 
 STYLE = """
@@ -78,6 +79,10 @@ def _section(name: str, result: dict[str, Any], drawn: dict[str, bytes]) -> str:
     if result.get("refused"):
         warnings.append(f"No speed-up is reported: {result['refused']}")
     warnings += [f"Note: {text}" for text in result.get("notes", [])]
+    if result["kind"] == "prefill" and not names_savings(result):
+        warnings.append(
+            "This file is from before rows named their savings: both of its LLaVA-STF rows had all of them."
+        )
     images = "".join(_figure(chart, png) for chart, png in drawn.items())
     body = {"prefill": _prefill, "kernels": _kernels, "tests": _tests}[result["kind"]](result, images)
     warned = "".join(f'<p class="warn">{html.escape(text)}</p>' for text in warnings)
@@ -151,16 +156,45 @@ def _prefill(result: dict[str, Any], images: str) -> str:
         "<h3>To the first token</h3>",
         _table("totals", (*name[:3], "total ms", "speed-up [p10, p90]", "spread %", *name[3:], "decode ms / token",
                           "peak MB", "KV MB", ""), totals, 2, own, wrap=11),
+        _savings(result),
         images,
         "<h3>Where the time goes, ms (share of the total)</h3>",
         _table("stages", (*name, "preprocess", "vision", "projector", "insert", "prefill", "first token"), stages, 2,
                own),
+        _wall(result),
         "<h3>Measured over floor</h3>",
         _table("floors", (*name, "vision", "projector", "insert", "prefill", "total"), floors, 2, own),
         "<h3>Checked before timing</h3>",
         _table("checks", ("outputs", "difference", "allowed", "agree"), checks, 1, wrap=0),
     ]  # fmt: skip
     return "".join(parts)
+
+
+def _savings(result: dict[str, Any]) -> str:
+    used = {name for row in result["rows"] if row["model"] == "llava-stf" for name in row.get("savings", ())}
+    means = {name: what for name, what in result.get("savings_mean", {}).items() if name in used}
+    listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(what)}</dd>" for name, what in means.items())
+    return f"<p>+savings is LLaVA-STF with everything that is saved beyond the projector:</p><dl>{listed}</dl>" * bool(
+        means
+    )
+
+
+def _wall(result: dict[str, Any]) -> str:
+    """What a stage takes by the host's clock; on a CPU that is the table before."""
+    rows, own = [], []
+    for row in result["rows"]:
+        samples = row.get("wall_samples") or {}
+        if not samples.get("total_ms"):
+            continue
+        if row["projector"] == "fused":
+            own.append(len(rows))
+        series = [[value for value in samples[f"{s}_ms"] if value is not None] for s in (*_STAGES, "total")]
+        rows.append((label(row), row["mode"], str(row["batch"]), str(row["text_tokens"]), str(row["image_tokens"]),
+                     *(number(median(values) if values else None, 2) for values in series)))  # fmt: skip
+    header = ("model", "mode", "batch", "text", "image tokens", "vision", "projector", "insert", "prefill",
+              "first token", "total")  # fmt: skip
+    title = "<h3>Wall clock, ms: waiting for the device at each boundary</h3>"
+    return title + _table("wall", header, rows, 2, own) if rows else ""
 
 
 def _error(value: float | None) -> str:

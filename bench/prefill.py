@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import os
 import sys
 import time
@@ -30,6 +31,7 @@ SEED = 0
 SWEEP = {"batch": (1, 2, 4, 8, 16, 32), "text": (64, 256, 1024), "images": (1, 4, 16)}
 Point = tuple[int, int, int]  # batch, text tokens, images of a sequence
 FLAGS = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages for torch's CPU tensors; see METHOD.md
+NOISY = ("torchao", "torch.utils._pytree")  # transformers imports torchao where it is, which warns of what it lacks
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -49,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--report", type=writable_folder, metavar="DIR", help="also report.html and charts (default run)"
     )
-    parser.add_argument("--full", action="store_true", help="all five rows, decoding, and on a GPU all modes")
+    parser.add_argument("--full", action="store_true", help="all six rows, decoding, and on a GPU all modes")
     parser.add_argument("--modes", nargs="+", choices=("eager", "graph", "compile"), help="eager; on a GPU also graph")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--decode", type=positive_int, metavar="N", help="also decode N tokens per round")
@@ -70,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault(name, value)  # torch reads them when it is imported
     import torch
 
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:
         return _bad_input("--device: 'cuda' was asked for and torch sees no GPU; use --device cpu")
@@ -170,6 +174,7 @@ def run(
 
     from . import environment, models
     from .group import Group, take_rounds
+    from .plain import SAVINGS
     from .progress import Progress
     from .roofline import measure_ceilings
 
@@ -198,9 +203,10 @@ def run(
         },
         "peak_mb_means": "the row's own weights + the peak of what one prefill allocates (bench/memory.py)",
         "total_ms_means": "pixel values on the device to the first token on the host; preprocess_ms is not in it",
+        "savings_mean": SAVINGS,
         "checks": [], "rows": [], "comparisons": [], "speedup": {}, "refused": None, "notes": [],
     }  # fmt: skip
-    rows_per_group = 5 if args.full else 3
+    rows_per_group = 6 if args.full else 3
     with Progress(2 + len(plan) * (rows_per_group + most)) as bar, torch.no_grad():
         bar.now("measuring the ceilings of this device")
         ceilings = measure_ceilings(device, dtype)
@@ -219,7 +225,7 @@ def run(
         first = _inputs(args, preset, device, dtype, smallest)
         warm, checks = image_features(rows[-1], first), []
         # From here on dense random weights: the warm start's zeros could run faster than a trained projector.
-        models.randomise(rows[-1].swap, SEED + 1)
+        models.randomise(rows[-1].activate().model.multi_modal_projector, SEED + 1)
         bar.step()
 
         eager_outputs: dict[Point, dict[str, Any]] = {}
@@ -329,8 +335,9 @@ def with_floor(row: dict[str, Any], preset: Preset, ceilings: Any, item: int) ->
     """The row with the floor of each stage, and the ratio of what was measured to it."""
     from .roofline import floors_ms, prefill_work
 
+    layers = preset.vision_layers - ("unused-tower-layers" in row["savings"])
     work = prefill_work(preset, model=row["model"], batch=row["batch"], text_tokens=row["text_tokens"], item=item,
-                        images=row["images"])  # fmt: skip
+                        images=row["images"], layers=layers)  # fmt: skip
     floors = floors_ms(ceilings, work)
     ratios = {stage: row[stage] / floor if row[stage] is not None else None for stage, floor in floors.items()}
     return {**row, "floor_ms": floors, "floor_ratio": ratios}

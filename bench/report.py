@@ -18,6 +18,7 @@ from typing import Any
 
 from . import charts, page
 from .results import ResultError, read
+from .speedup import label, names_savings
 from .stats import median, percentile
 from .table import number, render
 
@@ -87,6 +88,11 @@ def compare(first: Path, second: Path) -> str:
                 "a ratio of the two would say nothing about the code"
             )
     keys = _KEYS[a["kind"]]
+    notes = []
+    if a["kind"] == "prefill" and names_savings(a) != names_savings(b):
+        notes = ["", f"{first if names_savings(b) else second} is from before rows named their savings: both of its "
+                 "LLaVA-STF rows had all of them, and are compared with none."]  # fmt: skip
+        a, b = (_without_stf(result) for result in (a, b))
     other = {_name(row, keys): row for row in b["rows"]}
     lines = []
     for row in a["rows"]:
@@ -99,11 +105,19 @@ def compare(first: Path, second: Path) -> str:
     title = f"A {first} ({a['commit'][:12]})   B {second} ({b['commit'][:12]})   {a['device']}"
     unit = "ms" if a["kind"] == "prefill" else "us"
     header = (*keys, f"A {unit}", f"B {unit}", "B / A", "")
-    return "\n".join([title, "", render(header, lines, left=len(keys)), *_speedups(a, b)])
+    return "\n".join([title, "", render(header, lines, left=len(keys)), *_speedups(a, b), *notes])
+
+
+def _without_stf(result: dict[str, Any]) -> dict[str, Any]:
+    rows = [row for row in result["rows"] if row["model"] != "llava-stf"]
+    return {**result, "rows": rows, "comparisons": [
+        c for c in result.get("comparisons", []) if not c["row"].startswith("llava-stf/")]}  # fmt: skip
 
 
 def _name(row: dict[str, Any], keys: Sequence[str]) -> tuple:
     defaults = {"images": 1, "pass": "forward"}  # of files from before these were fields
+    if "projector" in keys:
+        row = {**row, "projector": label(row).removeprefix(f"{row['model']}/")}
     return tuple(row.get(key, defaults.get(key)) for key in keys)
 
 

@@ -13,7 +13,14 @@ BASELINE = ("llava-1.5", "mlp2x")
 
 
 def label(row: dict[str, Any]) -> str:
-    return f"{row['model']}/{row['projector']}"
+    """The name of a row; LLaVA-STF with more saved than its projector (plain.py) is a row of its own."""
+    more = "+savings" if row["model"] == "llava-stf" and row.get("savings") else ""
+    return f"{row['model']}/{row['projector']}{more}"
+
+
+def names_savings(result: dict[str, Any]) -> bool:
+    """False for files from before rows did: both of their LLaVA-STF rows had every saving."""
+    return all("savings" in row for row in result["rows"])
 
 
 def where(row: dict[str, Any]) -> tuple[int, int, int]:

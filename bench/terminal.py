@@ -9,10 +9,10 @@ from .table import number, render
 
 HEADER = (
     "model", "projector", "mode", "batch", "text", "image", "preprocess", "vision", "projector", "insert", "prefill",
-    "first", "total", "spread", "projector's", "speed-up", "peak", "KV",
+    "first", "total", "spread", "projector's", "speed-up", "peak", "KV", "decode",
 )  # fmt: skip
 TIMES = ("preprocess", "vision", "projector", "insert", "prefill", "first_token", "total")
-UNITS = ("", "", "", "", "tokens", "tokens", *["ms"] * 7, "%", "share %", "", "MB", "MB")
+UNITS = ("", "", "", "", "tokens", "tokens", *["ms"] * 7, "%", "share %", "", "MB", "MB", "ms/token")
 
 
 def report(result: dict[str, Any]) -> str:
@@ -21,28 +21,28 @@ def report(result: dict[str, Any]) -> str:
         (c["row"], where(c), c["mode"]): c["ratio"] for c in result["comparisons"] if c["mode"] == c["baseline_mode"]
     }
     lines = []
+    columns = len(HEADER) - (not result["decode_tokens"])  # decoding, only where there was any
     for row in result["rows"]:
         key = (label(row), where(row), row["mode"])
         baseline = label(row) == "llava-1.5/mlp2x" and row["total_ms"] is not None and not result["refused"]
         share = row["projector_share"]
         lines.append((
-            row["model"], row["projector"], row["mode"], str(row["batch"]), str(row["text_tokens"]),
-            str(row["image_tokens"]),
-            *(number(row[f"{stage}_ms"]) for stage in TIMES),
+            *_name(row), *(number(row[f"{stage}_ms"]) for stage in TIMES),
             number(row["spread_percent"]), number(None if share is None else 100 * share),
             "1.00x" if baseline else f"{speedups[key]:.2f}x" if key in speedups else "-",
-            number(row["peak_mb"], 0), number(row["kv_mb"]),
+            number(row["peak_mb"], 0), number(row["kv_mb"]), number(row["decode_ms_per_token"]),
         ))  # fmt: skip
     out = [
         "",
         f"{result['device']}   {result['dtype']}, attention {result['attention']}, torch {result['torch']}, "
         f"transformers {result['transformers']}, commit {result['commit'][:12]}",
         f"{result['preset']}, {_texts(result)} text tokens, {_images(result)} of one photograph per sequence, "
-        f"weights: {result['weights']}; "
+        f"one output token, weights: {result['weights']}; "
         f"median of {max((row['rounds'] for row in result['rows']), default=0)} interleaved rounds",
         "",
-        render(HEADER, [UNITS, *lines], left=3),
+        render(HEADER[:columns], [line[:columns] for line in (UNITS, *lines)], left=3),
         "",
+        *_savings(result),
         "total: from pixel values on the device to the first token on the host, preprocessing not included.",
     ]
     out += ["", *_floors(result), ""]
@@ -58,17 +58,23 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
+def _name(row: dict[str, Any]) -> tuple[str, ...]:
+    numbers = (str(row[key]) for key in ("batch", "text_tokens", "image_tokens"))
+    return (row["model"], label(row).removeprefix(f"{row['model']}/"), row["mode"], *numbers)
+
+
+def _savings(result: dict[str, Any]) -> list[str]:
+    """What +savings stands for."""
+    used = [name for row in result["rows"] if row["model"] == "llava-stf" for name in row["savings"]]
+    return [f"+savings, {name}: {what}." for name, what in result["savings_mean"].items() if name in used]
+
+
 def _floors(result: dict[str, Any]) -> list[str]:
     """Measured over floor, stage by stage."""
     stages = ("vision", "projector", "insert", "prefill", "total")
     lines = [
-        (
-            row["model"], row["projector"], row["mode"], str(row["batch"]), str(row["text_tokens"]),
-            str(row["image_tokens"]),
-            *(number(row["floor_ratio"][f"{stage}_ms"], 2) for stage in stages),
-        )
-        for row in result["rows"]
-    ]  # fmt: skip
+        (*_name(row), *(number(row["floor_ratio"][f"{stage}_ms"], 2) for stage in stages)) for row in result["rows"]
+    ]
     ceilings = result["ceilings"]
     title = (
         f"Measured over floor, at {ceilings['flops'] / 1e12:.3g} TFLOP/s and {ceilings['bandwidth'] / 1e9:.0f} GB/s "

@@ -11,6 +11,7 @@ from bench import gpu, group, kernels, prefill, report, results
 from bench.models import build_stock
 from bench.modes import Eager
 from bench.presets import PRESETS
+from bench.speedup import label
 from llava_integration.modeling import LlavaStfModel
 
 TINY = ["--preset", "tiny", "--device", "cpu", "--batch", "1"]
@@ -18,38 +19,56 @@ TINY = ["--preset", "tiny", "--device", "cpu", "--batch", "1"]
 
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory):
-    """All rows, and what ran in them: the projector's package, and whether image tokens were written in place."""
+    """All rows, and what ran in each: the projector's package, tower layers, ways of insertion."""
     path = tmp_path_factory.mktemp("run") / "prefill.json"
-    projectors, in_place = set(), []
-    run, writes_in_place = Eager.run, LlavaStfModel._writes_in_place
+    ran = {}
+    run = Eager.run
 
     def spy_run(self):
-        projector = type(self.row.activate().model.multi_modal_projector)
-        projectors.add((self.row.name, projector.__module__.split(".")[0]))
-        return run(self)
-
-    def spy_writes(self, embeds):
-        in_place.append(writes_in_place(self, embeds))
-        return in_place[-1]
+        model = self.row.activate()
+        seen = ran.setdefault(self.row.name, {"projector": set(), "layers": set(), "writes": set()})
+        with pytest.MonkeyPatch.context() as patch:
+            projector = model.model.multi_modal_projector
+            seen["projector"].add(type(getattr(projector, "stf", projector)).__module__.split(".")[0])
+            layers = spy_on_layers(patch, model)
+            spy_on_writes(patch, seen["writes"])
+            times = run(self)
+        seen["layers"].add(sum(layers))
+        return times
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Eager, "run", spy_run)
-        patch.setattr(LlavaStfModel, "_writes_in_place", spy_writes)
         status = prefill.main([*TINY, "--full", "--rounds", "3", "--decode", "2", "--json", str(path)])
-    return status, results.read(path), projectors, in_place, path
+    return status, results.read(path), ran, path
 
 
-def test_five_rows_are_measured_and_agree(full_run):
+def spy_on_layers(patch, model):
+    """A list that grows by one with each tower layer that runs."""
+    calls = []
+    for layer in model.model.vision_tower.encoder.layers:
+        forward = layer.forward
+        patch.setattr(layer, "forward", lambda *a, f=forward, **k: calls.append(1) or f(*a, **k))
+    return calls
+
+
+def spy_on_writes(patch, seen):
+    insert, write = LlavaStfModel._insert_images, LlavaStfModel._write_images
+    patch.setattr(LlavaStfModel, "_insert_images", lambda *a: seen.add("plain") or insert(*a))
+    patch.setattr(LlavaStfModel, "_write_images", lambda *a: seen.add("in place") or write(*a))
+
+
+def test_six_rows_are_measured_and_agree(full_run):
     status, result = full_run[:2]
     assert status == 0
     assert result["complete"]
     assert [(r["model"], r["projector"], r["image_tokens"]) for r in result["rows"]] == [
         ("llava-1.5", "mlp2x", 16), ("llava-1.5-skip", "mlp2x", 16), ("llava-1.5-pool", "mlp2x", 4),
-        ("llava-stf", "reference", 4), ("llava-stf", "fused", 4),
+        ("llava-stf", "reference", 4), ("llava-stf", "fused", 4), ("llava-stf", "fused", 4),
     ]  # fmt: skip
-    assert len(result["checks"]) == 5
+    assert len(result["checks"]) == 7
     assert all(check["agrees"] for check in result["checks"])
-    assert len(result["speedup"]) == 4
+    assert len(result["speedup"]) == 5
+    assert "llava-stf/fused+savings eager over llava-1.5/mlp2x eager, batch 1, text 8" in result["speedup"]
 
 
 def test_every_row_has_times_memory_and_its_samples(full_run):
@@ -83,13 +102,27 @@ def test_a_checkpoint_takes_the_place_of_a_preset(tmp_path):
     assert "small-llava" in (tmp_path / "report.html").read_text()
 
 
-def test_the_fused_row_is_this_library(full_run):
-    assert {("llava-stf/fused", "stf_kernels"), ("llava-stf/reference", "reference")} <= full_run[2]
+def test_each_row_runs_what_it_says_and_the_stopwatch_changes_nothing(full_run):
+    ran = full_run[2]
+    stf = {name.removeprefix("llava-stf/"): seen for name, seen in ran.items() if name.startswith("llava-stf/")}
+    assert stf == {
+        "reference": {"projector": {"reference"}, "layers": {24}, "writes": {"plain"}},
+        "fused": {"projector": {"stf_kernels"}, "layers": {24}, "writes": {"plain"}},
+        "fused+savings": {"projector": {"stf_kernels"}, "layers": {23}, "writes": {"in place"}},
+    }
 
 
-def test_the_stopwatch_leaves_the_fused_row_on_its_in_place_path(full_run):
-    assert full_run[3]
-    assert all(full_run[3])
+def test_savings_are_named_where_there_are_any_and_lower_the_floor(full_run):
+    result = full_run[1]
+    rows = {label(row): row for row in result["rows"]}
+    assert {name: len(row["savings"]) for name, row in rows.items()} == {
+        "llava-1.5/mlp2x": 0, "llava-1.5-skip/mlp2x": 1, "llava-1.5-pool/mlp2x": 0, "llava-stf/reference": 0,
+        "llava-stf/fused": 0, "llava-stf/fused+savings": 3,
+    }  # fmt: skip
+    assert rows["llava-stf/fused+savings"]["savings"] == list(result["savings_mean"])
+    vision = {name: row["floor_ms"]["vision_ms"] for name, row in rows.items()}
+    assert vision["llava-stf/fused"] == vision["llava-stf/reference"] == vision["llava-1.5/mlp2x"]
+    assert vision["llava-stf/fused+savings"] == vision["llava-1.5-skip/mlp2x"] < vision["llava-stf/fused"]
 
 
 def test_no_speed_up_when_fused_and_reference_differ(monkeypatch, tmp_path, capsys):
@@ -188,7 +221,7 @@ def test_two_runs_are_compared_row_by_row(full_run, tmp_path, capsys):
     path = tmp_path / "again.json"
     assert prefill.main([*TINY, "--rounds", "4", "--json", str(path)]) == 0
     capsys.readouterr()
-    assert report.main(["--compare", str(full_run[4]), str(path)]) == 0
+    assert report.main(["--compare", str(full_run[3]), str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith("too few rounds") for line in lines) == 3  # three rounds there, four here
     assert report.main(["--compare", str(path), str(path)]) == 0

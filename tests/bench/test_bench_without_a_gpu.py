@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 from sample_results import KERNELS, prefill_result
 
+import stf_kernels.modules
 from bench import gpu, models, modes, prefill, results, roofline
 from bench.presets import PRESETS
+from bench.speedup import label
+from stf_kernels import ops
 
 JUNIT = '<testsuites><testsuite><testcase name="a"/><testcase name="b"/></testsuite></testsuites>'
 # What a part's process does here instead of its work: it writes what the part would, with a status of its own.
@@ -48,7 +51,7 @@ def test_eager_and_captured_rows_are_measured_as_on_a_gpu(pretended):
     assert status == 0
     assert (result["device"], result["dtype"]) == ("Pretended GPU", "bfloat16")
     modes = [row["mode"] for row in result["rows"]]
-    assert modes == ["eager"] * 5 + ["graph"] * 5 + ["compile"] * 5
+    assert modes == ["eager"] * 6 + ["graph"] * 6 + ["compile"] * 6
     for row in result["rows"]:
         assert row["failed"] is None
         assert row["image_tokens"] == 2 * (16 if row["projector"] == "mlp2x" and "pool" not in row["model"] else 4)
@@ -56,16 +59,21 @@ def test_eager_and_captured_rows_are_measured_as_on_a_gpu(pretended):
         assert staged == [row["mode"] != "compile"] * 4  # the boundaries would break a compiled graph
         assert row["total_ms"] > 0
         assert row["peak_mb"] == pytest.approx(row["weights_mb"] + 2048)  # 3 GiB at the peak, 1 GiB before
-        assert bool(row["wall_samples"]["total_ms"]) == (row["mode"] == "eager")
-    kv = {(row["model"], row["projector"], row["mode"]): row["kv_mb"] for row in result["rows"]}
-    assert all(kv[model, projector, "eager"] == kv[model, projector, "graph"] for model, projector, _ in kv)
+        wall = {stage: len(samples) - samples.count(None) for stage, samples in row["wall_samples"].items()}
+        assert wall["total_ms"] == (row["mode"] != "compile")  # whose total is the host's clock already
+        assert wall["vision_ms"] == (row["mode"] == "eager")
+    kv = {(label(row), row["mode"]): row["kv_mb"] for row in result["rows"]}
+    assert all(kv[name, "eager"] == kv[name, "graph"] for name, _ in kv)
+    saved = {row["mode"]: row["savings"] for row in result["rows"] if label(row) == "llava-stf/fused+savings"}
+    on_a_gpu = ["unused-tower-layers", "in-place-insertion"]
+    assert saved == {"eager": on_a_gpu, "graph": on_a_gpu, "compile": on_a_gpu[:1]}
 
 
 def test_captured_rows_are_compared_with_captured_and_with_eager(pretended):
     result = pretended[1]
     found = {(c["row"], c["mode"], c["baseline_mode"]) for c in result["comparisons"]}
     assert {("llava-stf/fused", "graph", "graph"), ("llava-stf/fused", "graph", "eager")} <= found
-    assert sum("against its eager run" in check["name"] for check in result["checks"]) == 10
+    assert sum("against its eager run" in check["name"] for check in result["checks"]) == 12
     assert all(check["agrees"] for check in result["checks"])
 
 
@@ -77,6 +85,32 @@ def test_only_the_events_inside_a_graph_are_external(pretended):
     assert external
     assert len(external) % 4 == 0
     assert len(external) < len(events)
+
+
+def test_a_captured_row_saves_what_its_eager_run_saves(monkeypatch):
+    """The runner itself would skip the unread layer and write in place for every row."""
+    stock = models.build_stock(PRESETS["tiny"], device="cpu", dtype=torch.float32, seed=1)
+    image, seen = Image.new("RGB", (56, 56)), {}
+    fake_cuda.install(monkeypatch)
+    chain = stf_kernels.modules.run_chain
+    monkeypatch.setattr(stf_kernels.modules, "run_chain", lambda op, *a: chains.append(op) or chain(op, *a))
+    for row in models.build_rows(stock, PRESETS["tiny"], full=True):
+        inputs = models.build_inputs(
+            PRESETS["tiny"], image, batch=1, text_tokens=4, image_tokens=row.image_tokens, device="cpu",
+            dtype=torch.float32, seed=1,
+        )  # fmt: skip
+        run, chains, layers = modes.Captured(row, inputs, "cuda"), [], []
+        for layer in row.module.model.vision_tower.encoder.layers:
+            layer.register_forward_hook(lambda *_, layers=layers: layers.append(1))
+        run.output()
+        for layer in row.module.model.vision_tower.encoder.layers:
+            layer._forward_hooks.clear()
+        seen[row.name] = (len(layers), *chains)
+    assert seen == {
+        "llava-1.5/mlp2x": (24,), "llava-1.5-skip/mlp2x": (23,), "llava-1.5-pool/mlp2x": (24,),
+        "llava-stf/reference": (24,), "llava-stf/fused": (24, ops.compact_token_projector),
+        "llava-stf/fused+savings": (23, ops.compact_token_projector_out),
+    }  # fmt: skip
 
 
 def test_a_graph_that_takes_no_events_is_still_timed_as_a_whole(monkeypatch):
