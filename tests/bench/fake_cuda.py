@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import llava_integration  # noqa: F401   now: transformers imports torchao where it is, and that asks the GPU who it is
+
 
 class Event:
     """Records the host's clock. `made` keeps the arguments of each."""
