@@ -48,7 +48,12 @@ def test_the_page_shows_the_numbers_and_needs_no_network(files, tmp_path):
     assert not page.open
     for cell in ("123.25", "50.50", "2.44 [2.40, 2.45]", "1.70", "10.10 (20.0 %)", "200.0", "1.50"):
         assert cell in page.cells
+    assert page.cells.count("2.76 [2.70, 2.80]") == page.cells.count("2.67 [2.60, 2.70]") == 1
+    assert page.cells.count("llava-stf/fused+savings") == 8  # two batches in four tables
+    assert "30.81" in page.cells  # wall clock
     assert "GPU &lt;1&gt;" in text
+    assert "rows &lt;written&gt; in place" in text
+    assert "before rows named their savings" not in text
     assert "<script" not in text
     assert all(source.startswith("data:") for source in page.sources)
     assert not re.search(r"https?://", text)
@@ -96,9 +101,50 @@ def test_compare_sees_a_speed_up_that_changed_although_both_rows_moved(files, tm
     write(tmp_path / "b.json", other)
     assert report.main(["--compare", str(files[0]), str(tmp_path / "b.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    shown = [line for line in lines[lines.index("", 2) :] if line.startswith("llava-stf/fused")]
+    shown = [line for line in lines[lines.index("", 2) :] if line.startswith("llava-stf/fused ")]
     assert [line.split("  ")[-1].strip() for line in shown] == ["within noise", "DIFFERS"]
     assert "2.67 [2.60, 2.70]  2.40 [2.30, 2.50]" in shown[1]
+
+
+def before_savings():
+    """A file as runs wrote it when both LLaVA-STF rows had every saving and none said so."""
+    result = prefill_result()
+    result["rows"] = [{k: v for k, v in row.items() if k != "savings"} for row in result["rows"][:4]]
+    result["comparisons"] = result["comparisons"][:2]
+    del result["savings_mean"]
+    return result
+
+
+def test_a_file_from_before_savings_were_named_is_shown_and_compared_for_what_it_is(files, tmp_path, capsys):
+    old = tmp_path / "old.json"
+    write(old, before_savings())
+    text = report.write_report([old], tmp_path)[0].read_text()
+    assert "before rows named their savings" in text
+    assert "+savings" not in text
+    assert report.main(["--compare", str(old), str(files[0])]) == 0
+    printed = capsys.readouterr().out
+    assert "old.json is from before rows named their savings" in printed
+    assert "llava-stf" not in printed
+    assert printed.count("within noise") == 2  # LLaVA-1.5 at two batches
+    assert report.main(["--compare", str(old), str(old)]) == 0
+    assert capsys.readouterr().out.count("within noise") == 4 + 2
+
+
+def test_a_row_with_every_saving_is_compared_with_its_like(files, capsys):
+    assert report.main(["--compare", str(files[0]), str(files[0])]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("within noise") == 6 + 4
+    assert "1.000" in next(line for line in printed.splitlines() if "fused+savings" in line)
+
+
+@pytest.mark.skipif(not charts.available(), reason="needs matplotlib")
+def test_no_two_lines_of_a_chart_look_alike():
+    rows = ("a", "b", "c", "d", "e", "f")
+    keys = [(row, (mode, text)) for row in rows for mode in ("eager", "graph") for text in (64, 256)]
+    styles = [tuple(sorted(style.items())) for style in charts._styles(keys)]
+    assert len(set(styles)) == len(keys)
+    colours = {dict(style)["color"] for style, key in zip(styles, keys, strict=True) if key[0] == "a"}
+    assert len(colours) == 1
 
 
 def test_two_runs_of_one_machine_agree_within_their_spread(tmp_path):
