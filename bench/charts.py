@@ -102,7 +102,7 @@ def stages(result: dict[str, Any]) -> bytes | None:
     for index, row in enumerate(rows):
         axes.annotate(f" {row['total_ms']:.1f}", (left[index], index), va="center", fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.1)
+    axes.margins(x=0.1, y=0.5 / len(rows))
     axes.set_xlabel("ms to the first token")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return png()
@@ -156,6 +156,7 @@ def prefill_floor(result: dict[str, Any]) -> bytes | None:
         at = [index + (offset - 1) * height for index in range(len(rows))]
         axes.barh(at, [row["floor_ratio"][stage] for row in rows], height=height, color=colour, label=title)
     names = _names(rows)
+    axes.margins(y=0.5 / len(rows))
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8)

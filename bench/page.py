@@ -26,6 +26,7 @@ th { vertical-align: bottom; } thead { display: table-header-group; }
 .text { text-align: left; }
 .wrap { white-space: normal; }
 tr.own { background: var(--own); }
+tr.new td { border-top: 2px solid var(--weak); }
 figure { margin: 1.5rem 0; } figcaption { font-size: 0.85rem; color: var(--weak); }
 img { width: 46rem; max-width: 100%; height: auto; background: white; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; font-size: 0.85rem; }
@@ -40,7 +41,8 @@ dt { color: var(--weak); } dd { margin: 0; }
 }
 @media print {
   :root { color-scheme: light; } body { max-width: none; padding: 0; font-size: 10px; }
-  .scroll { overflow: visible; } table { font-size: 8px; } th, td { padding: 1px 3px; white-space: normal; }
+  dl, figcaption { font-size: 9px; } .scroll { overflow: visible; }
+  table { font-size: 8px; } th, td { padding: 1px 3px; white-space: normal; }
   th, .text { white-space: nowrap; } .wrap { white-space: normal; }
   figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } img { width: 125mm; }
 }
@@ -105,19 +107,22 @@ def _figure(chart: str, png: bytes) -> str:
 
 
 def _table(
-    name: str, header: Sequence[str], rows: Sequence[Sequence[str]], text: int, own: Sequence[int] = (), wrap: int = -1
-) -> str:
-    """The first `text` columns stand left; rows in `own` are this library's; the column `wrap` may break its lines."""
+    name: str, header: Sequence[str], rows: Sequence[Sequence[str]], text: int, own: Sequence[int] = (),
+    wrap: int = -1, new: Sequence[int] = (),
+) -> str:  # fmt: skip
+    """The first `text` columns stand left; rows in `own` are this library's, above those in `new` there is a line;
+    the column `wrap` may break its lines."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         kinds = ["text wrap" if i == wrap else "text" if i < text else "" for i in range(len(row))]
         marks = [f' class="{kind}"' if kind else "" for kind in kinds]
         return "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for mark, cell in zip(marks, row, strict=True))
 
-    body = "".join(
-        f"<tr{' class=' + chr(34) + 'own' + chr(34) if i in own else ''}>{cells('td', row)}</tr>"
-        for i, row in enumerate(rows)
-    )
+    def kinds(i: int) -> str:
+        named = [kind for kind, members in (("own", own), ("new", new)) if i in members]
+        return f' class="{" ".join(named)}"' if named else ""
+
+    body = "".join(f"<tr{kinds(i)}>{cells('td', row)}</tr>" for i, row in enumerate(rows))
     return (
         f'<div class="scroll"><table id="{name}"><thead><tr>{cells("th", header)}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
@@ -148,6 +153,8 @@ def _prefill(result: dict[str, Any], images: str) -> str:
         floors.append((*name, *(number(ratios.get(f"{s}_ms"), 2) for s in (*_STAGES[:-1], "total"))))
         if row["projector"] == "fused":
             own.append(index)
+    places = [(where(row), row["mode"]) for row in result["rows"]]
+    new = [i for i in range(1, len(places)) if places[i] != places[i - 1]]
     name = ("model", "mode", "batch", "text", "image tokens")
     checks = [
         (c["name"], _error(c["error"]), f"{c['bound']:.0e}", "yes" if c["agrees"] else "NO") for c in result["checks"]
@@ -155,15 +162,15 @@ def _prefill(result: dict[str, Any], images: str) -> str:
     parts = [
         "<h3>To the first token</h3>",
         _table("totals", (*name[:3], "total ms", "speed-up [p10, p90]", "spread %", *name[3:], "decode ms / token",
-                          "peak MB", "KV MB", ""), totals, 2, own, wrap=11),
+                          "peak MB", "KV MB", ""), totals, 2, own, 11, new),
         _savings(result),
         images,
         "<h3>Where the time goes, ms (share of the total)</h3>",
         _table("stages", (*name, "preprocess", "vision", "projector", "insert", "prefill", "first token"), stages, 2,
-               own),
+               own, new=new),
         _wall(result),
         "<h3>Measured over floor</h3>",
-        _table("floors", (*name, "vision", "projector", "insert", "prefill", "total"), floors, 2, own),
+        _table("floors", (*name, "vision", "projector", "insert", "prefill", "total"), floors, 2, own, new=new),
         "<h3>Checked before timing</h3>",
         _table("checks", ("outputs", "difference", "allowed", "agree"), checks, 1, wrap=0),
     ]  # fmt: skip

@@ -51,6 +51,8 @@ def test_the_page_shows_the_numbers_and_needs_no_network(files, tmp_path):
     assert page.cells.count("2.76 [2.70, 2.80]") == page.cells.count("2.67 [2.60, 2.70]") == 1
     assert page.cells.count("llava-stf/fused+savings") == 8  # two batches in four tables
     assert "30.81" in page.cells  # wall clock
+    assert text.count('<tr class="new">') == 3  # batch 8 after 1, in three tables; LLaVA-1.5 comes first there
+    assert text.count('<tr class="own new">') == 2 * 3  # back to batch 1, and to 8: a fused row first
     assert "GPU &lt;1&gt;" in text
     assert "rows &lt;written&gt; in place" in text
     assert "before rows named their savings" not in text

@@ -7,6 +7,7 @@ from sample_results import KERNELS, prefill_result
 
 from bench import charts, report
 from bench.results import read, write
+from bench.speedup import label
 
 A4 = 703  # CSS pixels between the margins of an A4 page: (210 - 2 * 12) mm at 96 to the inch
 EXPECTED_CHARTS = 4  # stages, speed-up and floor of the prefill; the kernels' floor
@@ -91,7 +92,7 @@ def test_the_figures_are_those_of_the_files(browser, page, files):
     shown = [dict(zip(header(browser, "totals"), row, strict=True)) for row in cells(browser, "totals")]
     assert len(shown) == len(result["rows"])
     for cell, row in zip(shown, result["rows"], strict=True):
-        assert cell["model"] == f"{row['model']}/{row['projector']}"
+        assert cell["model"] == label(row)
         for column, field in (("batch", "batch"), ("text", "text_tokens"), ("image tokens", "image_tokens")):
             assert int(cell[column]) == row[field]
         if row["failed"]:
