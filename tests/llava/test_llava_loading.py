@@ -52,7 +52,10 @@ class TestQuantised:
     @pytest.mark.parametrize("bits", [8, 4])
     def test_bitsandbytes(self, build, tmp_path, bits):
         bitsandbytes = pytest.importorskip("bitsandbytes")
-        stf = build.stf(torch.float16)
+        # Whole blocks of 64: on a CPU with AVX512-BF16 bitsandbytes packs 4 bit weights and takes no other widths.
+        vision = build.clip(hidden_size=64, intermediate_size=128)
+        text = build.text(hidden_size=64, intermediate_size=128)
+        stf = build.stf(torch.float16, vision=vision, text=text)
         stf.save_pretrained(tmp_path / "full")
         config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.float16)
         loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "full", quantization_config=config)
