@@ -21,16 +21,17 @@ from multiprocessing import get_context
 
 import torch
 
-from .ops.launch import stage_constants
+from .ops.forms import stage_constants
 from .problems import PROBLEMS
 from .tuning import SHARED_MEMORY_LIMIT, GemmConfig
-from .tuning.heuristic import split_tiles, tiles
+from .tuning.heuristic import descriptor_tiles, has_descriptor_forms, split_tiles, swapped_tiles, tiles
 from .tuning.lookup import DTYPES, shipped_configs
 
 _TRITON_TYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 _FEW_TILES = ("linear_merge", "linear_scatter")  # where the tuner splits K first
+_ONE_OPERAND = ("linear_merge", "linear", "linear_scatter")
 _DEFAULT_PROBLEMS = ("concat", "linear_merge", "merge", "linear_scatter")
 
 
@@ -44,10 +45,12 @@ class Case:
     config: GemmConfig
     aligned: bool = True
     tf32: bool = False
+    pdl: bool = False
 
     def __str__(self) -> str:
         kind = "tf32" if self.tf32 else _TRITON_TYPE[self.dtype]
-        return f"{self.arch:7} {self.problem:14} {kind:4} {self.config!s:23}{'' if self.aligned else ' unaligned'}"
+        more = "" if self.aligned else " unaligned"
+        return f"{self.arch:7} {self.problem:14} {kind:4} {self.config!s:23}{more}{' pdl' if self.pdl else ''}"
 
 
 def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
@@ -59,6 +62,8 @@ def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
         yield from (Case(arch, "concat", "float32", config) for config in tiles(arch, 4))
         yield Case(arch, "concat", "bfloat16", tiles(arch, 2)[-1], aligned=False)
         yield from (Case(arch, "linear_merge", "bfloat16", config) for config in split_tiles(arch, 2)[-1:])
+        yield from (Case(arch, "concat", "bfloat16", config, pdl=True) for config in descriptor_tiles(arch, 2)[:2])
+        yield from (Case(arch, "linear", "bfloat16", config, pdl=True) for config in swapped_tiles(arch, 2)[:1])
         return
     for dtype, itemsize in DTYPES.items():
         for name, problem in PROBLEMS.items():
@@ -67,8 +72,14 @@ def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
                 configs += shipped_configs(arch, dtype)
             if name in _FEW_TILES:
                 configs += split_tiles(arch, itemsize)
+            if problem.stage.gather == 1 and not problem.save_pre:
+                configs += descriptor_tiles(arch, itemsize)
+            if name in _ONE_OPERAND:
+                configs += swapped_tiles(arch, itemsize)
             for config in dict.fromkeys(configs):
                 yield Case(arch, name, dtype, config)
+                if has_descriptor_forms(arch, itemsize):  # where dependent launches are, too
+                    yield Case(arch, name, dtype, config, pdl=True)
                 if dtype == "float32":
                     yield Case(arch, name, dtype, config, tf32=True)
         yield from (Case(arch, "concat", dtype, config, aligned=False) for config in tiles(arch, itemsize))
@@ -76,17 +87,19 @@ def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
 
 def kernel_arguments(case: Case) -> dict[str, object]:
     """The arguments of the launch that `case` stands for, in the form of `codegen.compile_for`."""
-    from .codegen import Pointer
+    from .codegen import Descriptor, Pointer
 
     p, config = PROBLEMS[case.problem], case.config
-    pointer = Pointer(_TRITON_TYPE[case.dtype], case.aligned)
+    kind = _TRITON_TYPE[case.dtype]
+    pointer = Pointer(kind, case.aligned)
     # An odd pitch is what keeps rows from being aligned, whatever the base address.
     pitch = p.c if case.aligned else p.c + 1
+    box_rows = 64 if p.num_blocks > 1 or config.block_m == 192 else config.block_m
     constants = stage_constants(
-        p.stage, p.num_blocks, p.c, getattr(torch, case.dtype), config, uniform_strides=True, has_bias=True,
-        save_pre=p.save_pre, scatter_rows=p.scatter_rows,
+        p.stage, p.num_blocks, p.c, getattr(torch, case.dtype), config, has_bias=True, save_pre=p.save_pre,
+        scatter_rows=p.scatter_rows, unit=512, box_rows=box_rows,
     )  # fmt: skip
-    constants["INPUT_PRECISION"] = "tf32" if case.tf32 else "ieee"
+    constants |= {"INPUT_PRECISION": "tf32" if case.tf32 else "ieee", "PDL": case.pdl}
     return {
         "block_ptrs": (pointer,) * p.num_blocks,
         "w_ptr": pointer,
@@ -104,26 +117,41 @@ def kernel_arguments(case: Case) -> dict[str, object]:
         "w_stride_n": p.k if case.aligned else p.k + 1,
         "y_stride": p.stage.scatter**2 * p.n,
         "y_rows": 0,
-        "workspace_ptr": Pointer("fp32"),  # these three only where K is split
-        "arrived_ptr": Pointer("i32"),
-        "SPLIT_K": config.split_k,
+        # where K is split
+        "workspace_ptr": Pointer("fp32") if config.split_k > 1 else None,
+        "arrived_ptr": Pointer("i32") if config.split_k > 1 else None,
+        # where tiles come by descriptor
+        "x_desc": Descriptor(kind, (1, 1, box_rows, config.block_k)),
+        "w_desc": Descriptor(kind, (config.block_n, config.block_k)),
+        "base_ptr": pointer,
+        "image_rows": p.tokens,
+        "main_desc": Descriptor(kind, (config.block_m, config.block_k)),
+        "tail_desc": Descriptor(kind, (config.tail_m, config.block_k)),
         **constants,
     }
+
+
+def kernel_of(config: GemmConfig):
+    """The kernel that a configuration launches on operands that suit it."""
+    from .kernels.descriptor import _segmented_linear_descriptor_fwd_kernel
+    from .kernels.segmented_linear import _segmented_linear_fwd_kernel
+    from .kernels.split_k import _segmented_linear_split_k_fwd_kernel
+    from .kernels.swapped import _swapped_linear_fwd_kernel
+
+    if config.form == "pointers":
+        return _segmented_linear_fwd_kernel if config.split_k == 1 else _segmented_linear_split_k_fwd_kernel
+    return _segmented_linear_descriptor_fwd_kernel if config.form == "descriptors" else _swapped_linear_fwd_kernel
 
 
 def examine(case: Case) -> tuple[str, list[str]]:
     """Compile one case -> (its line of the report, its violations)."""
     from .codegen import compile_for
-    from .kernels.segmented_linear import _segmented_linear_fwd_kernel
-    from .kernels.split_k import _segmented_linear_split_k_fwd_kernel
 
-    config = case.config
-    kernel = _segmented_linear_fwd_kernel if config.split_k == 1 else _segmented_linear_split_k_fwd_kernel
+    options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
+    if case.pdl:
+        options["launch_pdl"] = True
     try:
-        code = compile_for(
-            case.arch, kernel, kernel_arguments(case),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        code = compile_for(case.arch, kernel_of(case.config), kernel_arguments(case), **options)
     except Exception as error:  # the compiler raises what it likes; a case that does not compile is a violation
         return f"{case}  does not compile", [f"does not compile: {error!s:.300}"]
     line = (

@@ -31,7 +31,7 @@ TENSOR_CORE = {
     "sm_120": "HMMA",
     "gfx942": "v_mfma",
 }
-_ASYNC_COPY = "LDGSTS"
+_ASYNC_COPY = re.compile(r"\b(?:LDGSTS|UTMALDG)\b")  # of a thread's 16 bytes; of a box, by descriptor
 _MATH = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|FFMA2?|v_mfma\w*|v_(?:pk_)?fmac?_f32|v_dot\w*)\b")
 
 
@@ -41,6 +41,14 @@ class Pointer:
 
     dtype: str
     aligned: bool = True
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A host tensor descriptor: element type and the box that one load fetches."""
+
+    dtype: str
+    box: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,15 +63,14 @@ class Code:
     loop_plain_copies: int  # plain global loads and shared stores there
 
 
-def compile_for(arch: str, kernel, arguments: Mapping[str, object], *, num_warps: int, num_stages: int) -> Code:
+def compile_for(arch: str, kernel, arguments: Mapping[str, object], **options: object) -> Code:
     """Compile `kernel` (a triton.jit function) for an architecture of TARGETS.
 
-    arguments: every parameter by name. Pointer for a tensor, None for an absent one, int for a run-time integer
-    (specialised as a launch would), a tuple of those, and plain values for constexpr parameters.
+    arguments: every parameter by name. Pointer for a tensor, Descriptor for a descriptor of one, None for an absent
+    one, int for a run-time integer (specialised as a launch would), a tuple of those, and plain values for constexpr
+    parameters. options: the launch's, num_warps and num_stages at least.
     """
-    compiled = triton.compile(
-        _source(kernel, arguments), target=TARGETS[arch], options={"num_warps": num_warps, "num_stages": num_stages}
-    )
+    compiled = triton.compile(_source(kernel, arguments), target=TARGETS[arch], options=options)
     shared = compiled.metadata.shared
     if arch.startswith("gfx"):
         return _read_amd(compiled.asm["amdgcn"], shared)
@@ -97,6 +104,8 @@ def _describe(value: object, path: tuple[int, ...], specialise: bool, constants:
     if value is None or (value == 1 and specialise):
         constants[path] = value
         return "constexpr"
+    if isinstance(value, Descriptor):
+        return f"tensordesc<{value.dtype}{list(value.box)}>"
     if isinstance(value, Pointer):
         if value.aligned:
             attributes[path] = [["tt.divisibility", 16]]
@@ -115,7 +124,7 @@ def _read_nvidia(arch: str, usage: str, sass: str, shared: int) -> Code:
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     loop = innermost_math_loop(sass.splitlines(), r"^\s*(\.L_x_\d+):", r"\bBRA\w*\b.*\(?(\.L_x_\d+)")
     # A loop of few known steps is unrolled and gone; its copies are then counted in the whole kernel.
-    copies = sum(bool(re.search(rf"\b{_ASYNC_COPY}\b", line)) for line in loop or sass.splitlines())
+    copies = sum(bool(_ASYNC_COPY.search(line)) for line in loop or sass.splitlines())
     plain = sum(bool(re.search(r"\b(?:LDG|STS)\b", line)) for line in loop)
     return Code(
         registers=found["REG"],

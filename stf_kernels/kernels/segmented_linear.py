@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.knobs import runtime as _runtime
 
 from .activations import activate
+from .pdl import launch_next, wait_for_previous
 
 # The interpreter multiplies the bit patterns of bf16 operands: there they are widened before the product.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(_runtime.interpret))
@@ -107,13 +108,14 @@ def accumulate(
 
 @triton.jit
 def store_tile(
-    acc, bias_ptr, y_ptr, pre_ptr, rows_ptr, tile_m, tile_n, M, N, tokens, grid_w, grid_h, y_stride, y_rows,
+    acc, bias_ptr, y_ptr, pre_ptr, rows_ptr, first_m, first_n, M, N, tokens, grid_w, grid_h, y_stride, y_rows,
     STORE: tl.constexpr, MERGE: tl.constexpr, ACTIVATION: tl.constexpr, FAST_ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, SAVE_PRE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue: bias, optional copy of the pre-activation to pre[m, n], activation, placement of the rows."""
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    """The epilogue of the tile whose corner is (first_m, first_n), BLOCK_M x BLOCK_N: bias, optional copy of the
+    pre-activation to pre[m, n], activation, placement of the rows."""
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
     inside_m = m < M
     inside_n = n < N
     if HAS_BIAS:
@@ -152,7 +154,7 @@ def _segmented_linear_fwd_kernel(
     M, N, tokens, grid_w, grid_h, x_strides_b, x_strides_t, w_stride_n, y_stride, y_rows,
     NUM_BLOCKS: tl.constexpr, C: tl.constexpr, GATHER: tl.constexpr, UNIFORM_STRIDES: tl.constexpr,
     STORE: tl.constexpr, MERGE: tl.constexpr, ACTIVATION: tl.constexpr, FAST_ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE_PRE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE_PRE: tl.constexpr, INPUT_PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One program, one BLOCK_M x BLOCK_N tile of y.
@@ -162,16 +164,19 @@ def _segmented_linear_fwd_kernel(
     w_ptr         [N, NUM_BLOCKS * GATHER^2 * C], row stride w_stride_n;  bias_ptr [N]
     y_ptr         row stride y_stride, last axis contiguous;  pre_ptr [M, N] contiguous if SAVE_PRE
     rows_ptr      int64 [M], each in [0, y_rows), if STORE is "scatter"
-    M = B * tokens;  grid_h, grid_w: the token grid before merging
+    M = B * tokens;  grid_h, grid_w: the token grid before merging;  PDL: see pdl.py
     """
     tile_m, tile_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     steps: tl.constexpr = NUM_BLOCKS * GATHER * GATHER * ((C + BLOCK_K - 1) // BLOCK_K)
+    wait_for_previous(PDL)
+    launch_next(PDL)
     acc = accumulate(
         block_ptrs, w_ptr, tile_m, tile_n, 0, steps,
         M, N, tokens, grid_w, x_strides_b, x_strides_t, w_stride_n,
         NUM_BLOCKS, C, GATHER, UNIFORM_STRIDES, BLOCK_M, BLOCK_N, BLOCK_K, INPUT_PRECISION,
     )  # fmt: skip
     store_tile(
-        acc, bias_ptr, y_ptr, pre_ptr, rows_ptr, tile_m, tile_n, M, N, tokens, grid_w, grid_h, y_stride, y_rows,
+        acc, bias_ptr, y_ptr, pre_ptr, rows_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N,
+        M, N, tokens, grid_w, grid_h, y_stride, y_rows,
         STORE, MERGE, ACTIVATION, FAST_ACTIVATION, HAS_BIAS, SAVE_PRE, BLOCK_M, BLOCK_N,
     )  # fmt: skip

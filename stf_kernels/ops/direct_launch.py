@@ -50,4 +50,6 @@ def _specialisation(value: object, do_not_specialize: bool) -> object:
         return value.dtype, value.data_ptr() % 16 == 0, near
     if isinstance(value, tuple):
         return tuple(_specialisation(item, do_not_specialize) for item in value)
+    if hasattr(value, "block_shape"):  # a TensorDescriptor: its base, sizes and pitches are data
+        return value.base.dtype, tuple(value.block_shape)
     return value.bit_length() > 31 if do_not_specialize else value

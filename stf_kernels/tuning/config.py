@@ -1,6 +1,8 @@
 """A kernel configuration: everything a launcher needs to know beyond the problem itself."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+
+FORMS = ("pointers", "descriptors", "swapped")
 
 
 @dataclass(frozen=True)
@@ -10,6 +12,11 @@ class GemmConfig:
     block_m x block_n is the tile of y that one program computes, block_k the columns of one step of its loop,
     group_m the tile rows that share W in L2, num_warps and num_stages the compiler's options (warps per program,
     depth of the software pipeline). split_k > 1 shares the K axis out among that many programs (kernels/split_k.py).
+
+    form is the kernel: "pointers" runs anywhere (kernels/segmented_linear.py); "descriptors" fetches its tiles by TMA
+    (kernels/descriptor.py) and takes multiples of 64 rows; "swapped" does too, with W's rows in place of the tile's
+    and tail_m rows beside the block_m (kernels/swapped.py). Where a launch's operands do not suit the last two,
+    `portable` serves.
     """
 
     block_m: int
@@ -19,11 +26,17 @@ class GemmConfig:
     num_warps: int = 4
     num_stages: int = 3
     split_k: int = 1
+    form: str = "pointers"
+    tail_m: int = 0
 
     def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form: expected one of {list(FORMS)}, got {self.form!r}")
         for name in ("block_m", "block_n", "block_k", "num_warps"):
             value = getattr(self, name)
-            if not _is_power_of_two(value):
+            if _is_power_of_two(value):
+                continue
+            if not (name == "block_m" and self.form == "descriptors" and value == 192):
                 raise ValueError(f"{name}: expected a power of two, got {value!r}")
         for name in ("block_m", "block_n", "block_k"):
             if getattr(self, name) < 16:
@@ -34,6 +47,11 @@ class GemmConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected a positive int, got {value!r}")
+        if self.form == "descriptors" and (self.block_m not in (64, 128, 192, 256) or self.split_k > 1):
+            raise ValueError(f"form: descriptors take a block_m of 64, 128, 192 or 256 and do not split K, got {self}")
+        allowed = [t for t in (16, 32, 64, 128) if t <= self.block_m] if self.form == "swapped" else [0]
+        if type(self.tail_m) is not int or self.tail_m not in allowed:
+            raise ValueError(f"tail_m: expected one of {allowed} for {self.form}, got {self.tail_m!r}")
 
     @classmethod
     def from_dict(cls, values: dict) -> "GemmConfig":
@@ -48,15 +66,26 @@ class GemmConfig:
     def to_dict(self) -> dict:
         return asdict(self)
 
+    @property
+    def rows(self) -> int:
+        """Rows of y in a tile."""
+        return self.block_m + self.tail_m
+
+    def portable(self) -> "GemmConfig":
+        """The nearest configuration of the portable kernel, in no more shared memory."""
+        if self.form == "pointers":
+            return self
+        return replace(self, form="pointers", tail_m=0, block_m=128 if self.block_m == 192 else self.block_m)
+
     def shared_bytes(self, itemsize: int) -> int:
         """Bytes of shared memory that the pipelined operand tiles take, itemsize bytes an element."""
-        return self.num_stages * self.block_k * (self.block_m + self.block_n) * itemsize
+        return self.num_stages * self.block_k * (self.rows + self.block_n) * itemsize
 
     def __str__(self) -> str:
+        rows = f"{self.block_m}+{self.tail_m}" if self.tail_m else str(self.block_m)
+        form = "" if self.form == "pointers" else f" {self.form}"
         split = f" k{self.split_k}" if self.split_k > 1 else ""
-        return (
-            f"{self.block_m}x{self.block_n}x{self.block_k} g{self.group_m} w{self.num_warps} s{self.num_stages}{split}"
-        )
+        return f"{rows}x{self.block_n}x{self.block_k} g{self.group_m} w{self.num_warps} s{self.num_stages}{split}{form}"
 
 
 def _is_power_of_two(value: object) -> bool:

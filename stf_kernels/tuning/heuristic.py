@@ -30,6 +30,19 @@ _HALF = {
     # 64 KB of shared memory, wavefronts of 64 threads
     "gfx942": (GemmConfig(256, 128, 32, 8, 8, 2), GemmConfig(128, 128, 32, 8, 4, 2), GemmConfig(64, 128, 64, 8, 4, 2)),
 }
+# Hopper and later, both with the operands' tiles brought by TMA. 192 = 3 boxes: 576 rows of an image are three tiles.
+_DESCRIPTORS = (
+    GemmConfig(128, 256, 64, 8, 8, 4, form="descriptors"),
+    GemmConfig(192, 128, 64, 8, 8, 4, form="descriptors"),
+    GemmConfig(256, 128, 64, 8, 8, 4, form="descriptors"),
+    GemmConfig(128, 128, 64, 8, 8, 5, form="descriptors"),
+)
+_SWAPPED = (
+    GemmConfig(128, 128, 64, 8, 8, 5, form="swapped", tail_m=16),
+    GemmConfig(128, 64, 64, 8, 4, 5, form="swapped", tail_m=16),
+    GemmConfig(128, 128, 64, 8, 8, 5, 4, form="swapped", tail_m=16),
+    GemmConfig(128, 64, 64, 8, 4, 5, 2, form="swapped", tail_m=16),
+)
 _FLOAT = (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 16, 8, 4, 3))
 _FLOAT_AMD = (GemmConfig(128, 64, 16, 8, 8, 2), GemmConfig(64, 64, 16, 8, 4, 2), GemmConfig(32, 64, 16, 8, 4, 2))
 
@@ -58,6 +71,21 @@ def split_tiles(arch: str, itemsize: int) -> list[GemmConfig]:
     if arch.startswith("gfx"):
         return []  # kernels/split_k.py says why
     return [replace(config, split_k=splits) for config in tiles(arch, itemsize)[1:] for splits in (2, 4, 8)]
+
+
+def descriptor_tiles(arch: str, itemsize: int) -> list[GemmConfig]:
+    """Tiles fetched by TMA, for the tuner to try: never run on hardware, so no default."""
+    return [*_DESCRIPTORS] if has_descriptor_forms(arch, itemsize) else []
+
+
+def swapped_tiles(arch: str, itemsize: int) -> list[GemmConfig]:
+    """The swapped form for M = 144 and its multiples, whole and with K split: likewise no default."""
+    return [*_SWAPPED] if has_descriptor_forms(arch, itemsize) else []
+
+
+def has_descriptor_forms(arch: str, itemsize: int) -> bool:
+    """Where TMA feeds warpgroup products or their successors: data-centre GPUs from Hopper on, 16-bit operands."""
+    return itemsize == 2 and _family(arch) == "sm_90"
 
 
 def default_config(arch: str, itemsize: int, m: int, n: int, *, save_pre: bool = False) -> GemmConfig:

@@ -16,7 +16,7 @@ from stf_kernels.codegen import TARGETS, Pointer, compile_for, innermost_math_lo
 from stf_kernels.kernels.activation_bwd import _activation_bwd_kernel
 from stf_kernels.kernels.segmented_linear import _segmented_linear_fwd_kernel
 from stf_kernels.ops import launch
-from stf_kernels.ops.launch import stage_constants
+from stf_kernels.ops.forms import stage_constants
 from stf_kernels.ops.stage import Stage
 from stf_kernels.tuning import GemmConfig
 

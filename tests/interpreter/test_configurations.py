@@ -17,6 +17,8 @@ CONFIGS = [
     GemmConfig(32, 32, 32, split_k=2),
     GemmConfig(16, 32, 16, group_m=2, split_k=3),
     GemmConfig(64, 64, 16, split_k=16),  # more parts than some problems have steps
+    GemmConfig(64, 32, 16, form="descriptors"),
+    GemmConfig(16, 32, 16, form="swapped", tail_m=16, split_k=2),
 ]
 HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 EVERY = pytest.mark.parametrize("config", CONFIGS, ids=str)

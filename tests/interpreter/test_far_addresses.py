@@ -72,13 +72,13 @@ def test_blocks_of_unlike_strides(far):
 
 def test_rows_are_written_there(far, monkeypatch):
     """Under the interpreter a 16-bit `out` is copied to fp32 whole; told otherwise, the kernel writes to it."""
-    from stf_kernels.ops import launch
+    from stf_kernels.ops import forms, launch
 
     def direct(kernel, grid, arguments, constants, **options):
         kernel[grid](*arguments, **constants, **options)
 
     monkeypatch.setattr(launch, "interpreting", lambda: False)
-    monkeypatch.setattr(launch, "launch", direct)
+    monkeypatch.setattr(forms, "launch", direct)
     x, weight = small(1, 4)
     out = far.as_strided((3, N), (FAR // 2, 1))
     launch_stage([x], weight, None, Stage(), CONFIG, out=out, rows=torch.tensor([2, 0, 1, 7]))
