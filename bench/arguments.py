@@ -68,6 +68,8 @@ def llava_folder(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"the config.json of {text!r} is not a JSON object") from None
     if model_type != "llava":
         raise argparse.ArgumentTypeError(f"expected a checkpoint of model_type 'llava', {text!r} has {model_type!r}")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise argparse.ArgumentTypeError(f"{text!r} holds no weights (*.safetensors or *.bin)")
     return path
 
 

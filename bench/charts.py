@@ -154,7 +154,7 @@ def prefill_floor(result: dict[str, Any]) -> bytes | None:
     for offset, stage in enumerate(shown):
         title, colour = STAGE_COLOURS[stage]
         at = [index + (offset - 1) * height for index in range(len(rows))]
-        axes.barh(at, [row["floor_ratio"][stage] for row in rows], height=height, color=colour, label=title)
+        axes.barh(at, [row["floor_ratio"].get(stage) or 0.0 for row in rows], height=height, color=colour, label=title)
     names = _names(rows)
     axes.margins(y=0.5 / len(rows))
     axes.set_yticks(range(len(rows)), names)

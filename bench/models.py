@@ -94,8 +94,17 @@ def preset_of(folder: Path) -> Preset:
     """The sizes of a LLaVA-1.5 checkpoint, from its config.json."""
     from transformers import LlavaConfig
 
-    config = LlavaConfig.from_pretrained(folder)
+    try:
+        config = LlavaConfig.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"the config.json of {str(folder)!r} cannot be used: {first_line(error)}") from error
     text, vision = config.text_config, config.vision_config
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    if layer not in (-2, vision.num_hidden_layers - 1) or strategy != "default":
+        raise CheckpointError(
+            f"the config.json of {str(folder)!r}: expected vision_feature_layer -2 and vision_feature_select_strategy "
+            f"'default', got {layer} and {strategy!r}"
+        )
     return Preset(
         folder.name, dim=text.hidden_size, intermediate=text.intermediate_size, layers=text.num_hidden_layers,
         heads=text.num_attention_heads, vocabulary=text.vocab_size, vision_dim=vision.hidden_size,
@@ -105,13 +114,24 @@ def preset_of(folder: Path) -> Preset:
     )  # fmt: skip
 
 
+class CheckpointError(ValueError):
+    """A folder that is no checkpoint of LLaVA-1.5, or half of one."""
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
+
+
 def load_stock(folder: Path, *, device: str, dtype: torch.dtype) -> nn.Module:
     """A LLaVA-1.5 checkpoint from a folder; nothing is fetched."""
     from transformers import LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-    )
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+    except Exception as error:  # a file cut short, a tensor of another shape: each has an exception of its own
+        raise CheckpointError(f"{str(folder)!r} cannot be loaded: {first_line(error)}") from error
     return model.to(device).eval().requires_grad_(False)
 
 

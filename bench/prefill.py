@@ -74,19 +74,22 @@ def main(argv: list[str] | None = None) -> int:
 
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    from .models import CheckpointError, preset_of
+
     has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:
         return _bad_input("--device: 'cuda' was asked for and torch sees no GPU; use --device cpu")
     if args.model:
-        from .models import preset_of
-
-        args.preset = preset_of(args.model)
+        try:
+            args.preset = preset_of(args.model)
+        except CheckpointError as error:
+            return _bad_input(f"--model: {error}")
     else:
         args.preset = PRESETS[args.preset or ("7b" if has_gpu and args.device != "cpu" else "cpu")]
     device = args.device if args.device != "auto" else "cuda" if has_gpu and args.preset.name != "cpu" else "cpu"
     if "graph" in (args.modes or ()) and device == "cpu":
         return _bad_input("--modes: 'graph' needs a GPU; on a CPU use eager or compile")
-    if problem := memory_problem(args.preset, points(args), device):
+    if problem := memory_problem(args.preset, points(args), device, "--model" if args.model else "--preset"):
         return _bad_input(problem)
 
     from . import environment, results
@@ -107,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
             save()
             print(f"\ninterrupted; {path} keeps what was measured", file=sys.stderr)
         return 130
+    except CheckpointError as error:
+        return _bad_input(f"--model: {error}")
     save()
     print(report(result))
     written = [path]
@@ -138,7 +143,7 @@ def points(args: argparse.Namespace) -> list[Point]:
     return list(dict.fromkeys(lines))
 
 
-def memory_problem(preset: Preset, wanted: list[Point], device: str) -> str | None:
+def memory_problem(preset: Preset, wanted: list[Point], device: str, option: str = "--preset") -> str | None:
     """Why not even the smallest point fits, from the sizes alone; None when it does."""
     from .memory import available_bytes
 
@@ -149,7 +154,7 @@ def memory_problem(preset: Preset, wanted: list[Point], device: str) -> str | No
     if available is None or need <= available:
         return None
     return (
-        f"--preset: {preset.name!r} at batch {smallest[0]} needs about {need / 2**30:.1f} GiB on "
+        f"{option}: {preset.name!r} at batch {smallest[0]} needs about {need / 2**30:.1f} GiB on "
         f"{device} and {available / 2**30:.1f} GiB are free; use a smaller preset or a larger device"
     )
 

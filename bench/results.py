@@ -15,14 +15,20 @@ from typing import Any
 
 SCHEMA = 1
 COMMON = {"device": str, "torch": str, "commit": str, "rows": list}
+_MEASURED = (float, None)
 # kind -> (fields of the file, fields of each row); None may stand where a stage does not exist in a mode.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "prefill": (
-        {**COMMON, "dtype": str, "triton": (str, None), "transformers": str, "speedup": dict},
+        {
+            **COMMON, "dtype": str, "triton": (str, None), "transformers": str, "speedup": dict, "checks": list,
+            "comparisons": list, "notes": list, "refused": (str, None),
+        },
         {
             "model": str, "projector": str, "batch": int, "image_tokens": int, "text_tokens": int, "mode": str,
-            "vision_ms": (float, None), "projector_ms": (float, None), "prefill_ms": (float, None),
-            "total_ms": (float, None), "peak_mb": (float, None), "kv_mb": (float, None),
+            **dict.fromkeys(("preprocess_ms", "vision_ms", "projector_ms", "insert_ms", "prefill_ms"), _MEASURED),
+            **dict.fromkeys(("first_token_ms", "total_ms", "decode_ms_per_token", "projector_share"), _MEASURED),
+            **dict.fromkeys(("spread_percent", "peak_mb", "kv_mb"), _MEASURED),
+            "floor_ratio": dict, "samples": dict, "failed": (str, None),
         },
     ),
     "kernels": (
@@ -34,6 +40,16 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "tests": ({"device": str, "torch": str, "commit": str, "passed": int, "failed": int, "skipped": int}, {}),
 }  # fmt: skip
+# What older files lack, and what they must be where they are.
+OPTIONAL = {"images": int, "savings": list, "shares": dict, "wall_samples": dict}
+LISTED = {
+    "comparisons": {
+        "row": str, "batch": int, "text_tokens": int, "mode": str, "baseline_mode": str, "ratio": float, "low": float,
+        "high": float,
+    },
+    "checks": {"name": str, "error": (float, None), "bound": float, "agrees": bool},
+}  # fmt: skip
+_IN_ROWS = {"floor_ratio": _MEASURED, "shares": _MEASURED, "samples": list, "wall_samples": list}
 
 
 class ResultError(ValueError):
@@ -83,9 +99,26 @@ def check(result: Any, name: str) -> None:
     file_fields, row_fields = KINDS[kind]
     _check_fields(result, file_fields, name)
     for index, row in enumerate(result.get("rows", [])):
-        if not isinstance(row, dict):
-            raise ResultError(f"{name}: rows[{index}]: expected an object, got {type(row).__name__}")
-        _check_fields(row, row_fields, f"{name}: rows[{index}]")
+        place = f"{name}: rows[{index}]"
+        _check_object(row, row_fields, place)
+        if kind == "prefill":
+            _check_fields(row, {field: type_ for field, type_ in OPTIONAL.items() if field in row}, place)
+            for field, type_ in _IN_ROWS.items():
+                inner = row.get(field, {})
+                _check_fields(inner, dict.fromkeys(inner, type_), f"{place}: {field}")
+            for stage, series in (*row["samples"].items(), *row.get("wall_samples", {}).items()):
+                _check_fields(
+                    dict(enumerate(series)), dict.fromkeys(range(len(series)), _MEASURED), f"{place}: {stage}"
+                )
+    for field, fields in LISTED.items() if kind == "prefill" else ():
+        for index, entry in enumerate(result[field]):
+            _check_object(entry, fields, f"{name}: {field}[{index}]")
+
+
+def _check_object(value: Any, fields: dict[str, Any], name: str) -> None:
+    if not isinstance(value, dict):
+        raise ResultError(f"{name}: expected an object, got {type(value).__name__}")
+    _check_fields(value, fields, name)
 
 
 def _check_fields(values: dict[str, Any], fields: dict[str, Any], name: str) -> None:

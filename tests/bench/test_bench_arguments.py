@@ -63,6 +63,13 @@ def test_a_checkpoint_of_another_model_is_found_before_anything_is_loaded(tmp_pa
     assert "is not a JSON object" in done.stderr
 
 
+def test_a_checkpoint_without_weights_is_found_before_anything_is_loaded(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    done = run("--model", str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert "holds no weights" in done.stderr
+
+
 def test_a_photograph_cut_short_is_found_before_anything_is_loaded(tmp_path):
     whole = (ROOT / "bench" / "assets" / "rocket.jpg").read_bytes()
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])

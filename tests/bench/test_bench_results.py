@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+from sample_results import prefill_result
 
 from bench.results import ResultError, check, read, write
 
@@ -14,6 +15,28 @@ KERNELS = {
         "rel_error": None,
     }],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["rows"][0].pop("insert_ms"), r"rows\[0\]: insert_ms: missing"),
+        (lambda r: r["rows"][0].pop("floor_ratio"), "floor_ratio: missing"),
+        (lambda r: r["rows"][0]["floor_ratio"].update(vision_ms="a"), "floor_ratio: vision_ms: expected float"),
+        (lambda r: r["rows"][0]["samples"].update(total_ms="abc"), "samples: total_ms: expected list"),
+        (lambda r: r["rows"][0]["samples"].update(total_ms=["a"]), "total_ms: 0: expected float"),
+        (lambda r: r["rows"][0].update(savings=7), "savings: expected list"),
+        (lambda r: r["comparisons"][0].update(ratio="a"), r"comparisons\[0\]: ratio: expected float"),
+        (lambda r: r["checks"].append("fine"), r"checks\[1\]: expected an object"),
+        (lambda r: r.pop("comparisons"), "comparisons: missing"),
+    ],
+)
+def test_what_the_page_and_the_charts_read_is_checked_before_them(change, message):
+    result = prefill_result()
+    check(result, "file")
+    change(result)
+    with pytest.raises(ResultError, match=message):
+        check(result, "file")
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -102,6 +102,30 @@ def test_a_checkpoint_takes_the_place_of_a_preset(tmp_path):
     assert "small-llava" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vision_feature_layer": [-2, -5]}, "expected vision_feature_layer -2"),
+        ({"vision_feature_select_strategy": "full"}, "expected vision_feature_layer -2"),
+        ({"text_config": 3}, "text_config"),
+        (None, "cannot be loaded"),
+    ],
+)
+def test_half_a_checkpoint_is_an_error_without_a_traceback(change, words, tmp_path, capsys):
+    stock = build_stock(PRESETS["tiny"], device="cpu", dtype=torch.float32, seed=5)
+    stock.save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if change is None:
+        weights.write_bytes(weights.read_bytes()[:5000])
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    arguments = ["--model", str(tmp_path), "--device", "cpu", "--json", str(tmp_path / "x.json")]
+    assert prefill.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "error: --model:" in error
+    assert words in error
+
+
 def test_each_row_runs_what_it_says_and_the_stopwatch_changes_nothing(full_run):
     ran = full_run[2]
     stf = {name.removeprefix("llava-stf/"): seen for name, seen in ran.items() if name.startswith("llava-stf/")}
