@@ -7,7 +7,7 @@ The blocks reach the projector as they are, CLS included: it skips prefix tokens
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers import Cache, DynamicCache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
@@ -161,12 +161,13 @@ class LlavaStfModel(LlavaModel):
         )
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-        """bool [B, S, 1], True at image tokens; ValueError unless they are as many as the rows of `image_features`."""
+        """bool [B, S, 1], True at image tokens; ValueError unless they are as many as the rows of `image_features`.
+
+        A prompt that is prefilled in chunks has parts of images in them.
+        """
         mask = self._image_mask(input_ids, inputs_embeds)
-        per_image = self.config.image_seq_length
-        check_token_count(
-            mask, image_features.numel() // (per_image * image_features.shape[-1]), per_image, self._token_id
-        )
+        per_image, rows = self.config.image_seq_length, image_features.numel() // image_features.shape[-1]
+        check_token_count(mask, rows / per_image, per_image, self._token_id)
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
     @property
@@ -263,6 +264,28 @@ class LlavaStfForConditionalGeneration(LlavaForConditionalGeneration):
             encoded = kwargs.get("mm_encoder_outputs")
             self.model.check_prompt(input_ids, kwargs.get("pixel_values"), encoded)
         return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        """As GenerationMixin's, and images for the draft model of assisted decoding too, which the stock one drops.
+
+        A draft model is told that no iteration is its first; that its cache is empty says that one is.
+        """
+        if type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0:
+            is_first_iteration = True
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs

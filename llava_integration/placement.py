@@ -22,16 +22,19 @@ def image_rows(mask: Tensor, count: int) -> Tensor:
     return mask.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:count]
 
 
-def check_token_count(mask: Tensor, images: int, tokens_per_image: int, image_token_id: int) -> None:
-    """ValueError unless mask [B, S] marks exactly images * tokens_per_image positions. Not checked under capture."""
+def check_token_count(mask: Tensor, images: float, tokens_per_image: int, image_token_id: int) -> None:
+    """ValueError unless mask [B, S] marks exactly images * tokens_per_image positions. Not checked under capture.
+
+    `images`: a whole number, except for a chunk of a prompt, which may end within an image.
+    """
     if is_captured():
         return
-    needed, found = images * tokens_per_image, mask.sum()
+    needed, found = round(images * tokens_per_image), mask.sum()
     torch_compilable_check(
         found == needed,
         lambda: (
             f"input_ids: found {int(found)} image tokens (id {image_token_id}), but {needed} are needed for "
-            f"{images} image(s) in pixel_values, {tokens_per_image} each; prepare prompts with LlavaStfProcessor, "
+            f"{images:g} image(s) in pixel_values, {tokens_per_image} each; prepare prompts with LlavaStfProcessor, "
             "not with the processor of the stock LLaVA"
         ),
     )

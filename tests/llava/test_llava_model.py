@@ -1,7 +1,11 @@
 """Broken if this fails: LLaVA-STF is not its definition, or some way to run it gives other tokens."""
 
+import functools
+import inspect
+
 import pytest
 import torch
+from transformers import LlavaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import reference
@@ -291,6 +295,33 @@ class TestGenerate:
         first = out.logits[0].unflatten(0, (3, 3))
         expected = run(stf, ids, build.pixels(3), mask).logits[:, -1]
         assert torch.allclose(first, expected[:, None].to(first).expand_as(first), atol=1e-6)
+
+    @pytest.mark.parametrize("images", [[2], [0]], ids=str)
+    @pytest.mark.parametrize("draft", ["self", "copy"])
+    def test_assisted_by_a_draft_model_that_sees_the_images(self, build, stf, images, draft):
+        """A draft model with the same weights guesses right every time: one pass of the model for all its tokens."""
+        ids, mask = build.prompt(images)
+        pixels = build.pixels(2) if images[0] else None
+        plain = generate(stf, ids, mask, pixels)
+        assistant, passes = build.stf() if draft == "copy" else stf, []
+        options = {"num_assistant_tokens": 6, "num_assistant_tokens_schedule": "constant"}
+        assistant.generation_config.update(assistant_confidence_threshold=0.0, **options)
+        stf.model.language_model.register_forward_hook(lambda *_: passes.append(1))
+        assert torch.equal(generate(stf, ids, mask, pixels, assistant_model=assistant), plain)
+        if draft == "copy":
+            assert len(passes) <= 2
+
+    @pytest.mark.parametrize("size", [1, 3, 7, 12, 17])
+    def test_prefill_in_chunks_that_cut_images(self, build, stf, size):
+        """Where transformers passes encoded images on, chunk by chunk; before that it repeats them: refused."""
+        (ids, mask), pixels = build.prompt([2]), build.pixels(2)
+        expected = generate(stf, ids, mask, pixels)
+        chunked = functools.partial(generate, stf, ids, mask, pixels, prefill_chunk_size=size)
+        if "mm_encoder_outputs" in inspect.signature(LlavaModel.forward).parameters or size >= ids.shape[1]:
+            assert torch.equal(chunked(), expected)
+        else:
+            with pytest.raises(ValueError, match=r"image tokens .* 8 are needed for 2 image\(s\)"):
+                chunked()
 
     def test_greedy_by_hand(self, build, stf):
         ids, mask = build.prompt([2])
