@@ -4,8 +4,8 @@
     us_eager  the call as it is: the device is idle when it begins, so launches and gaps between kernels count
     us_host   the host's own time in that call, without waiting for the device
 
-The flush reads a buffer four times the size of L2. Reading, because dirty lines that a write leaves behind would be
-written back at the expense of the timed call. On a CPU only the plain clock remains, with warm caches: us_eager.
+How a captured call is timed, and what the flush is: stf_kernels/tuning/timing.py. On a CPU only the plain clock
+remains, with warm caches: us_eager.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from stf_kernels.tuning.timing import Flush, capture, events, replay
 
 from .stats import median, spread_percent
 
@@ -34,17 +36,6 @@ class Times:
     samples: list[float] = field(default_factory=list)
 
 
-class Flush:
-    """Evicts L2. One buffer for all measurements."""
-
-    def __init__(self, device: str) -> None:
-        size = 4 * torch.cuda.get_device_properties(device).L2_cache_size if device.startswith("cuda") else 0
-        self.buffer = torch.ones(max(size // 4, 1), dtype=torch.int32, device=device)
-
-    def __call__(self) -> None:
-        self.buffer.sum()
-
-
 def time_call(call: Callable[[], Tensor], device: str, flush: Flush, *, seconds: float) -> Times:
     """Repeats for about `seconds` in all, at least 5 and at most 100 times each way."""
     if not device.startswith("cuda"):
@@ -53,12 +44,12 @@ def time_call(call: Callable[[], Tensor], device: str, flush: Flush, *, seconds:
         call()
     torch.cuda.synchronize()
     times = Times()
-    graph = _capture(call)
+    graph = capture(call)
     begin = time.perf_counter()
-    _replay(graph, flush, 5)
+    replay(graph, flush, 5)
     each = (time.perf_counter() - begin) / 5
     times.repeats = min(100, max(5, int(seconds / 2 / each)))
-    times.samples = _replay(graph, flush, times.repeats)
+    times.samples = replay(graph, flush, times.repeats)
     times.us, times.spread_percent = median(times.samples), spread_percent(times.samples)
     del graph
     eager, host = eager_samples(call, flush, max(5, times.repeats // 2))
@@ -66,37 +57,10 @@ def time_call(call: Callable[[], Tensor], device: str, flush: Flush, *, seconds:
     return times
 
 
-def _capture(call: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        call()
-    return graph
-
-
-def _events(count: int) -> list[torch.cuda.Event]:
-    return [torch.cuda.Event(enable_timing=True) for _ in range(count)]
-
-
-def _replay(graph: torch.cuda.CUDAGraph, flush: Flush, repeats: int) -> list[float]:
-    begins, ends = _events(repeats), _events(repeats)
-    for begin, end in zip(begins, ends, strict=True):
-        flush()
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return [1e3 * begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True)]
-
-
 def eager_samples(call: Callable[[], Tensor], flush: Flush, repeats: int) -> tuple[list[float], list[float]]:
     device, host = [], []
     for _ in range(repeats):
-        begin, end = _events(2)
+        begin, end = events(2)
         flush()
         torch.cuda.synchronize()
         begin.record()

@@ -4,8 +4,11 @@ stf               the public operator or module, default path
 stf-triton        the same with use_backend("triton"): differs where the device's table names cuBLAS
 stf-merge-store   G2 as the chain runs it: rows written in the merged layout
 stf-dense         G3 as the chain runs it: on tokens that are already merged
-stf-<tile>        the kernel with one of the heuristic's tiles; -k4: its split-K form, where tiles are few
+stf-<tile>        the kernel with one of the heuristic's tiles; -k4: its split-K form, where tiles are few;
+                  -tma, -swapped: the Hopper forms (kernels/descriptor.py, kernels/swapped.py)
 stf-direct        the chain launched without the JIT's argument binding (STF_KERNELS_DIRECT_LAUNCH=1)
+stf-pdl           the chain with programmatic dependent launches (STF_KERNELS_PDL=1)
+stf-predicted     the chain with the configuration that the tuner's cost model puts first at each stage; -pdl: both
 eager             plain PyTorch: cat, gather, F.linear, GELU
 compile           torch.compile of that, max-autotune without its own CUDA graphs
 conv2d            G3 as cuDNN's convolution of window 2, stride 2, on channels_last
@@ -72,7 +75,14 @@ def providers(stage: str, operands: Operands, *, tiles: bool = True) -> list[Pro
             Provider("eager", lambda: eager_chain(operands.blocks, operands.parameters, sizes)),
             Provider("stf", ours),
         ]
-        return [*found, Provider("stf-triton", _forced(ours)), Provider("stf-direct", _direct(ours))] if gpu else found
+        if not gpu:
+            return found
+        found += [
+            Provider("stf-triton", _forced(ours)),
+            Provider("stf-direct", _with_flag("STF_KERNELS_DIRECT_LAUNCH", ours)),
+            Provider("stf-pdl", _with_flag("STF_KERNELS_PDL", ours)),
+        ]
+        return found + _guarded("stf-predicted", lambda: _predicted(operands))
     x, (w, b) = operands.inputs[stage], operands.parameters[stage]
     ours = {
         "G1": lambda: stf_kernels.concat_linear(x, w, b, activation="gelu", skip_tokens=1),
@@ -134,15 +144,47 @@ def _forced(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def _direct(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def _with_flag(name: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     def run() -> Tensor:
-        os.environ["STF_KERNELS_DIRECT_LAUNCH"] = "1"
+        os.environ[name] = "1"
         try:
             return call()
         finally:
-            del os.environ["STF_KERNELS_DIRECT_LAUNCH"]
+            del os.environ[name]
 
     return run
+
+
+def _predicted(operands: Operands) -> list[Provider]:
+    """The four stages with explicit configurations: what a measured table could make the default."""
+    from stf_kernels.ops.launch import launch_stage
+    from stf_kernels.ops.stage import Stage
+    from stf_kernels.problems import PROBLEMS
+    from stf_kernels.tuning.lookup import device_identity
+    from stf_kernels.tuning.search import candidates, forms_for
+
+    index = torch.cuda.current_device()
+    arch, properties = device_identity(index)[1], torch.cuda.get_device_properties(index)
+    sizes, x = operands.sizes, [block[:, 1:] for block in operands.blocks]
+    stages = (Stage("gelu"), Stage(scatter=sizes.merge, grid=(sizes.grid, sizes.grid)), Stage("gelu"), Stage())
+    steps = []
+    for name, stage in zip(STAGES, stages, strict=True):
+        w, b = operands.parameters[name]
+        itemsize = w.element_size()
+        config = candidates(
+            *sizes.gemm(name, operands.batch), itemsize,
+            shared_limit=properties.shared_memory_per_block_optin, multiprocessors=properties.multi_processor_count,
+            forms=forms_for(PROBLEMS["concat" if name == "G1" else "linear"], arch, itemsize),
+        )[0]  # fmt: skip
+        steps.append((w, b, stage, config))
+
+    def call() -> Tensor:
+        y = x
+        for step in steps:
+            y = [launch_stage(y, *step)[0]]
+        return y[0]
+
+    return [Provider("stf-predicted", call), Provider("stf-predicted-pdl", _with_flag("STF_KERNELS_PDL", call))]
 
 
 def _merge_store(operands: Operands) -> Provider:
@@ -198,7 +240,7 @@ def _strided(operands: Operands) -> Provider:
 def _tiles(stage: str, operands: Operands) -> list[Provider]:
     from stf_kernels.ops.launch import launch_stage
     from stf_kernels.ops.stage import Stage
-    from stf_kernels.tuning.heuristic import split_tiles, tiles
+    from stf_kernels.tuning.heuristic import descriptor_tiles, split_tiles, swapped_tiles, tiles
 
     major, minor = torch.cuda.get_device_capability()
     sizes, x, (w, b) = operands.sizes, operands.inputs[stage], operands.parameters[stage]
@@ -211,11 +253,35 @@ def _tiles(stage: str, operands: Operands) -> list[Provider]:
     configs = list(tiles(arch, itemsize))
     if stage in ("G2", "G4") and operands.batch <= 2:  # too few tiles for the GPU: here the K axis is worth splitting
         configs += [config for config in split_tiles(arch, itemsize) if config.split_k == 4]
+    if stage != "G3":
+        configs += descriptor_tiles(arch, itemsize)
+    if stage in ("G2", "G4"):
+        configs += swapped_tiles(arch, itemsize)
+    return [
+        Provider(_tile_name(config), lambda config=config: launch_stage(blocks, w, b, geometry, config)[0])
+        for config in configs
+    ] + (_dense_tiles(operands, arch) if stage == "G3" else [])
+
+
+def _dense_tiles(operands: Operands, arch: str) -> list[Provider]:
+    """G3 as the chain runs it, on tokens that are already merged, with the Hopper forms."""
+    from stf_kernels.ops.launch import launch_stage
+    from stf_kernels.ops.stage import Stage
+    from stf_kernels.tuning.heuristic import descriptor_tiles, swapped_tiles
+
+    w, b = operands.parameters["G3"]
+    merged = merge(operands.inputs["G3"], operands.sizes)
     return [
         Provider(
-            f"stf-{config.block_m}x{config.block_n}x{config.block_k}-w{config.num_warps}-s{config.num_stages}"
-            + (f"-k{config.split_k}" if config.split_k > 1 else ""),
-            lambda config=config: launch_stage(blocks, w, b, geometry, config)[0],
+            _tile_name(config).replace("stf-", "stf-dense-", 1),
+            lambda config=config: launch_stage([merged], w, b, Stage("gelu"), config)[0],
         )
-        for config in configs
+        for config in (*descriptor_tiles(arch, w.element_size()), *swapped_tiles(arch, w.element_size()))
     ]
+
+
+def _tile_name(config) -> str:
+    rows = f"{config.block_m}+{config.tail_m}" if config.tail_m else str(config.block_m)
+    split = f"-k{config.split_k}" if config.split_k > 1 else ""
+    form = {"pointers": "", "descriptors": "-tma", "swapped": "-swapped"}[config.form]
+    return f"stf-{rows}x{config.block_n}x{config.block_k}-w{config.num_warps}-s{config.num_stages}{split}{form}"

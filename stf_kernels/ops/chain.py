@@ -33,7 +33,7 @@ def run_stage(
         if config is not None:
             try:
                 return launch.launch_stage(blocks, weight, bias, stage, config, save_pre=save_pre, out=out, rows=rows)
-            except launch.out_of_resources() as error:
+            except launch.does_not_run() as error:
                 tuning.reject(x.device, x.dtype, config, error)
             config = _configuration(x, len(blocks), weight, stage, save_pre)
             return launch.launch_stage(blocks, weight, bias, stage, config, save_pre=save_pre, out=out, rows=rows)

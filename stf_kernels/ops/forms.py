@@ -21,6 +21,10 @@ from .workspace import arrival_counters, partial_sums
 HALF = (torch.float16, torch.bfloat16)
 
 
+class DescriptorRefused(RuntimeError):
+    """The driver does not take a tensor descriptor that the hardware's rules allow."""
+
+
 @dataclass(slots=True)
 class Call:
     """The operands of one launch: blocks [B, T, C] and weight [N, K] with contiguous last axes, y and pre allocated.
@@ -45,10 +49,14 @@ class Call:
         layout = layout_for(self.blocks, self.weight, self.stage, config) if config.form != "pointers" else None
         if layout is None:
             self._by_pointers(config.portable())
-        elif config.form == "descriptors":
-            self._by_descriptors(config, layout)
-        else:
-            self._swapped(config, layout)
+            return
+        run = self._by_descriptors if config.form == "descriptors" else self._swapped
+        try:
+            run(config, layout)
+        except RuntimeError as error:
+            if "invalid argument" not in str(error):
+                raise
+            raise DescriptorRefused(f"the driver refuses its tensor descriptor ({error})") from error
 
     def _by_pointers(self, config: GemmConfig) -> None:
         from ..kernels.segmented_linear import _segmented_linear_fwd_kernel

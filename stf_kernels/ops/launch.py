@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backend import interpreting
 from ..tuning import GemmConfig
-from .forms import HALF, Call
+from .forms import HALF, Call, DescriptorRefused
 from .stage import Stage
 
 # The elementwise backward: a program takes a strip of rows, tile by tile; 16 rows a tile spill with Triton 3.6.
@@ -25,11 +25,11 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
-def out_of_resources() -> type[Exception]:
-    """What Triton raises for a configuration that asks more of a GPU than it has."""
+def does_not_run() -> tuple[type[Exception], ...]:
+    """What a launch raises for a configuration that asks of a GPU or its driver what they do not have."""
     from triton.runtime.errors import OutOfResources
 
-    return OutOfResources
+    return OutOfResources, DescriptorRefused
 
 
 def launch_stage(

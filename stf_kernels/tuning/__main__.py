@@ -10,7 +10,7 @@ import torch
 from ..backend import triton_serves
 from ..problems import PROBLEMS
 from .lookup import DTYPES, device_identity, table_path
-from .search import Bench, Journal, Key, candidates, entry_for, write_table
+from .search import Bench, Journal, Key, candidates, entry_for, forms_for, write_table
 
 _TUNED = ("concat", "linear_merge", "linear", "merge", "linear_scatter")
 
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
                     key.m, problem.n, problem.k, DTYPES[dtype],
                     shared_limit=limit, multiprocessors=properties.multi_processor_count,
                     splits=(1,) if arch.startswith("gfx") else (1, 2, 4, 8),
+                    forms=forms_for(problem, arch, DTYPES[dtype]),
                 )  # fmt: skip
                 entry = entry_for(problem, key, configs[: options.most], bench.microseconds, journal)
                 entries.append(entry)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .config import GemmConfig
-from .heuristic import SHARED_MEMORY_LIMIT, default_config, smallest
+from .heuristic import SHARED_MEMORY_LIMIT, default_config, has_descriptor_forms, smallest
 
 TABLE_VERSION = 1
 STAGES = ("concat", "merge", "linear", "linear_merge")
@@ -89,6 +89,10 @@ def _config(where: str, entry: dict, arch: str) -> GemmConfig | None:
     config = GemmConfig.from_dict(entry["config"])
     if config.split_k > 1 and arch.startswith("gfx"):
         raise ValueError(f"{where}.config: split_k is for NVIDIA GPUs, got {config} for {arch}")
+    if config.form != "pointers" and not has_descriptor_forms(arch, DTYPES[entry["dtype"]]):
+        raise ValueError(
+            f"{where}.config: form {config.form!r} is for 16 bit on Hopper and later, got {config} for {arch}"
+        )
     need, limit = config.shared_bytes(DTYPES[entry["dtype"]]), SHARED_MEMORY_LIMIT.get(arch)
     if limit is not None and need > limit:
         raise ValueError(f"{where}.config: {config} needs {need} bytes of shared memory, {arch} has {limit}")

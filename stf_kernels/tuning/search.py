@@ -7,17 +7,20 @@ Candidates are pruned before anything runs:
     cost             waves of tiles over the multiprocessors times the work of a tile, padding included;
                      what is over twice the best is not tried
 
-A measurement is a median over repetitions, each on a cold cache (`triton.testing.do_bench`). Every one goes to a
-journal at once, so that an interrupted search goes on where it stopped.
+A measurement is a median over repetitions, each on a cold cache and replayed from a CUDA graph, so that the host's
+launch time counts for nobody (timing.py). Every one goes to a journal at once, so that an interrupted search goes on
+where it stopped.
 """
 
 import itertools
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +28,13 @@ from torch import Tensor
 from ..ops import launch, torch_path
 from ..problems import Problem
 from .config import GemmConfig
+from .heuristic import has_descriptor_forms
 from .lookup import TABLE_VERSION
+from .timing import Flush, capture, replay
 
 _ACCUMULATOR_REGISTERS = 128
 _NOT_WORTH_TRYING = 2.0  # times the best estimate
+_WARM_UP, _REPEATS = 3, 30
 CUBLAS_MARGIN = 0.98  # cuBLAS must be this much faster than the best kernel to be named
 
 
@@ -41,34 +47,70 @@ def candidates(
     shared_limit: int,
     multiprocessors: int,
     splits: Sequence[int] = (1, 2, 4, 8),
+    forms: Sequence[str] = ("pointers",),
 ) -> list[GemmConfig]:
     """Configurations worth measuring for y [m, n] = A [m, k] @ W^T, the most promising first.
 
     Tiles come in the order of their cost, first each with one pipeline, then each with its next, so that a search cut
-    short has tried every promising tile.
+    short has tried every promising tile. Where two forms cost the same, descriptors come first: they spare the
+    address arithmetic, which the estimate does not see.
     """
     tiles = [
-        (cost(bm, bn, split_k, m, n, k, multiprocessors), bm, bn, split_k)
-        for bm, bn, split_k in itertools.product((16, 32, 64, 128, 256), (32, 64, 128, 256), splits)
+        (cost(tile.rows, tile.bn, tile.splits, m, n, k, multiprocessors), tile.form == "pointers", tile)
+        for form in forms
+        for tile in _tiles(form, splits)
     ]
     best = min(tiles)[0]
-    promising = [tile[1:] for tile in sorted(tiles) if tile[0] <= _NOT_WORTH_TRYING * best]
-    pipelines = [list(_pipelines(*tile, itemsize, shared_limit)) for tile in promising]
+    promising = [tile for estimate, _, tile in sorted(tiles) if estimate <= _NOT_WORTH_TRYING * best]
+    pipelines = [list(_pipelines(tile, itemsize, shared_limit)) for tile in promising]
     return [config for turn in itertools.zip_longest(*pipelines) for config in turn if config is not None]
 
 
-def _pipelines(bm: int, bn: int, splits: int, itemsize: int, shared_limit: int) -> Iterator[GemmConfig]:
+class Tile(NamedTuple):
+    """bm + tail rows by bn columns of y, K shared out among `splits` programs."""
+
+    form: str
+    bm: int
+    tail: int
+    bn: int
+    splits: int
+
+    @property
+    def rows(self) -> int:
+        return self.bm + self.tail
+
+
+def _tiles(form: str, splits: Sequence[int]) -> Iterator[Tile]:
+    rows, widths, shares = {
+        "pointers": (((16, 0), (32, 0), (64, 0), (128, 0), (256, 0)), (32, 64, 128, 256), splits),
+        "descriptors": (((64, 0), (128, 0), (192, 0), (256, 0)), (64, 128, 256), (1,)),
+        "swapped": (((64, 16), (128, 16), (128, 32)), (64, 128, 256), splits),
+    }[form]
+    return (Tile(form, bm, tail, bn, share) for (bm, tail), bn, share in itertools.product(rows, widths, shares))
+
+
+def _pipelines(tile: Tile, itemsize: int, shared_limit: int) -> Iterator[GemmConfig]:
     """The ways to run one tile: warps that hold its accumulator, and the deepest pipelines that fit."""
     for bk in (64, 32, 128) if itemsize == 2 else (32, 16):
         for warps in (8, 4):
-            if not 512 * warps // 4 <= bm * bn <= _ACCUMULATOR_REGISTERS * warps * 32:
+            if not 512 * warps // 4 <= tile.rows * tile.bn <= _ACCUMULATOR_REGISTERS * warps * 32:
                 continue
             fitting = [
                 config
                 for stages in (5, 4, 3, 2)
-                if (config := GemmConfig(bm, bn, bk, 8, warps, stages, splits)).shared_bytes(itemsize) <= shared_limit
+                if (
+                    config := GemmConfig(tile.bm, tile.bn, bk, 8, warps, stages, tile.splits, tile.form, tile.tail)
+                ).shared_bytes(itemsize)
+                <= shared_limit
             ]
             yield from fitting[:2]
+
+
+def forms_for(problem: Problem, arch: str, itemsize: int) -> tuple[str, ...]:
+    """The kernels that can run a problem on an architecture."""
+    if not has_descriptor_forms(arch, itemsize) or problem.stage.gather > 1:
+        return ("pointers",)
+    return ("descriptors", "pointers") if problem.num_blocks > 1 else ("descriptors", "swapped", "pointers")
 
 
 def cost(bm: int, bn: int, splits: int, m: int, n: int, k: int, multiprocessors: int) -> float:
@@ -173,14 +215,12 @@ class Bench:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, device="cuda", generator=generator).to(dtype)
 
-        self._problem, self._expected = problem, None
+        self._problem, self._expected, self._flush = problem, None, Flush("cuda")
         self._blocks = [draw(batch, problem.source_tokens + 1, problem.c)[:, 1:] for _ in range(problem.num_blocks)]
         self._weight, self._bias = draw(problem.n, problem.k) / problem.k**0.5, draw(problem.n)
 
     def microseconds(self, config: GemmConfig | None) -> float | None:
         """Median on a cold cache; config None is the torch path (cuBLAS). None where it does not run."""
-        from triton.testing import do_bench
-
         operands = (self._blocks, self._weight, self._bias, self._problem.stage)
 
         def run() -> Tensor:
@@ -192,8 +232,10 @@ class Bench:
             found = run()
             if config is not None:
                 self._check(found)
-            return 1e3 * do_bench(run, warmup=5, rep=30, return_mode="median")
-        except launch.out_of_resources():
+            graph = capture(run)
+            replay(graph, self._flush, _WARM_UP)
+            return statistics.median(replay(graph, self._flush, _REPEATS))
+        except launch.does_not_run():
             return None
 
     def _check(self, found: Tensor) -> None:

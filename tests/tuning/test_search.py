@@ -9,7 +9,7 @@ from stf_kernels.problems import PROBLEMS
 from stf_kernels.tuning import GemmConfig
 from stf_kernels.tuning.__main__ import main
 from stf_kernels.tuning.lookup import parse_table
-from stf_kernels.tuning.search import Journal, Key, candidates, entry_for, write_table
+from stf_kernels.tuning.search import Journal, Key, candidates, entry_for, forms_for, write_table
 
 HEADER = {"device": "Test GPU", "arch": "sm_90", "commit": "x", "torch": "2", "triton": "3"}
 CONCAT = PROBLEMS["concat"]
@@ -37,6 +37,30 @@ def test_a_search_cut_short_has_tried_every_promising_tile():
     shapes = [(c.block_m, c.block_n, c.split_k) for c in found]
     distinct = len(set(shapes))
     assert len(set(shapes[:distinct])) == distinct
+
+
+HOPPER = {"shared_limit": 232_448, "multiprocessors": 132}
+
+
+def test_forms_are_tried_where_they_run():
+    linear, merge = PROBLEMS["linear"], PROBLEMS["merge"]
+    assert set(forms_for(linear, "sm_90", 2)) == {"pointers", "descriptors", "swapped"}
+    assert set(forms_for(CONCAT, "sm_90", 2)) == {"pointers", "descriptors"}
+    for problem, arch, itemsize in ((merge, "sm_90", 2), (linear, "sm_80", 2), (linear, "sm_90", 4)):
+        assert forms_for(problem, arch, itemsize) == ("pointers",)
+
+
+def test_one_image_puts_the_swapped_form_first():
+    """144 rows are 128 + 16 there, and two tiles of 128 elsewhere."""
+    found = candidates(144, 16384, 4096, 2, forms=forms_for(PROBLEMS["linear"], "sm_90", 2), **HOPPER)
+    assert (found[0].form, found[0].rows) == ("swapped", 144)
+    assert {config.form for config in found[:24]} >= {"swapped", "descriptors"}
+
+
+def test_many_rows_put_descriptors_first():
+    found = candidates(18432, 4096, 8192, 2, forms=forms_for(CONCAT, "sm_90", 2), **HOPPER)
+    assert found[0].form == "descriptors"
+    assert {config.form for config in found[:24]} == {"descriptors", "pointers"}
 
 
 class Clock:

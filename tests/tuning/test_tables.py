@@ -9,7 +9,7 @@ import torch
 
 from stf_kernels import tuning
 from stf_kernels.tuning import GemmConfig, default_config, lookup, smallest
-from stf_kernels.tuning.heuristic import SHARED_MEMORY_LIMIT, split_tiles, tiles
+from stf_kernels.tuning.heuristic import SHARED_MEMORY_LIMIT, descriptor_tiles, split_tiles, swapped_tiles, tiles
 
 CONFIG = GemmConfig(128, 256, 64, 8, 8, 3)
 CUDA = torch.device("cuda", 0)
@@ -112,6 +112,7 @@ def test_the_heuristic_fits_every_architecture(arch, itemsize):
     big, small = (default_config(arch, itemsize, m, 4096) for m in (18432, 16))
     assert big.block_m * big.block_n > small.block_m * small.block_n
     assert big.split_k == small.split_k == 1, "split-K has not run on hardware and is no default"
+    assert big.form == small.form == "pointers", "nor have the forms with descriptors"
 
 
 @pytest.mark.parametrize("field", ["block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages", "split_k"])
@@ -129,6 +130,24 @@ def test_split_k_is_refused_where_its_barrier_is_none(device, monkeypatch):
         assert choose(576).split_k == 1
     assert split_tiles("gfx942", 2) == []
     assert all(config.split_k > 1 for config in split_tiles("sm_90", 2))
+
+
+def test_descriptor_forms_are_refused_where_no_tma_is(device, monkeypatch):
+    monkeypatch.setattr(lookup, "device_identity", lambda index: ("test-gpu", "sm_80"))
+    config = GemmConfig(128, 128, 32, form="descriptors")
+    device.write_text(table(entry(config=config.to_dict()), arch="sm_80"))
+    with pytest.warns(UserWarning, match="form 'descriptors'.*Hopper.*sm_80"):
+        assert choose(576).form == "pointers"
+    for arch, has in (("sm_90", True), ("sm_100", True), ("sm_80", False), ("sm_120", False), ("gfx942", False)):
+        assert bool(descriptor_tiles(arch, 2)) == bool(swapped_tiles(arch, 2)) == has
+        assert not descriptor_tiles(arch, 4)
+
+
+def test_every_form_fits_shared_memory_and_so_does_what_serves_in_its_place():
+    for config in (*descriptor_tiles("sm_90", 2), *swapped_tiles("sm_90", 2)):
+        assert config.portable().form == "pointers"
+        assert config.portable().shared_bytes(2) <= config.shared_bytes(2) <= SHARED_MEMORY_LIMIT["sm_90"]
+        assert config.portable() == config.portable().portable()
 
 
 def test_every_shipped_table_is_valid():

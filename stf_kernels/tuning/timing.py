@@ -1,0 +1,51 @@
+"""Time of a captured call on a GPU whose L2 holds none of its operands.
+
+The host queues flush, event, replay, event far ahead of the device, so that its own time counts for nothing. The
+flush reads a buffer four times the size of L2. Reading, because dirty lines that a write leaves behind would be
+written back at the expense of the timed call.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Flush:
+    """Evicts L2. One buffer for all measurements."""
+
+    def __init__(self, device: str) -> None:
+        size = 4 * torch.cuda.get_device_properties(device).L2_cache_size if device.startswith("cuda") else 0
+        self.buffer = torch.ones(max(size // 4, 1), dtype=torch.int32, device=device)
+
+    def __call__(self) -> None:
+        self.buffer.sum()
+
+
+def capture(call: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
+    """The kernels of one call, as a graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph
+
+
+def events(count: int) -> list[torch.cuda.Event]:
+    return [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+
+
+def replay(graph: torch.cuda.CUDAGraph, flush: Flush, repeats: int) -> list[float]:
+    """Microseconds of each replay, L2 flushed before it; the host queues all of them ahead of the device."""
+    begins, ends = events(repeats), events(repeats)
+    for begin, end in zip(begins, ends, strict=True):
+        flush()
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return [1e3 * begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True)]
