@@ -7,6 +7,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from . import side_by_side
 from .speedup import label, names_savings, where
 from .stats import median
 from .table import number
@@ -23,6 +24,7 @@ h2, dd, figcaption, .wrap { overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; width: 100%; }
 th, td { padding: 0.25rem 0.5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { vertical-align: bottom; } thead { display: table-header-group; }
+#side-by-side th { white-space: normal; overflow-wrap: anywhere; min-width: 4rem; max-width: 14rem; }
 .text { text-align: left; }
 .wrap { white-space: normal; }
 tr.own { background: var(--own); }
@@ -34,7 +36,7 @@ dt { color: var(--weak); } dd { margin: 0; }
 .warn { border-left: 4px solid #c0392b; padding: 0.25rem 0.75rem; overflow-wrap: anywhere; }
 @media screen and (max-width: 40rem) {
   body { padding: 0.5rem; } h1 { font-size: 1.25rem; } th, td { padding: 0.25rem 0.35rem; }
-  table { font-size: 0.8rem; } .wrap { min-width: 10rem; }
+  table { font-size: 0.8rem; } .wrap, #side-by-side th:nth-child(n + 6) { min-width: 10rem; }
   /* The first column stays while the numbers are scrolled past it. */
   .scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: Canvas; }
   .own td:first-child { background: linear-gradient(var(--own), var(--own)), Canvas !important; }
@@ -61,8 +63,18 @@ def render(results: Sequence[tuple[str, dict[str, Any]]], charts: Sequence[dict[
         # An icon of its own: a browser would ask the place the page came from for one.
         '<link rel="icon" href="data:,">'
         f"<title>stf-kernels: measurements</title><style>{STYLE}</style></head><body>"
-        f"<h1>stf-kernels: measurements</h1>{warning}{''.join(parts)}</body></html>\n"
+        f"<h1>stf-kernels: measurements</h1>{warning}{_side_by_side(results)}{''.join(parts)}</body></html>\n"
     )
+
+
+def _side_by_side(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    header, rows = side_by_side.lines(results)
+    if not rows:
+        return ""
+    own = [i for i, row in enumerate(rows) if row[0].startswith("llava-stf/fused")]
+    new = [i for i in range(1, len(rows)) if rows[i][1:5] != rows[i - 1][1:5]]
+    title = "<h2>Side by side: ms to the first token (speed-up over LLaVA-1.5 in the same file)</h2>"
+    return title + _table("side-by-side", header, rows, 2, own, new=new)
 
 
 def _section(name: str, result: dict[str, Any], drawn: dict[str, bytes]) -> str:

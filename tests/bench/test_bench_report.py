@@ -9,7 +9,7 @@ import re
 import pytest
 from sample_results import KERNELS, prefill_result
 
-from bench import charts, report
+from bench import charts, report, side_by_side
 from bench.results import read, write
 
 
@@ -115,6 +115,26 @@ def before_savings():
     result["comparisons"] = result["comparisons"][:2]
     del result["savings_mean"]
     return result
+
+
+def test_runs_stand_side_by_side_and_no_ratio_is_taken_across_them(files, tmp_path):
+    write(tmp_path / "b" / "prefill.json", {**prefill_result(), "device": "another", "preset": "13b"})
+    write(tmp_path / "c" / "prefill.json", before_savings())
+    many = [files[0], tmp_path / "b" / "prefill.json", files[1], tmp_path / "c" / "prefill.json"]
+    results = [(str(path), read(path)) for path in many]
+    header, rows = side_by_side.lines(results)
+    assert [cell.split(": ")[-1] for cell in header[5:]] == [
+        "7b on GPU <1>, bfloat16", "13b on another, bfloat16", "7b on GPU <1>, bfloat16",
+    ]  # fmt: skip
+    shown = {row[:5]: row[5:] for row in rows}
+    assert shown["llava-1.5/mlp2x", "eager", "1", "40", "1"] == ("123.25",) * 3
+    assert shown["llava-stf/fused", "eager", "8", "40", "1"] == ("300.00 (2.67x)", "300.00 (2.67x)", "-")
+    saving = shown["llava-stf/fused+savings", "eager", "8", "40", "1"]
+    assert saving == ("290.00 (2.76x)", "290.00 (2.76x)", "300.00 (2.67x)")  # what the old file's row was
+    text = report.write_report(many, tmp_path)[0].read_text()
+    assert 'id="side-by-side"' in text
+    assert 'id="side-by-side"' not in report.write_report(many[:1], tmp_path)[0].read_text()
+    assert 'id="side-by-side"' not in report.write_report([many[0], many[2]], tmp_path)[0].read_text()
 
 
 def test_a_file_from_before_savings_were_named_is_shown_and_compared_for_what_it_is(files, tmp_path, capsys):

@@ -136,6 +136,24 @@ def test_the_model_stays_in_sight_while_a_narrow_table_is_scrolled(browser, page
     assert abs(left) < 1
 
 
+@pytest.mark.parametrize(("width", "media"), [(A4, "print"), (1200, "screen"), (400, "screen")])
+def test_three_runs_stand_side_by_side(browser, tmp_path, width, media):
+    device = "A graphics processor with a rather long name, 144 GB, of another machine"
+    for name in ("a", "b", "c"):
+        write(tmp_path / name / "prefill.json", {**prefill_result(), "device": device})
+    path, _ = report.write_report([tmp_path / name / "prefill.json" for name in ("a", "b", "c")], tmp_path)
+    browser.open(path.resolve().as_uri(), width=width, media=media)
+    rows = cells(browser, "side-by-side")
+    assert ["llava-stf/fused+savings", "eager", "8", "40", "1", *["290.00 (2.76x)"] * 3] in rows
+    box = browser.evaluate(
+        "(() => { const t = document.querySelector('#side-by-side'), b = t.parentElement;"
+        " return [t.getBoundingClientRect().right, b.scrollWidth > b.clientWidth] })()"
+    )
+    assert box[0] <= width or box[1]
+    assert media == "screen" or box[0] <= width
+    assert width < 1200 or not box[1]
+
+
 def test_printed_every_column_is_on_the_paper(browser, page):
     browser.open(page, width=A4, media="print")
     assert browser.evaluate("matchMedia('print').matches")
