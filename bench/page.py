@@ -11,6 +11,7 @@ from . import side_by_side
 from .speedup import label, names_savings, where
 from .stats import median
 from .table import number
+from .targets import sentence
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --weak: #777; --own: #e67e2222; }
@@ -176,6 +177,7 @@ def _prefill(result: dict[str, Any], images: str) -> str:
         _table("totals", (*name[:3], "total ms", "speed-up [p10, p90]", "spread %", *name[3:], "decode ms / token",
                           "peak MB", "KV MB", ""), totals, 2, own, 11, new),
         _savings(result),
+        _targets(result),
         images,
         "<h3>Where the time goes, ms (share of the total)</h3>",
         _table("stages", (*name, "preprocess", "vision", "projector", "insert", "prefill", "first token"), stages, 2,
@@ -196,6 +198,11 @@ def _savings(result: dict[str, Any]) -> str:
     return f"<p>+savings is LLaVA-STF with everything that is saved beyond the projector:</p><dl>{listed}</dl>" * bool(
         means
     )
+
+
+def _targets(result: dict[str, Any]) -> str:
+    listed = "".join(f"<li>{html.escape(sentence(target))}</li>" for target in result.get("targets", []))
+    return f'<ul class="wrap" id="targets">{listed}</ul>' if listed else ""
 
 
 def _wall(result: dict[str, Any]) -> str:

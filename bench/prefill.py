@@ -209,7 +209,7 @@ def run(
         "peak_mb_means": "the row's own weights + the peak of what one prefill allocates (bench/memory.py)",
         "total_ms_means": "pixel values on the device to the first token on the host; preprocess_ms is not in it",
         "savings_mean": SAVINGS,
-        "checks": [], "rows": [], "comparisons": [], "speedup": {}, "refused": None, "notes": [],
+        "checks": [], "rows": [], "comparisons": [], "speedup": {}, "targets": [], "refused": None, "notes": [],
     }  # fmt: skip
     rows_per_group = 6 if args.full else 3
     with Progress(2 + len(plan) * (rows_per_group + most)) as bar, torch.no_grad():
@@ -351,10 +351,12 @@ def with_floor(row: dict[str, Any], preset: Preset, ceilings: Any, item: int) ->
 def conclude(result: dict[str, Any]) -> None:
     """Speed-ups from the rows measured so far, or the reason why there are none."""
     from .speedup import compare_rows, refusal, speedup_field
+    from .targets import targets
 
     result["refused"] = refusal(result["checks"])
     result["comparisons"] = [] if result["refused"] else compare_rows(result["rows"])
     result["speedup"] = speedup_field(result["comparisons"])
+    result["targets"] = targets(result)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ LISTED = {
         "row": str, "batch": int, "text_tokens": int, "mode": str, "baseline_mode": str, "ratio": float, "low": float,
         "high": float,
     },
+    "targets": {"name": str, "value": float, "target": float, "reached": bool, "why": (str, None)},
     "checks": {"name": str, "error": (float, None), "bound": float, "agrees": bool},
 }  # fmt: skip
 _IN_ROWS = {"floor_ratio": _MEASURED, "shares": _MEASURED, "samples": list, "wall_samples": list}
@@ -111,7 +112,7 @@ def check(result: Any, name: str) -> None:
                     dict(enumerate(series)), dict.fromkeys(range(len(series)), _MEASURED), f"{place}: {stage}"
                 )
     for field, fields in LISTED.items() if kind == "prefill" else ():
-        for index, entry in enumerate(result[field]):
+        for index, entry in enumerate(result.get(field, [])):
             _check_object(entry, fields, f"{name}: {field}[{index}]")
 
 

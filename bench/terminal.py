@@ -6,6 +6,7 @@ from typing import Any
 
 from .speedup import label, point, where
 from .table import number, render
+from .targets import sentence
 
 HEADER = (
     "model", "projector", "mode", "batch", "text", "image", "preprocess", "vision", "projector", "insert", "prefill",
@@ -51,6 +52,7 @@ def report(result: dict[str, Any]) -> str:
         f"{label(row)} {row['mode']}, {point(row)}: {row['warm_up_s']:.0f} s before the first timed run"
         for row in result["rows"] if row["mode"] == "compile" and row.get("warm_up_s")
     ]  # fmt: skip
+    out += [f"target: {sentence(target)}" for target in result["targets"]]
     out += [f"note: {note}" for note in result["notes"]]
     out += ["checked: " + _sentence(check) for check in result["checks"]]
     if result["refused"]:
