@@ -7,6 +7,9 @@ import torch
 
 import stf_kernels
 from bench.problems import Sizes, build_projector, random_blocks
+from stf_kernels.ops.launch import launch_stage
+from stf_kernels.ops.stage import Stage
+from stf_kernels.tuning import GemmConfig
 
 ODD = Sizes(dim=40, out_dim=72, blocks=3, grid=6)
 
@@ -17,7 +20,19 @@ def main() -> None:
         blocks = random_blocks(ODD, 2, device="cuda", dtype=dtype, seed=2)
         with stf_kernels.use_backend("triton"):
             projector(blocks).float().square().mean().backward()
+        if torch.cuda.get_device_capability() >= (9, 0) and dtype != torch.float32:
+            hopper_forms(dtype)
     torch.cuda.synchronize()
+
+
+def hopper_forms(dtype: torch.dtype) -> None:
+    """Tiles by descriptor and the swapped form with K split: rows, features and columns that end inside a tile."""
+    x, weight = torch.randn(1, 100, 192, device="cuda").to(dtype), torch.randn(72, 192, device="cuda").to(dtype)
+    for config in (
+        GemmConfig(64, 64, 64, form="descriptors"),
+        GemmConfig(64, 64, 64, form="swapped", tail_m=16, split_k=2),
+    ):
+        launch_stage([x], weight, None, Stage("gelu"), config)
 
 
 if __name__ == "__main__":
