@@ -5,10 +5,10 @@
 
 import re
 
+from PIL import Image
 from transformers import LlavaProcessor
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
-from transformers.video_utils import make_batched_videos
 
 
 class LlavaStfProcessor(LlavaProcessor):
@@ -91,7 +91,7 @@ class LlavaStfProcessor(LlavaProcessor):
         if videos is not None:
             if images is not None:
                 raise ValueError("videos: expected images or videos, which share a placeholder, got both")
-            images, text = self._frames(videos, text)
+            images, text = self._frames(videos, text, **kwargs)
         return super().__call__(images=images, text=text, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
@@ -103,8 +103,14 @@ class LlavaStfProcessor(LlavaProcessor):
             raise ValueError(f"text: expected a string or a list of strings, got {text!r}")
         try:
             return super().prepare_inputs_layout(images=images, text=text, **kwargs)
-        except (ValueError, TypeError, OSError) as error:
-            raise ValueError(f"images: expected PIL images, arrays, paths or lists of them, got {images!r}") from error
+        except Exception as error:  # a missing file, a file that is no image, whatever a URL's client raises
+            raise _no_image(images, error) from error
+
+    def _process_images(self, images, **kwargs):
+        try:
+            return super()._process_images(images, **kwargs)
+        except (ValueError, TypeError) as error:
+            raise _no_image(images, error) from error
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """ValueError unless the placeholders, or the expanded image tokens, are as many as the images need."""
@@ -112,13 +118,20 @@ class LlavaStfProcessor(LlavaProcessor):
             raise ValueError("images, text: expected at least one of them, got neither")
         if text is None:
             return
-        found = self._count(text)
-        count = 0 if images is None else len(self._flat(images))
         per_image = self._tokens(*self._pixels(**kwargs))
-        if found not in (count, count * per_image):
+        count = 0 if images is None else len(self._flat(images))
+        self._check_count(self._count(text), count, per_image)
+        if isinstance(images, (list, tuple)) and len(images) == len(text):
+            for index, (own, prompt) in enumerate(zip(images, text, strict=True)):
+                if isinstance(own, (list, tuple)):  # nested by prompt: each has to fit its own
+                    self._check_count(self._count([prompt]), len(own), per_image, f" in prompt {index}")
+
+    def _check_count(self, found: int, images: int, per_image: int, where: str = "") -> None:
+        if found not in (images, images * per_image):
             raise ValueError(
-                f"text: found {found} {self.image_token} tokens for {count} image(s); expected {count}, one per image, "
-                f"or {count * per_image} where LlavaStfProcessor has expanded them already ({per_image} an image)"
+                f"text: found {found} {self.image_token} tokens{where} for {images} image(s); expected {images}, one "
+                f"per image, or {images * per_image} where LlavaStfProcessor has expanded them already "
+                f"({per_image} an image)"
             )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
@@ -161,30 +174,70 @@ class LlavaStfProcessor(LlavaProcessor):
     @staticmethod
     def _flat(images) -> list:
         try:
-            return make_flat_list_of_images(images)
+            flat = make_flat_list_of_images(images)
         except ValueError as error:
-            raise ValueError(f"images: expected PIL images, arrays, paths or lists of them, got {images!r}") from error
+            raise _no_image(images, error) from error
+        if empty := [image for image in flat if 0 in _shape(image)]:
+            raise ValueError(f"images: expected at least one pixel in each, got {_describe(empty[0])}")
+        return flat
 
-    def _frames(self, videos, text):
+    def _frames(self, videos, text, **kwargs):
         """videos -> all frames as one list of images, and text with one placeholder per frame."""
-        if isinstance(videos, str) or (isinstance(videos, (list, tuple)) and any(isinstance(v, str) for v in videos)):
-            raise TypeError("videos: expected frames, got a path; read the frames first")
-        batched = (
-            [list(video) for video in make_batched_videos(videos)] if len(videos) and _has_items(videos[0]) else []
-        )
+        batched = _videos(videos)
         if not batched or not all(batched):
-            raise ValueError(f"videos: expected at least one frame in each, got {videos!r}")
+            raise ValueError(f"videos: expected at least one frame in each, got {_describe(videos)}")
         frames = [frame for video in batched for frame in video]
         if text is None:
             return frames, None
         text = [text] if isinstance(text, str) else list(text)
-        if self._count(text) != len(batched):
-            return frames, text  # expanded already, or wrong: validate_inputs knows which
+        found, expanded = self._count(text), len(frames) * self._tokens(*self._pixels(**kwargs))
+        if found not in (len(batched), len(frames), expanded):
+            raise ValueError(
+                f"text: found {found} {self.image_token} tokens for {len(batched)} video(s) of {len(frames)} frame(s); "
+                f"expected {len(batched)}, one per video, or {expanded} where LlavaStfProcessor has expanded them "
+                "already"
+            )
+        if found != len(batched):
+            return frames, text
         lengths = iter(len(video) for video in batched)
         placeholder = re.compile(re.escape(self.image_token))
         return frames, [placeholder.sub(lambda match: match.group() * next(lengths), sample) for sample in text]
 
 
-def _has_items(value) -> bool:
-    """False for an empty list or array; True for a frame that is no sequence at all, such as a PIL image."""
-    return not hasattr(value, "__len__") or len(value) > 0
+def _videos(value) -> list[list]:
+    """The frames of every video in `value`, which may be nested by prompt; TypeError for what is no frame."""
+    shape = _shape(value)
+    if len(shape) == 5:
+        return [list(video) for video in value]
+    if len(shape) == 4:
+        return [list(value)]
+    if len(shape) in (2, 3):
+        return [[value]]
+    if not isinstance(value, (list, tuple)):
+        got = "a path; read the frames first" if isinstance(value, str) else _describe(value)
+        raise TypeError(f"videos: expected frames, got {got}")
+    if all(len(_shape(frame)) in (2, 3) for frame in value):
+        return [list(value)]
+    return [video for item in value for video in _videos(item)]
+
+
+def _shape(value) -> tuple[int, ...]:
+    """Of an array or a PIL image; () for anything else."""
+    return value.size if isinstance(value, Image.Image) else tuple(getattr(value, "shape", ()))
+
+
+def _no_image(value, reason: Exception) -> ValueError:
+    return ValueError(
+        f"images: expected PIL images, arrays, paths or lists of them, got {_describe(value)}"
+        f" ({type(reason).__name__}: {_one_line(reason)})"
+    )
+
+
+def _describe(value) -> str:
+    shape = _shape(value)
+    return f"{type(value).__name__} of shape {list(shape)}" if shape else _one_line(repr(value))
+
+
+def _one_line(value) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaProcessor, SiglipImageProcessorPil
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    SiglipImageProcessorPil,
+)
 
 import llava_integration as li
 
@@ -107,12 +113,31 @@ class TestVideo:
         with pytest.raises(ValueError, match="videos: expected at least one frame"):
             processor(videos=videos, text="<image>")
 
+    @pytest.mark.parametrize("video", [[None], [[None]], 3, {}, b"x", [["a.png", "b.png"]], object()], ids=repr)
+    def test_what_is_no_video(self, processor, video):
+        with pytest.raises((ValueError, TypeError), match="videos: expected"):
+            processor(videos=video, text="<image>")
+
+    def test_frames_of_several_sizes_and_kinds(self, build, processor):
+        frames = [build.image(0), build.image(1, (30, 90)), build.image(2).convert("L")]
+        inputs = processor(videos=[frames, frames[:1]], text="<image> and <image>", return_tensors="pt")
+        assert counts(processor, inputs) == [16]
+        expected = processor(images=[*frames, frames[0]], return_tensors="pt")["pixel_values"]
+        assert torch.equal(inputs["pixel_values"], expected)
+
+    def test_nested_by_prompt_and_as_one_array(self, build, processor):
+        video = torch.randint(0, 256, (2, 3, 60, 80, 3), dtype=torch.uint8).numpy()
+        one = processor(videos=video, text="<image> and <image>", return_tensors="pt")
+        other = processor(videos=[[video[0]], [list(video[1])]], text="<image> and <image>", return_tensors="pt")
+        assert counts(processor, one) == [24]
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
+
     def test_bad_videos(self, build, processor):
         with pytest.raises(TypeError, match="videos: expected frames, got a path"):
             processor(videos="film.mp4", text="<image>")
         with pytest.raises(ValueError, match=r"videos: expected images or videos, .* got both"):
             processor(videos=[build.image()], images=[build.image()], text="<image>")
-        with pytest.raises(ValueError, match=r"text: found 3 <image> tokens for 2 image\(s\)"):
+        with pytest.raises(ValueError, match=r"text: found 3 <image> tokens for 1 video\(s\) of 2 frame"):
             processor(videos=[build.image(), build.image()], text="<image> <image> <image>")
 
 
@@ -178,6 +203,28 @@ class TestBadInput:
     def test_an_image_that_is_none(self, processor, image):
         with pytest.raises((ValueError, TypeError), match="images: expected"):
             processor(images=image, text="<image>")
+
+    def test_images_of_another_prompt(self, build, processor):
+        """As many in all, but the second image would have gone into the second prompt."""
+        images = [[build.image(0), build.image(1)], [build.image(2)]]
+        with pytest.raises(ValueError, match=r"text: found 1 <image> tokens in prompt 0 for 2 image\(s\)"):
+            processor(images=images, text=["<image>", "<image> <image>"])
+
+    @pytest.mark.parametrize("pad", [False, True])
+    def test_arrays_that_are_no_image(self, build, processor, pad):
+        processor.image_processor = LlavaImageProcessorPil(
+            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_pad=pad
+        )
+        for shape in ((8, 8, 2), (0, 8, 3), (5,)):
+            with pytest.raises(ValueError, match=r"^images: expected") as caught:
+                processor(images=torch.zeros(shape, dtype=torch.uint8).numpy(), text="<image>")
+            assert "\n" not in str(caught.value)
+
+    def test_a_file_that_is_no_image_and_one_that_is_not_there(self, processor, tmp_path):
+        (tmp_path / "text.png").write_text("no image")
+        for name in (str(tmp_path / "text.png"), str(tmp_path / "none.png"), "http://127.0.0.1:9/none.png"):
+            with pytest.raises(ValueError, match=rf"^images: expected .* got '{name}'"):
+                processor(images=name, text="<image>")
 
     @pytest.mark.parametrize(("name", "value"), [("patch_size", None), ("patch_size", 0), ("spatial_merge_size", 2.0)])
     def test_sizes(self, processor, name, value):
