@@ -181,7 +181,7 @@ def run(
     from .group import Group, take_rounds
     from .plain import SAVINGS
     from .progress import Progress
-    from .roofline import measure_ceilings
+    from .roofline import beaten, measure_ceilings
 
     preset: Preset = args.preset
     gpu = device == "cuda"
@@ -286,7 +286,11 @@ def run(
             share = (until - time.monotonic() - later * warm_up) / (later + 1)
 
             def after_round(name: str = name, group: Group = group) -> None:
+                nonlocal ceilings
                 bar.step()
+                if not gpu:  # others use a CPU too, and a ceiling is what it does when they do not
+                    ceilings = ceilings.raised(measure_ceilings(device, dtype))
+                    result["ceilings"] = ceilings.as_dict()
                 bar.now(f"{name}: round {len(next(iter(group.cells)).samples) + 1}")
                 publish()
 
@@ -296,6 +300,8 @@ def run(
                 result["notes"].append(f"{name}: {taken} rounds fitted into the time budget, {most} were planned")
             group.release()
         bar.finish("done")
+    if low := beaten(result["rows"]):
+        result["notes"].append(low)
     result["complete"] = len(groups) == len(plan)
     conclude(result)
     return result

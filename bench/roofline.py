@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .arguments import positive_float, positive_int
@@ -35,8 +35,27 @@ class Ceilings:
     def seconds(self, flops: float, nbytes: float) -> float:
         return max(flops / self.flops, nbytes / self.bandwidth)
 
+    def raised(self, other: Ceilings) -> Ceilings:
+        """The higher of two measurements of one device: whatever else runs there only lowers them."""
+        flops, bandwidth = max(self.flops, other.flops), max(self.bandwidth, other.bandwidth)
+        return replace(self, flops=flops, bandwidth=bandwidth)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+BEATEN = 0.97  # of a floor; ceilings are known to a few percent
+
+
+def beaten(rows: list[dict[str, Any]]) -> str | None:
+    """What to say where a measurement is below its floor: not that the work was fast, but that the ceilings are low."""
+    ratios = [row["floor_ratio"]["total_ms"] for row in rows if row["floor_ratio"]["total_ms"] is not None]
+    if not ratios or min(ratios) >= BEATEN:
+        return None
+    return (
+        f"a total is {min(ratios):.2f} of its floor: the machine was busier while its ceilings were measured, "
+        "and every ratio to a floor is too low"
+    )
 
 
 _SHEET = "datasheet"

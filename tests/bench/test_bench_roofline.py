@@ -8,7 +8,7 @@ import pytest
 
 from bench.presets import PRESETS
 from bench.problems import LLAVA, STAGES
-from bench.roofline import DEVICES, Ceilings, floors_ms, linear, main, plan_fleet, prefill_work
+from bench.roofline import DEVICES, Ceilings, beaten, floors_ms, linear, main, plan_fleet, prefill_work
 
 H200 = DEVICES["nvidia-h200"]
 
@@ -71,3 +71,11 @@ def test_the_command_prints_floors_without_torch(capsys):
     code = "import sys, bench.roofline; bench.roofline.main([]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_busy_moment_lowers_no_ceiling_and_a_beaten_floor_is_said():
+    first, second = Ceilings(2.0, 30.0, 5.0, "a"), Ceilings(3.0, 20.0, 4.0, "b")
+    assert first.raised(second) == Ceilings(3.0, 30.0, 5.0, "a")
+    row = {"floor_ratio": {"total_ms": 1.01}}
+    assert beaten([row, {"floor_ratio": {"total_ms": None}}]) is None
+    assert "0.54 of its floor" in beaten([row, {"floor_ratio": {"total_ms": 0.54}}])

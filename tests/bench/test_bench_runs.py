@@ -11,6 +11,7 @@ from bench import gpu, group, kernels, prefill, report, results
 from bench.models import build_stock
 from bench.modes import Eager
 from bench.presets import PRESETS
+from bench.roofline import Ceilings
 from bench.speedup import label
 from llava_integration.modeling import LlavaStfModel
 
@@ -250,6 +251,17 @@ def test_two_runs_are_compared_row_by_row(full_run, tmp_path, capsys):
     assert sum(line.endswith("too few rounds") for line in lines) == 3  # three rounds there, four here
     assert report.main(["--compare", str(path), str(path)]) == 0
     assert capsys.readouterr().out.count("within noise") == 3 + 2  # rows and speed-ups, against themselves
+
+
+def test_the_ceilings_of_a_busy_cpu_are_the_best_of_the_run(monkeypatch, tmp_path):
+    measured = iter([1e3, 2e3, 5e3, 3e3])
+    monkeypatch.setattr("bench.roofline.measure_ceilings", lambda *_: Ceilings(next(measured), 1e18, 1.0, "made up"))
+    path = tmp_path / "prefill.json"
+    assert prefill.main([*TINY, "--rounds", "3", "--json", str(path)]) == 0
+    result = results.read(path)
+    assert result["ceilings"]["flops"] == 5e3
+    assert result["rows"][0]["floor_ms"]["vision_ms"] > 1e3  # from such ceilings
+    assert any("of its floor" in note for note in result["notes"])
 
 
 def test_rounds_stop_at_the_budget(monkeypatch):
