@@ -137,6 +137,8 @@ def _stf_config(
         raise ValueError(f"blocks: expected layer {selected} among them, which the stock projector reads, got {blocks}")
     if isinstance(merge_size, bool) or not isinstance(merge_size, int):
         raise TypeError(f"merge_size: expected an int, got {merge_size!r}")
+    if not isinstance(truncate, bool):
+        raise TypeError(f"truncate: expected a bool, got {truncate!r}")
     side = stock.vision_config.image_size // stock.vision_config.patch_size
     if merge_size < 1 or (side % merge_size and not truncate) or merge_size > side:
         raise ValueError(

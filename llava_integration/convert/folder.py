@@ -38,13 +38,21 @@ class Conversion:
     auto_map: bool
 
 
-def check_options(src: Path, dst: Path, dtype: torch.dtype | None, others: Mapping[str, Path | None]) -> None:
-    """ConversionError for what can be refused before anything is read."""
+def check_options(
+    src: Path,
+    dst: Path,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int | None,
+    others: Mapping[str, Path | None],
+) -> None:
+    """ConversionError for what can be refused before anything is read; `others`: further folders, by option."""
     for name, folder in {"SRC": src, **others}.items():
         if folder is not None and not folder.is_dir():
             raise ConversionError(f"{name}: expected a local folder, got {folder}; download the checkpoint first")
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise ConversionError(f"--dtype: expected float32, float16 or bfloat16, got {dtype}")
+    if max_shard_bytes is not None and (type(max_shard_bytes) is not int or max_shard_bytes < 1):
+        raise ConversionError(f"max_shard_bytes: expected a positive int or None, got {max_shard_bytes!r}")
     check_destination(dst, [src, *(folder for folder in others.values() if folder is not None)])
 
 

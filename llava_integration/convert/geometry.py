@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from ..configuration import resolve_layers
 from .checkpoint import Entries
 from .errors import ConversionError
 
@@ -84,14 +85,16 @@ def derive(entries: Entries, channels: int) -> Geometry:
 
 def block_layers(geometry: Geometry, layers: int, selected: object, given: list[int] | None) -> list[int]:
     """The tower's layers in concatenation order: as given, as config.json lists them, or by the published rule."""
-    listed = selected if isinstance(selected, list) and len(selected) == geometry.blocks else None
-    if (blocks := given or listed) is not None:
+    if given is not None:
+        blocks = _resolved(given, layers, "--blocks")
         if len(blocks) != geometry.blocks:
             raise ConversionError(
                 f"--blocks: expected {geometry.blocks} layers, as many as mm_projector_crosslayer.0.weight reads, "
-                f"got {blocks}"
+                f"got {given}"
             )
         return blocks
+    if isinstance(selected, list) and len(selected) == geometry.blocks:
+        return _resolved(selected, layers, "SRC: config.json: mm_vision_select_layer")
     selected = -2 if selected is None else selected
     if geometry.blocks == 1 and isinstance(selected, int):
         return [selected]
@@ -103,6 +106,13 @@ def block_layers(geometry: Geometry, layers: int, selected: object, given: list[
         f"rule of the published model, {published} behind layer {PUBLISHED_SELECT}, does not give them; name them, "
         "e.g. --blocks 5,3,1 with the first of the concatenation first"
     )
+
+
+def _resolved(blocks: object, layers: int, name: str) -> list[int]:
+    try:
+        return resolve_layers(blocks, layers, name)
+    except (TypeError, ValueError) as error:
+        raise ConversionError(str(error)) from error
 
 
 def _shape(entries: Entries, name: str) -> tuple[int, ...] | None:

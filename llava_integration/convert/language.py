@@ -2,7 +2,7 @@
 
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
-from .errors import ConversionError
+from .errors import ConversionError, blamed_on
 
 KINDS = {
     "llava_llama": LlamaConfig,
@@ -17,7 +17,7 @@ NOT_FIELDS = ("model_type", "transformers_version", "architectures", "dtype", "_
 def text_config(content: dict, rows: int) -> PreTrainedConfig:
     """`content`: config.json, in which vision and training fields lie beside those of the language model."""
     kind = content.get("model_type")
-    if kind not in KINDS or "text_config" in content:
+    if not isinstance(kind, str) or kind not in KINDS or "text_config" in content:
         hint = ""
         if kind == "llava":
             hint = "; a LLaVA-1.5 folder of transformers is converted with `llava`"
@@ -30,8 +30,9 @@ def text_config(content: dict, rows: int) -> PreTrainedConfig:
         for name, value in content.items()
         if name in defaults and name not in NOT_FIELDS and value is not None
     }
-    fields.setdefault("rope_parameters", _rope(content))
-    return KINDS[kind](**fields | {"vocab_size": rows})
+    with blamed_on("SRC: config.json", "get the file again"):
+        fields.setdefault("rope_parameters", _rope(content))
+        return KINDS[kind](**fields | {"vocab_size": rows})
 
 
 def _rope(content: dict) -> dict:

@@ -19,7 +19,7 @@ from ..warm_start import from_llava
 from .buffers import computed
 from .card import Source
 from .checkpoint import Entry, open_weights, read_json
-from .errors import ConversionError
+from .errors import ConversionError, blamed_on
 from .folder import Conversion, check_options, write_folder
 from .plan import match, on_meta, rename, shapes_of
 from .processor import image_processor, make_processor, read_image_settings, read_tokenizer
@@ -28,6 +28,8 @@ from .tower import tower_name
 
 PROJECTOR = "model.multi_modal_projector."
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
+CONFIG = "SRC: config.json"
+OPTIONS = {"blocks": "--blocks", "merge_size": "--merge-size", "truncate": "--truncate", "model": "SRC"}
 SEED = 0
 
 
@@ -53,10 +55,11 @@ def convert_llava(
     Raises ConversionError, one line; then there is nothing at `dst`.
     """
     src, dst = Path(src), Path(dst)
-    check_options(src, dst, dtype, {})
+    check_options(src, dst, dtype, max_shard_bytes, {})
     report = Report()
     stock_config = _read_config(src)
-    stock = on_meta(lambda: LlavaForConditionalGeneration(stock_config)).eval()
+    with blamed_on(CONFIG, "get the file again"):
+        stock = on_meta(lambda: LlavaForConditionalGeneration(stock_config)).eval()
     entries, sources = rename(open_weights(src), module_name)
     entries = match(shapes_of(stock), entries, sources, computed, report)
     dtype = dtype or entries[EMBEDDINGS].dtype
@@ -117,10 +120,8 @@ def _read_config(src: Path) -> LlavaConfig:
         raise ConversionError(
             "SRC: config.json: expected no quantization_config; convert a checkpoint that is not quantized"
         )
-    try:
+    with blamed_on(CONFIG, "get the file again"):
         return LlavaConfig.from_pretrained(src, local_files_only=True)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConversionError(f"SRC: config.json: {error}") from error
 
 
 def _warm_start(
@@ -141,12 +142,14 @@ def _warm_start(
             torch.manual_seed(SEED)  # the rows that only training uses: the same in every conversion
             stf = from_llava(stock, blocks=blocks, merge_size=merge_size, truncate=truncate)
     except (ValueError, TypeError) as error:
-        raise ConversionError(re.sub(r"^(blocks|merge_size|model): ", _option, str(error))) from error
+        raise ConversionError(_by_option(str(error))) from error
     return stf.config, stf.model.multi_modal_projector
 
 
-def _option(found: re.Match) -> str:
-    return {"blocks": "--blocks: ", "merge_size": "--merge-size: ", "model": "SRC: "}[found[1]]
+def _by_option(message: str) -> str:
+    """An error of `from_llava` under the command's names; what is about none of them is about the configuration."""
+    name, _, rest = message.partition(": ")
+    return f"{OPTIONS[name]}: {rest}" if name in OPTIONS else f"{CONFIG}: {message}"
 
 
 def _made(tensor: torch.Tensor) -> Entry:

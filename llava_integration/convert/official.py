@@ -25,7 +25,7 @@ from . import lora
 from .buffers import computed
 from .card import Source
 from .checkpoint import Entries, Entry, open_file, open_weights, read_json, weights_file
-from .errors import ConversionError
+from .errors import ConversionError, blamed_on
 from .folder import Conversion, check_options, write_folder
 from .geometry import RELAID_OUT, Geometry, block_layers, derive, projector_name
 from .language import text_config
@@ -78,7 +78,7 @@ def convert_official(
     """
     src, dst = Path(src), Path(dst)
     base, tower_folder = (None if path is None else Path(path) for path in (base, vision_tower))
-    check_options(src, dst, dtype, {"--base": base, "--vision-tower": tower_folder})
+    check_options(src, dst, dtype, max_shard_bytes, {"--base": base, "--vision-tower": tower_folder})
     report = Report()
     parts = _read_parts(src, base)
     tower = find_tower(parts.config.get("mm_vision_tower"), src, tower_folder)
@@ -108,7 +108,8 @@ def convert_official(
     entries = resize(entries, vocabulary.rows)
     if RELAID_OUT in entries:
         entries[RELAID_OUT] = _relaid_out(entries[RELAID_OUT], geometry.merge_size)
-    model = on_meta(lambda: LlavaStfForConditionalGeneration(config))
+    with blamed_on("SRC: config.json", "get the file again"):
+        model = on_meta(lambda: LlavaStfForConditionalGeneration(config))
     matched = match(shapes_of(model), entries, sources, computed, report)
 
     pad = parts.config.get("image_aspect_ratio") == "pad"
@@ -195,7 +196,7 @@ def _name(name: str) -> str | None:
 
 
 def _check_config(content: dict, vision: PreTrainedConfig) -> None:
-    expected = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch"}
+    expected = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False}
     for name, value in expected.items():
         if content.get(name, value) != value:
             raise ConversionError(f"SRC: config.json: {name}: expected {value!r}, got {content[name]!r}, another model")

@@ -18,7 +18,7 @@ from transformers import (
 from ..configuration import LlavaStfConfig
 from ..processing import LlavaStfProcessor
 from .checkpoint import read_json
-from .errors import ConversionError
+from .errors import ConversionError, blamed_on
 from .report import Report
 from .sentencepiece import read_llama_tokenizer
 from .vocabulary import IMAGE_TOKEN
@@ -95,8 +95,9 @@ def image_processor(vision: PreTrainedConfig, settings: dict, pad: bool) -> obje
         options = {name: value for name, value in options.items() if name not in ("crop_size", "do_center_crop")}
     else:
         options["do_pad"] = pad
-    made = kind(**options)
-    shape = tuple(made(Image.new("RGB", (2 * side, side)), return_tensors="pt")["pixel_values"].shape[-2:])
+    with blamed_on(SETTINGS_FILE, "correct the file or remove it, and the processor is built from the tower"):
+        made = kind(**options)
+        shape = tuple(made(Image.new("RGB", (2 * side, side)), return_tensors="pt")["pixel_values"].shape[-2:])
     if shape != (side, side):
         raise ConversionError(
             f"{SETTINGS_FILE}: expected images of {side}x{side}, the vision tower's, got {shape[0]}x{shape[1]}; "

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 
 from .checkpoint import Entries, Entry, open_weights, read_json, weights_file
-from .errors import ConversionError
+from .errors import ConversionError, blamed_on
 
 CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
 CLIP_LARGE = {
@@ -62,9 +62,10 @@ def find_tower(named: str | None, src: Path, option: Path | None) -> Tower:
         if not (option / "config.json").is_file():
             raise ConversionError(f"--vision-tower: expected a folder with config.json, got {option}")
         return Tower(read_config(option), option, option.name)
-    if not named:
+    if not named or not isinstance(named, str):
         raise ConversionError(
-            "SRC: expected mm_vision_tower in config.json, found none; name a local folder with --vision-tower DIR"
+            f"SRC: config.json: mm_vision_tower: expected a name, got {named!r}; name a local folder with "
+            "--vision-tower DIR"
         )
     for folder in (Path(named), src / named, src.parent / named):
         if (folder / "config.json").is_file():
@@ -80,13 +81,18 @@ def find_tower(named: str | None, src: Path, option: Path | None) -> Tower:
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """The vision configuration in the folder of a CLIP or SigLIP model, whole or vision tower alone."""
-    content = read_json(folder / "config.json")
+    file = folder / "config.json"
+    content = read_json(file)
     kind = content.get("model_type")
     if kind in ("clip", "siglip"):
         content, kind = content.get("vision_config") or {}, f"{kind}_vision_model"
-    if kind not in CONFIGS:
-        raise ConversionError(f"{folder / 'config.json'}: expected the vision tower of CLIP or SigLIP, got {kind!r}")
-    fields = {name: value for name, value in content.items() if name in CONFIGS[kind]().to_dict()}
-    fields.pop("transformers_version", None)
-    fields.pop("model_type", None)
-    return CONFIGS[kind](**fields)
+    if not isinstance(kind, str) or kind not in CONFIGS:
+        raise ConversionError(f"{file}: expected the vision tower of CLIP or SigLIP, got {kind!r}")
+    with blamed_on(str(file), "get the file again"):
+        fields = {name: value for name, value in content.items() if name in CONFIGS[kind]().to_dict()}
+        fields.pop("transformers_version", None)
+        fields.pop("model_type", None)
+        config = CONFIGS[kind](**fields)
+        if not 1 <= config.patch_size <= config.image_size:
+            raise ValueError(f"patch_size {config.patch_size} for images of {config.image_size}")
+    return config

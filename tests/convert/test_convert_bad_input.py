@@ -3,10 +3,12 @@
 Every case: ConversionError of one line that names what is wrong, nothing at DST, no temporary folder, SRC as it was.
 """
 
+import contextlib
 import errno
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 
@@ -16,6 +18,7 @@ from transformers.utils import logging
 
 from llava_integration.convert import ConversionError, convert_official, writer
 from llava_integration.convert.__main__ import main
+from llava_integration.convert.checkpoint import open_weights
 from tests.convert import checkpoints as ck
 
 
@@ -100,6 +103,22 @@ class TestTruncated:
         refused(r"expected both of mm_projector_crosslayer", src, dst)
 
 
+def test_damaged_bits(src, dst):
+    """Some bytes of a pickle changed: never anything but a ConversionError, or weights that are other weights."""
+    (src / "pytorch_model.bin.index.json").unlink()
+    ck.write_bin(src, ck.whole_tensors())
+    file = src / "pytorch_model.bin"
+    whole, generator = file.read_bytes(), random.Random(1)
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[generator.randrange(4000)] = generator.randrange(256)
+        file.write_bytes(damaged)
+        with contextlib.suppress(ConversionError):
+            open_weights(src)
+    assert not dst.exists()
+
+
 class TestForeign:
     def test_an_unknown_tensor(self, src, dst):
         rewrite(src, lambda tensors: tensors.update({"model.image_newline": torch.ones(ck.D)}))
@@ -151,16 +170,55 @@ class TestForeign:
             ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio: expected 'pad' or 'square'"),
             ({"mm_hidden_size": 64}, "mm_hidden_size: expected 32"),
             ({"model_type": "llava_mpt"}, "expected model_type llava_llama, got 'llava_mpt'"),
-            ({"mm_vision_tower": None}, "expected mm_vision_tower in config.json.*--vision-tower DIR"),
+            ({"mm_vision_tower": None}, "mm_vision_tower: expected a name, got None.*--vision-tower DIR"),
             ({"mm_vision_tower": "google/siglip"}, "neither a local folder nor one of.*--vision-tower DIR"),
             ({"num_hidden_layers": 3}, r"9 tensors are missing"),
             ({"num_hidden_layers": 1}, r"9 tensors are left over"),
+            ({"mm_vision_select_layer": [99] * 8}, r"^SRC: config\.json: mm_vision_select_layer: .*got 99"),
+            ({"mm_use_im_start_end": True}, "mm_use_im_start_end: expected False, got True"),
+            ({"num_hidden_layers": "two"}, "^SRC: config.json: .*num_hidden_layers.*'two'.*get the file again"),
+            ({"num_attention_heads": 5}, r"^SRC: config\.json: .*attention heads \(5\)"),
+            ({"num_attention_heads": 0}, r"^SRC: config\.json: "),
+            ({"rope_scaling": [1]}, r"^SRC: config\.json: "),
+            ({"rope_scaling": {"type": "nonsense"}}, r"^SRC: config\.json: .*nonsense"),
+            ({"rope_theta": "big"}, r"^SRC: config\.json: "),
+            ({"hidden_act": "nonsense"}, r"^SRC: config\.json: .*nonsense"),
+            ({"bos_token_id": "a"}, r"^SRC: config\.json: .*bos_token_id"),
+            ({"model_type": ["llava_llama"]}, "expected model_type llava_llama, got"),
+            ({"mm_vision_tower": 5}, r"^SRC: config\.json: mm_vision_tower: expected a name, got 5"),
             ({"mm_vision_select_layer": -3}, r"^--blocks: the checkpoint does not name its 8 blocks"),
         ],
     )
     def test_configuration(self, src, dst, changes, match):
         ck.write_json(src / "config.json", ck.official_config(**changes))
         refused(match, src, dst)
+
+    @pytest.mark.parametrize(
+        "vision",
+        [[1], ck.VISION | {"hidden_size": "a"}, ck.VISION | {"patch_size": 0}, ck.VISION | {"patch_size": 100},
+         ck.VISION | {"num_attention_heads": 7}],
+        ids=lambda value: "list" if isinstance(value, list) else next(k for k in value if value[k] != ck.VISION[k]),
+    )  # fmt: skip
+    def test_configuration_of_the_tower(self, src, dst, vision):
+        ck.write_json(src.parent / "tower" / "config.json", {"model_type": "clip", "vision_config": vision})
+        refused(r"tower/config\.json: expected valid values, got .*get the file again", src, dst)
+
+    @pytest.mark.parametrize("blocks", [3, [], ["a"] * 8, [99, *ck.BLOCKS[1:]], ck.BLOCKS[:3]], ids=str)
+    def test_blocks(self, src, dst, blocks):
+        refused(r"^--blocks: expected ", src, dst, blocks=blocks)
+
+    @pytest.mark.parametrize("size", [0, -5, 2.5e9])
+    def test_size_of_a_shard(self, src, dst, size):
+        refused(r"^max_shard_bytes: expected a positive int or None, got", src, dst, max_shard_bytes=size)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"size": "big"}, {"size": {"height": 1}}, {"image_mean": [1]}, {"resample": 99}, {"rescale_factor": "x"}],
+        ids=str,
+    )
+    def test_settings_of_images(self, src, dst, settings):
+        ck.write_json(src / "preprocessor_config.json", settings)
+        refused(r"^preprocessor_config\.json: expected valid values, got .*correct the file or remove it", src, dst)
 
     def test_the_towers_weights_are_nowhere(self, src, dst):
         rewrite(src, lambda tensors: [tensors.pop(name) for name in list(tensors) if "vision_tower" in name])

@@ -152,6 +152,8 @@ class TestBadInput:
             ({"blocks": [5, 9]}, r"^--blocks: expected layers from -7 to 6.*got 9"),
             ({"merge_size": 3}, r"^--merge-size: expected a divisor of the 4x4 grid, got 3"),
             ({"merge_size": 0}, r"^--merge-size: "),
+            ({"truncate": 1}, r"^--truncate: expected a bool, got 1"),
+            ({"max_shard_bytes": 0}, r"^max_shard_bytes: expected a positive int"),
         ],
     )
     def test_options(self, stock, tmp_path, options, match):
@@ -167,6 +169,13 @@ class TestBadInput:
             ({"vision_feature_layer": [3, 5]}, r"^SRC: expected one vision_feature_layer"),
             ({"vision_feature_select_strategy": "full"}, r"^SRC: .*select_strategy='default'"),
             ({"quantization_config": {"load_in_4bit": True}}, r"^SRC: .*quantization_config"),
+            ({"text_config": [1]}, r"^SRC: config\.json: .*text_config.*get the file again"),
+            ({"vision_feature_layer": None}, r"^SRC: config\.json: .*vision_feature_layer.*get the file again"),
+            ({"vision_feature_layer": 99}, r"^SRC: config\.json: vision_feature_layer: .*from -7 to 6.*got 99"),
+            ({"projector_hidden_act": "relu"}, r"^SRC: config\.json: projector_hidden_act: .*got 'relu'"),
+            ({"projector_hidden_act": "nonsense"}, r"^SRC: config\.json: .*nonsense"),
+            ({"dtype": "nonsense"}, r"^SRC: config\.json: .*nonsense"),
+            ({"vision_config": {"model_type": "clip_vision_model", "patch_size": 0}}, r"^SRC: config\.json: "),
             ({"image_token_index": 13}, r"^tokenizer: .*id 13.*got 16 tokens and id 14"),
         ],
     )
@@ -179,7 +188,7 @@ class TestBadInput:
         (src / "config.json").unlink()
         config = json.loads((folder / "config.json").read_text())
         ck.write_json(src / "config.json", config | changes)
-        if "vision_feature_layer" in changes:
+        if isinstance(changes.get("vision_feature_layer"), list):
             (file,) = folder.glob("*.safetensors")
             tensors = load_file(file)
             name = next(name for name in tensors if name.endswith("projector.linear_1.weight"))
