@@ -83,6 +83,8 @@ def _section(name: str, result: dict[str, Any], drawn: dict[str, bytes]) -> str:
         "device", "dtype", "preset", "weights", "attention", "output_tokens", "torch", "triton", "transformers",
         "commit", "clock_mhz",
     )}  # fmt: skip
+    if clocks := [clock for clock in result.get("clocks_mhz", []) if clock]:
+        facts["clock_mhz"] = f"{min(clocks):.0f} to {max(clocks):.0f} behind the rounds"
     listed = "".join(
         f"<dt>{html.escape(key.replace('_', ' '))}</dt><dd>{html.escape(str(value))}</dd>"
         for key, value in facts.items()

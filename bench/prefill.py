@@ -208,7 +208,7 @@ def run(
         },
         "peak_mb_means": "the row's own weights + the peak of what one prefill allocates (bench/memory.py)",
         "total_ms_means": "pixel values on the device to the first token on the host; preprocess_ms is not in it",
-        "savings_mean": SAVINGS,
+        "savings_mean": SAVINGS, "clocks_mhz": [],
         "checks": [], "rows": [], "comparisons": [], "speedup": {}, "targets": [], "refused": None, "notes": [],
     }  # fmt: skip
     rows_per_group = 6 if args.full else 3
@@ -296,6 +296,8 @@ def run(
 
             bar.now(f"{name}: round 1")
             taken = take_rounds(group, fewest=fewest, most=most, until=time.monotonic() + share, after_each=after_round)
+            if gpu:  # right behind the work: before it, a GPU idles at a clock of its own
+                result["clocks_mhz"].append(environment.clock_mhz())
             if taken < most and group.measurable:
                 result["notes"].append(f"{name}: {taken} rounds fitted into the time budget, {most} were planned")
             group.release()

@@ -62,7 +62,7 @@ _SHEET = "datasheet"
 DEVICES = {
     "nvidia-a100-sxm4-80gb": Ceilings(312e12, 2.039e12, 80e9, _SHEET),
     "nvidia-h100-80gb-hbm3": Ceilings(989e12, 3.35e12, 80e9, _SHEET),
-    "nvidia-h200": Ceilings(790e12, 4.3e12, 141e9, "measured on such a card (shared/KERNELS.md)"),
+    "nvidia-h200": Ceilings(790e12, 4.3e12, 141e9, "measured on such a card"),
     "nvidia-l40s": Ceilings(362e12, 0.864e12, 48e9, _SHEET),
     "amd-instinct-mi300x": Ceilings(1307e12, 5.3e12, 192e9, _SHEET),
 }

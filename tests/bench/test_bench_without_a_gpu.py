@@ -12,7 +12,7 @@ from PIL import Image
 from sample_results import KERNELS, prefill_result
 
 import stf_kernels.modules
-from bench import gpu, models, modes, prefill, results, roofline
+from bench import environment, gpu, models, modes, prefill, report, results, roofline
 from bench.presets import PRESETS
 from bench.speedup import label
 from stf_kernels import ops
@@ -36,6 +36,7 @@ def pretended(tmp_path_factory):
         fake_cuda.install(patch)
         build = models.build_stock
         patch.setattr(models, "build_stock", lambda preset, *, device, **rest: build(preset, device="cpu", **rest))
+        patch.setattr(environment, "clock_mhz", iter((345.0, 1980.0, 1755.0, 1830.0)).__next__)
         ceilings = roofline.Ceilings(1e14, 1e12, 141e9, "pretended")
         patch.setattr(roofline, "measure_ceilings", lambda *_, **__: ceilings)
         patch.setattr(torch, "compile", lambda function, **_: function)  # a minute of C++ for each row, here
@@ -75,6 +76,15 @@ def test_captured_rows_are_compared_with_captured_and_with_eager(pretended):
     assert {("llava-stf/fused", "graph", "graph"), ("llava-stf/fused", "graph", "eager")} <= found
     assert sum("against its eager run" in check["name"] for check in result["checks"]) == 12
     assert all(check["agrees"] for check in result["checks"])
+
+
+def test_clocks_are_taken_behind_the_work_of_every_group(pretended, tmp_path):
+    result = pretended[1]
+    assert result["clock_mhz"] == 345.0  # idle
+    assert result["clocks_mhz"] == [1980.0, 1755.0, 1830.0]
+    results.write(tmp_path / "prefill.json", result)
+    text = report.write_report([tmp_path / "prefill.json"], tmp_path)[0].read_text()
+    assert "1755 to 1980 behind the rounds" in text
 
 
 def test_only_the_events_inside_a_graph_are_external(pretended):
