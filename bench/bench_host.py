@@ -60,7 +60,7 @@ def test_concat_linear(benchmark):
         benchmark,
         lambda: stf_kernels.concat_linear(blocks, weight, bias, activation="gelu"),
         lambda: run_stage(blocks, weight, bias, Stage("gelu")),
-        lambda: torch.ops.stf_kernels.concat_linear(blocks, weight, bias, "gelu", 0, False),
+        lambda: torch.ops.stf_kernels.concat_linear(blocks, weight, bias, "gelu", 0, []),
     )
 
 
@@ -71,7 +71,7 @@ def test_spatial_merge_linear(benchmark):
         benchmark,
         lambda: stf_kernels.spatial_merge_linear(x, weight, grid=GRID, activation="gelu"),
         lambda: run_stage([x], weight, None, Stage("gelu", gather=2, grid=GRID)),
-        lambda: torch.ops.stf_kernels.spatial_merge_linear(x, weight, None, "gelu", 0, 2, *GRID, False),
+        lambda: torch.ops.stf_kernels.spatial_merge_linear(x, weight, None, "gelu", 0, 2, *GRID, []),
     )
 
 

@@ -28,13 +28,42 @@ class Needs:
     weights: Sequence[bool]
     biases: Sequence[bool]
 
+    @classmethod
+    def of(cls, flags: Sequence[bool], groups: Sequence[Sequence[Tensor]]) -> "Needs":
+        """From a flag for each of [*blocks, *weights, *biases]; groups are those lists, biases perhaps empty."""
+        blocks, weights = len(groups[0]), len(groups[1])
+        return cls(
+            flags[:blocks],
+            flags[blocks : blocks + weights],
+            flags[blocks + weights :] or [False] * weights,
+        )
+
     def upstream_of(self, stage: int) -> bool:
+        """Whether the gradient of the input of a stage is wanted."""
         return any(self.blocks) or any(self.weights[:stage]) or any(self.biases[:stage])
+
+    def keeps(self, stages: Sequence[Stage]) -> list[bool]:
+        """Of which stages the backward reads the pre-activation, or the output where there is no activation.
+
+        Between two stages it is X of the next one's dW, and what act'(pre) * dX is made of on the way further up.
+        """
+        last = len(stages) - 1
+        anything = self.upstream_of(last + 1)
+        return [
+            self.weights[i + 1] or (stage.activation is not None and self.upstream_of(i + 1))
+            if i < last
+            else stage.activation is not None and anything
+            for i, stage in enumerate(stages)
+        ]
+
+    def reads(self) -> list[bool]:
+        """Which of [*blocks, *weights] the backward reads: X of the first dW, W of each product further up; no bias."""
+        return [self.weights[0]] * len(self.blocks) + [self.upstream_of(i) for i in range(len(self.weights))]
 
 
 def chain_bwd(
     dy: Tensor,
-    saved: list[Tensor],
+    saved: list[Tensor | None],
     blocks: Sequence[Tensor],
     weights: Sequence[Tensor],
     stages: Sequence[Stage],
@@ -42,7 +71,9 @@ def chain_bwd(
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
     """Gradients of (blocks, weights, biases), None where not needed. dy has the shape of the chain's output.
 
-    `saved` is consumed from its end, so that what was kept is freed as the backward passes it.
+    `saved` has an entry for every stage, None where `needs.keeps` has no flag. It is consumed from its end, so that it
+    is freed as the backward passes it. Of blocks and weights that `needs.reads` does not flag only shapes and dtypes
+    are used.
     """
     last = len(stages) - 1
     shapes = output_shapes(blocks[0].shape, weights, stages)
@@ -50,15 +81,16 @@ def chain_bwd(
     d_weights: list[Tensor | None] = [None] * len(weights)
     d_biases: list[Tensor | None] = [None] * len(weights)
 
-    g = _rows_of(dy, stages[last])
-    if stages[last].activation is not None:
+    g, kept = _rows_of(dy, stages[last]), saved.pop()
+    if kept is not None:
         g, _, d_biases[last] = _through_activation(
-            g.contiguous(), saved.pop(), stages[last], own=False, write_act=False, sum_rows=needs.biases[last]
+            g.contiguous(), kept, stages[last], own=False, write_act=False, sum_rows=needs.biases[last]
         )
     for i in range(last, 0, -1):
         if needs.biases[i] and d_biases[i] is None:
             d_biases[i] = g.sum(0)
-        before, kept, upstream = stages[i - 1], saved.pop(), needs.upstream_of(i)
+        before, upstream = stages[i - 1], needs.upstream_of(i)
+        kept = saved.pop()
         fused = before.activation is not None and upstream and backend.use_triton(kept.device, kept.dtype)
         x = None
         if fused:
@@ -112,7 +144,7 @@ def _through_activation(
 
 def _first_weight_grad(g: Tensor, blocks: Sequence[Tensor], weight: Tensor, stage: Stage) -> Tensor:
     c = blocks[0].shape[-1]
-    dw = torch.empty(weight.shape, device=weight.device, dtype=weight.dtype)
+    dw = torch.empty(weight.shape, device=g.device, dtype=weight.dtype)
     for s, segment in enumerate(stage.segments(blocks)):
         target = dw[:, s * c : (s + 1) * c]
         if stage.gather > 1 or not _product_of_each_image(segment):
@@ -146,7 +178,8 @@ def _block_grads(
         ]
     x = blocks[0]
     whole = all(side % stage.gather == 0 for side in stage.grid)
-    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype) if whole else x.new_zeros(x.shape)
+    make = torch.empty if whole else torch.zeros
+    dx = make(x.shape, device=g.device, dtype=x.dtype)
     for s, segment in enumerate(stage.segments([dx])):
         segment.copy_(torch.mm(g, weight[:, s * c : (s + 1) * c]).view(segment.shape))
     return [dx]

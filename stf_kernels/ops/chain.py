@@ -1,10 +1,11 @@
 """Stages in a row: the forward, and what it keeps for the backward (backward.py).
 
-Kept, beside the caller's own blocks and weights: of each stage with an activation its
-pre-activation, of each other stage but the last its output. An activation's output is never kept: the backward reads
-the pre-activation once and writes both act'(pre) * dy and act(pre) from it. For the projector of LLaVA-1.5 in 16 bit
-that is, per image, 576*4096 + 144*4096 + 144*16384 elements = 10.6 MB; plain PyTorch also keeps the concatenation
-(9.4 MB), both activations' outputs (9.4 MB) and, in place of the fused output, its unfolded copy.
+Kept at most, beside the caller's own blocks and weights: of each stage with an activation its pre-activation, of each
+other stage but the last its output. An activation's output is never kept: the backward reads the pre-activation once
+and writes both act'(pre) * dy and act(pre) from it. For the projector of LLaVA-1.5 in 16 bit that is, per image,
+576*4096 + 144*4096 + 144*16384 elements = 10.6 MB; plain PyTorch also keeps the concatenation (9.4 MB), both
+activations' outputs (9.4 MB) and, in place of the fused output, its unfolded copy. What no wanted gradient reads is
+not kept: where only the last layer trains, h's pre-activation alone, 4.7 MB (`Needs.keeps` in backward.py).
 """
 
 from collections.abc import Sequence
@@ -59,18 +60,19 @@ def chain_fwd(
     biases: Sequence[Tensor | None],
     stages: Sequence[Stage],
     *,
-    save: bool = False,
+    keep: Sequence[bool] = (),
     out: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run the stages -> (output of the last, what the backward needs if `save`). blocks: [B, T, C] each."""
+    """Run the stages -> (output of the last, what is kept of the stages that `keep` flags). blocks: [B, T, C] each."""
     saved: list[Tensor] = []
     x: Sequence[Tensor] = blocks
     last = len(stages) - 1
     for i, (stage, weight, bias) in enumerate(zip(stages, weights, biases, strict=True)):
         target = {"out": out, "rows": rows} if i == last else {}
-        y, pre = run_stage(x, weight, bias, stage, save_pre=save and stage.activation is not None, **target)
-        if save and (pre is not None or i < last):
+        kept = bool(keep) and keep[i]
+        y, pre = run_stage(x, weight, bias, stage, save_pre=kept and stage.activation is not None, **target)
+        if kept:
             saved.append(y if pre is None else pre)
         x = [y]
     return y, saved

@@ -2,13 +2,15 @@
 
 An operator has three tensor arguments and static ones:
 
-    name(blocks, weights, biases, *static, save) -> [y, *saved]
+    name(blocks, weights, biases, *static, needs) -> [y, *saved]
 
 blocks and weights are a Tensor or a list of them, biases an optional Tensor or a list (empty: none). `static` fixes
-the geometry. From `plan` alone come the schema's implementation, fake, autograd formula and autocast rule.
+the geometry. `needs` says of each tensor in that order whether its gradient will be asked for; empty is none. From
+`plan` alone come the schema's implementation, fake, autograd formula and autocast rule.
 
 Through the dispatcher a call costs tens of microseconds on the host; outside torch.compile and without tensor
-subclasses it goes straight to the implementation, or to a plain autograd.Function where a gradient is wanted.
+subclasses it goes straight to the implementation, or to a plain autograd.Function where a gradient is wanted. Under
+torch.func's transforms and forward-mode differentiation plain torch computes (composite.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from torch.autograd import forward_ad
 from ..backend import current_backend, use_backend, use_triton
 from .backward import Needs, chain_bwd
 from .chain import chain_fwd
+from .composite import composite
 from .stage import Stage
 
 NAMESPACE = "stf_kernels"
@@ -76,10 +79,10 @@ class ChainOperator:
     def __init__(self, name: str, tensors: str, static: str, plan: Callable[..., Plan]) -> None:
         """tensors and static are their parts of the schema; plan maps the static arguments to a Plan."""
         self._plan = plan
-        self._forward_op = define(name, f"{tensors}, {static}, bool save", "Tensor[]", self._forward, self._fake)
+        self._forward_op = define(name, f"{tensors}, {static}, bool[] needs", "Tensor[]", self._forward, self._fake)
         self._backward_op = define(
-            f"{name}_bwd", f"Tensor grad, Tensor[] saved, {tensors}, {static}, bool[] needs", "Tensor[]",
-            self._backward, self._fake_backward,
+            f"{name}_bwd", f"Tensor grad, Tensor[] saved, {tensors}, {static}, bool[] kept_for, bool[] needs",
+            "Tensor[]", self._backward, self._fake_backward,
         )  # fmt: skip
         qualified = f"{NAMESPACE}::{name}"
         torch.library.register_autograd(
@@ -90,59 +93,68 @@ class ChainOperator:
 
     def __call__(self, blocks, weights, biases, *static) -> Tensor:
         tensors = [*_as_list(blocks), *_as_list(weights), *_as_list(biases)]
-        wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        needs = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
+        wants_grad = any(needs)
         ordinary = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-        if torch.compiler.is_compiling() or not ordinary or _is_watched(tensors[0]):
-            return self._forward_op(blocks, weights, biases, *static, wants_grad)[0]
+        if torch.compiler.is_compiling() or not ordinary or _is_recorded(tensors[0]):
+            return self._forward_op(blocks, weights, biases, *static, needs if wants_grad else [])[0]
+        if _is_transformed():
+            return composite(self._plan(*static), *map(_as_list, (blocks, weights, biases)))
         if wants_grad:
             lengths = len(_as_list(blocks)), len(_as_list(weights))
-            return _Eager.apply(self._plan(*static), lengths, *tensors)
-        return self._forward(blocks, weights, biases, *static, False)[0]
+            return _Eager.apply(self._plan(*static), lengths, needs, *tensors)
+        return self._forward(blocks, weights, biases, *static, [])[0]
 
-    def _forward(self, blocks, weights, biases, *static_and_save) -> list[Tensor]:
-        *static, save = static_and_save
-        y, saved = run_plan(self._plan(*static), _as_list(blocks), _as_list(weights), _as_list(biases), save=save)
+    def _forward(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
+        *static, needs = static_and_needs
+        plan, groups = self._plan(*static), [_as_list(group) for group in (blocks, weights, biases)]
+        y, saved = run_plan(plan, *groups, keep=Needs.of(needs, groups).keeps(plan.stages) if needs else ())
         return [y, *saved]
 
-    def _fake(self, blocks, weights, biases, *static_and_save) -> list[Tensor]:
-        *static, save = static_and_save
+    def _fake(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
+        *static, needs = static_and_needs
         stages, skip = self._plan(*static)
+        groups = [_as_list(group) for group in (blocks, weights, biases)]
+        keep = Needs.of(needs, groups).keeps(stages) if needs else [False] * len(stages)
         block = _as_list(blocks)[0][:, skip:]
         saved = []
         for i, (stage, weight) in enumerate(zip(stages, _as_list(weights), strict=True)):
             rows, n = block.shape[0] * stage.tokens(block.shape), weight.shape[0]
             y = block.new_empty(stage.out_shape(block.shape, n))
-            if save and stage.activation is not None:
-                saved.append(block.new_empty((rows, n)))
-            elif save and i < len(stages) - 1:
-                saved.append(y)
+            if keep[i]:
+                saved.append(y if stage.activation is None else block.new_empty((rows, n)))
             block = y
         return [block, *saved]
 
     def _setup_context(self, ctx, inputs, output) -> None:
-        ctx.forms, ctx.static, ctx.save = [Form.of(value) for value in inputs[:3]], inputs[3:-1], inputs[-1]
+        ctx.forms, ctx.static, ctx.kept_for = [Form.of(value) for value in inputs[:3]], inputs[3:-1], inputs[-1]
         ctx.backend = current_backend()
         ctx.save_for_backward(*output[1:], *(t for value in inputs[:3] for t in _as_list(value)))
 
     def _autograd_backward(self, ctx, grads):
         _refuse_double_backward()
-        if not ctx.save:
-            raise RuntimeError("save: a gradient was asked for; call the operator with save=True")
-        needs = [
+        wanted = [
             need for form, flag in zip(ctx.forms, ctx.needs_input_grad, strict=False) for need in _flags(form, flag)
         ]
+        kept_for = list(ctx.kept_for) or [False] * len(wanted)
+        if missing := [i for i, want in enumerate(wanted) if want and not kept_for[i]]:
+            raise RuntimeError(
+                f"needs: the gradient of tensor {missing[0]} is wanted, and the forward was told {list(ctx.kept_for)}; "
+                "pass the operator a flag for every tensor, true where a gradient will be wanted"
+            )
         kept = list(ctx.saved_tensors)
-        saved, tensors = kept[: len(kept) - len(needs)], kept[len(kept) - len(needs) :]
+        saved, tensors = kept[: len(kept) - len(wanted)], kept[len(kept) - len(wanted) :]
+        operands = _restore_all(ctx.forms, tensors)
         with use_backend(ctx.backend):
-            found = iter(self._backward_op(grads[0], saved, *_restore_all(ctx.forms, tensors), *ctx.static, needs))
-        in_order = [next(found) if need else None for need in needs]
+            found = iter(self._backward_op(grads[0], saved, *operands, *ctx.static, kept_for, wanted))
+        in_order = [next(found) if want else None for want in wanted]
         return (*_restore_all(ctx.forms, in_order), *(None for _ in ctx.static), None)
 
     def _backward(self, grad, saved, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
-        *static, needs = static_and_needs
-        grads = _run_backward(
-            self._plan(*static), grad, list(saved), _as_list(blocks), _as_list(weights), len(_as_list(biases)), needs
-        )
+        *static, kept_for, needs = static_and_needs
+        plan, groups = self._plan(*static), [_as_list(group) for group in (blocks, weights, biases)]
+        by_stage = _by_stage(saved, Needs.of(kept_for, groups).keeps(plan.stages))
+        grads = _run_backward(plan, grad, by_stage, *groups[:2], len(groups[2]), Needs.of(needs, groups))
         return [g for g, need in zip(grads, needs, strict=True) if need]
 
     def _fake_backward(self, grad, saved, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
@@ -163,44 +175,55 @@ class ChainOperator:
 
 
 class _Eager(torch.autograd.Function):
-    """The same formulas without the dispatcher: apply(plan, (number of blocks, of weights), *tensors) -> y."""
+    """The same formulas without the dispatcher: apply(plan, (number of blocks, of weights), needs, *tensors) -> y.
+
+    It keeps only what the gradients that are wanted will read; of other blocks and weights, shape and dtype.
+    """
 
     @staticmethod
-    def forward(ctx, plan: Plan, lengths: tuple[int, int], *tensors: Tensor) -> Tensor:
-        blocks, weights, biases = _split(tensors, (*lengths, len(tensors) - sum(lengths)))
-        y, saved = run_plan(plan, blocks, weights, biases, save=True)
-        ctx.plan, ctx.sizes = plan, (len(blocks), len(weights), len(biases))
+    def forward(ctx, plan: Plan, lengths: tuple[int, int], needs: list[bool], *tensors: Tensor) -> Tensor:
+        groups = _split(tensors, (*lengths, len(tensors) - sum(lengths)))
+        needed = Needs.of(needs, groups)
+        y, saved = run_plan(plan, *groups, keep=needed.keeps(plan.stages))
+        operands, reads = [*groups[0], *groups[1]], needed.reads()
+        ctx.plan, ctx.keeps, ctx.sizes = plan, needed.keeps(plan.stages), [len(group) for group in groups]
+        ctx.unread = [None if read else (t.shape, t.dtype) for t, read in zip(operands, reads, strict=True)]
         ctx.backend = current_backend()  # the backward runs in a thread of its own, where `use_backend` is not seen
-        ctx.save_for_backward(*saved, *tensors)
+        ctx.save_for_backward(*saved, *(t for t, read in zip(operands, reads, strict=True) if read))
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         _refuse_double_backward()
-        kept, count = ctx.saved_tensors, sum(ctx.sizes)
-        saved, tensors = list(kept[: len(kept) - count]), kept[len(kept) - count :]
-        blocks, weights, biases = _split(tensors, ctx.sizes)
+        kept, count = ctx.saved_tensors, ctx.unread.count(None)
+        saved, read = _by_stage(kept[: len(kept) - count], ctx.keeps), iter(kept[len(kept) - count :])
+        operands = [
+            next(read) if unread is None else torch.empty(unread[0], dtype=unread[1], device="meta")
+            for unread in ctx.unread
+        ]
+        blocks, weights = _split(operands, ctx.sizes[:2])
         # Without retain_graph the node lets go of what it saved, and the backward frees it piece by piece.
         ctx.maybe_clear_saved_tensors()
-        del kept, tensors
+        del kept, operands, read
         with use_backend(ctx.backend):
-            grads = _run_backward(ctx.plan, grad, saved, blocks, weights, len(biases), ctx.needs_input_grad[2:])
-        return (None, None, *grads)
+            needed = Needs.of(ctx.needs_input_grad[3:], (blocks, weights, ()))
+            grads = _run_backward(ctx.plan, grad, saved, blocks, weights, ctx.sizes[2], needed)
+        return (None, None, None, *grads)
 
 
-def run_plan(plan: Plan, blocks, weights, biases, *, save: bool, out=None, rows=None) -> tuple[Tensor, list[Tensor]]:
-    """Run a chain's forward -> (output, what the backward needs if `save`); biases may be empty."""
+def run_plan(
+    plan: Plan, blocks, weights, biases, *, keep: Sequence[bool] = (), out=None, rows=None
+) -> tuple[Tensor, list[Tensor]]:
+    """Run a chain's forward -> (output, what is kept of the stages that `keep` flags); biases may be empty."""
     stages, skip = plan
     if skip:
         blocks = [block[:, skip:] for block in blocks]
-    return chain_fwd(blocks, weights, biases or [None] * len(weights), stages, save=save, out=out, rows=rows)
+    return chain_fwd(blocks, weights, biases or [None] * len(weights), stages, keep=keep, out=out, rows=rows)
 
 
-def _run_backward(plan: Plan, grad, saved, blocks, weights, num_biases: int, needs) -> list[Tensor | None]:
+def _run_backward(plan: Plan, grad, saved, blocks, weights, num_biases: int, needed: Needs) -> list[Tensor | None]:
     """Gradients of [*blocks, *weights, *biases], with zeros for the skipped tokens; None where not needed."""
     stages, skip = plan
-    for_blocks, for_weights, for_biases = _split(needs, (len(blocks), len(weights), num_biases))
-    needed = Needs(for_blocks, for_weights, for_biases or [False] * len(weights))
     cropped = [block[:, skip:] for block in blocks]
     # A backward called inside an autocast region must not have its products cast: they are in the forward's dtype.
     with torch.autocast(grad.device.type, enabled=False):
@@ -208,6 +231,11 @@ def _run_backward(plan: Plan, grad, saved, blocks, weights, num_biases: int, nee
     if skip:
         d_blocks = [g if g is None else nn.functional.pad(g, (0, 0, skip, 0)) for g in d_blocks]
     return [*d_blocks, *d_weights, *d_biases[:num_biases]]
+
+
+def _by_stage(saved: Sequence[Tensor], keeps: Sequence[bool]) -> list[Tensor | None]:
+    kept = iter(saved)
+    return [next(kept) if keep else None for keep in keeps]
 
 
 def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
@@ -223,19 +251,14 @@ def _flags(form: Form, flag: bool | Sequence[bool]) -> list[bool]:
     return list(flag) if form.is_list else [flag] * form.count
 
 
-def _is_watched(x: Tensor) -> bool:
-    """A kernel would run where a mode records (FLOP counters, make_fx) what goes through the dispatcher.
+def _is_recorded(x: Tensor) -> bool:
+    """A kernel would run where a mode records (FLOP counters, make_fx) what goes through the dispatcher."""
+    return torch._C._len_torch_dispatch_stack() > 0 and use_triton(x.device, x.dtype)
 
-    Forward-mode derivatives would be lost in a kernel, so they are refused there; plain torch has both by itself.
-    """
-    recorded, dual = torch._C._len_torch_dispatch_stack() > 0, forward_ad._current_level >= 0
-    if not (recorded or dual) or not use_triton(x.device, x.dtype):
-        return False
-    if dual:
-        raise RuntimeError(
-            "stf_kernels: forward-mode derivatives are not supported by the Triton kernels; use use_backend('torch')"
-        )
-    return True
+
+def _is_transformed() -> bool:
+    """Inside torch.func's grad, vjp, jvp, vmap, or at a level of forward-mode differentiation."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _refuse_double_backward() -> None:

@@ -33,7 +33,7 @@ compact_token_projector = ChainOperator("compact_token_projector", _TENSORS, _ST
 
 def _project_into(blocks, weights, biases, *static_out_rows) -> None:
     *static, out, rows = static_out_rows
-    run_plan(_four_layers(*static), blocks, weights, biases, save=False, out=out, rows=rows)
+    run_plan(_four_layers(*static), blocks, weights, biases, out=out, rows=rows)
 
 
 def _fake_project_into(blocks, weights, biases, *static_out_rows) -> None:

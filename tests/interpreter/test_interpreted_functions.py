@@ -123,7 +123,7 @@ def test_other_strides(what):
 def test_torch_ops_directly_with_a_transposed_block():
     """The operator itself is public through torch.ops: it must not read what is not contiguous as if it were."""
     blocks, weight = [transposed(torch.randn(2, 5, 8)) for _ in range(2)], torch.randn(7, 16)
-    y = torch.ops.stf_kernels.concat_linear(blocks, weight, None, None, 0, False)[0]
+    y = torch.ops.stf_kernels.concat_linear(blocks, weight, None, None, 0, [])[0]
     torch.testing.assert_close(y, torch.cat(blocks, -1) @ weight.t())
 
 

@@ -58,8 +58,8 @@ def test_torch_ops_directly(source, dtype):
     joined = torch.cat(blocks, -1)
     with torch.autocast("cpu", dtype):
         expected = torch.nn.functional.linear(joined, weight).dtype
-        found = torch.ops.stf_kernels.concat_linear(blocks, weight, None, "gelu", 0, False)[0]
-        z = torch.ops.stf_kernels.compact_token_projector(blocks, chain, [], "gelu", 1, 2, 2, 2, False)[0]
+        found = torch.ops.stf_kernels.concat_linear(blocks, weight, None, "gelu", 0, [])[0]
+        z = torch.ops.stf_kernels.compact_token_projector(blocks, chain, [], "gelu", 1, 2, 2, 2, [])[0]
     assert found.dtype == z.dtype == expected
 
 

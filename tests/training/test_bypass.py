@@ -58,7 +58,8 @@ def test_both_ways_give_the_same_bits(case):
     layers = [module.mbtf.linear_1, module.mbtf.linear_2, module.stf.linear_1, module.stf.linear_2]
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     eager = module(blocks)
-    through = torch.ops.stf_kernels.compact_token_projector(blocks, weights, biases, "gelu", 1, 2, 4, 4, True)[0]
+    needs = [True] * (len(blocks) + len(weights) + len(biases))
+    through = torch.ops.stf_kernels.compact_token_projector(blocks, weights, biases, "gelu", 1, 2, 4, 4, needs)[0]
     assert torch.equal(eager, through)
     leaves, dy = [*blocks, *weights, *biases], torch.randn_like(eager)
     for mine, other in zip(

@@ -23,7 +23,7 @@ def test_double_backward(name):
 
 def test_double_backward_through_the_dispatcher():
     x, weight = torch.randn(2, 5, 4, requires_grad=True), torch.randn(6, 8, requires_grad=True)
-    y = torch.ops.stf_kernels.concat_linear([x, x], weight, None, "gelu", 0, True)[0]
+    y = torch.ops.stf_kernels.concat_linear([x, x], weight, None, "gelu", 0, [True] * 3)[0]
     with pytest.raises(RuntimeError, match=r"double backward.*create_graph"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 

@@ -14,6 +14,12 @@ def draw(*shape, grad=True):
     return torch.randn(*shape, requires_grad=grad)
 
 
+def needs(save, *groups):
+    """One flag for every tensor, or none."""
+    count = sum(len(group) if isinstance(group, list) else group is not None for group in groups)
+    return [True] * count if save else []
+
+
 def chain_operands(layers, bias, grad):
     """blocks, weights, biases of a chain over a 4x6 grid behind one class token."""
     count = 3 if layers == 4 else 1
@@ -28,8 +34,8 @@ def chain_operands(layers, bias, grad):
 @pytest.mark.parametrize("bias", [True, False])
 def test_concat_linear(activation, save, bias):
     blocks = [draw(2, 5, 4, grad=save) for _ in range(3)]
-    arguments = (blocks, draw(6, 12, grad=save), draw(6, grad=save) if bias else None, activation, 1, save)
-    opcheck(OPS.concat_linear.default, arguments)
+    tensors = (blocks, draw(6, 12, grad=save), draw(6, grad=save) if bias else None)
+    opcheck(OPS.concat_linear.default, (*tensors, activation, 1, needs(save, *tensors)))
 
 
 @pytest.mark.parametrize("activation", ["silu", None])
@@ -37,7 +43,7 @@ def test_concat_linear(activation, save, bias):
 @pytest.mark.parametrize("grid", [(4, 6), (5, 5)])
 def test_spatial_merge_linear(activation, save, grid):
     x = draw(2, 1 + grid[0] * grid[1], 4, grad=save)
-    arguments = (x, draw(6, 16, grad=save), draw(6, grad=save), activation, 1, 2, *grid, save)
+    arguments = (x, draw(6, 16, grad=save), draw(6, grad=save), activation, 1, 2, *grid, [True] * 3 if save else [])
     opcheck(OPS.spatial_merge_linear.default, arguments)
 
 
@@ -45,11 +51,22 @@ def test_spatial_merge_linear(activation, save, grid):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("name", "layers"), [("token_fusion_mlp", 2), ("compact_token_projector", 4)])
 def test_chains(name, layers, bias, save):
-    opcheck(getattr(OPS, name).default, (*chain_operands(layers, bias, save), *STATIC, save))
+    tensors = chain_operands(layers, bias, save)
+    opcheck(getattr(OPS, name).default, (*tensors, *STATIC, needs(save, *tensors)))
+
+
+@pytest.mark.parametrize("trained", [[4], [3], [6], [9], [2, 5], [0]], ids=str)
+def test_chains_of_which_a_part_is_trained(trained):
+    blocks, weights, biases = chain_operands(4, True, False)
+    tensors = [*blocks, *weights, *biases]
+    for i in trained:
+        tensors[i].requires_grad_()
+    flags = [tensor.requires_grad for tensor in tensors]
+    opcheck(OPS.compact_token_projector.default, (blocks, weights, biases, *STATIC, flags))
 
 
 def test_chain_without_an_activation():
-    opcheck(OPS.compact_token_projector.default, (*chain_operands(4, True, True), None, *STATIC[1:], True))
+    opcheck(OPS.compact_token_projector.default, (*chain_operands(4, True, True), None, *STATIC[1:], [True] * 11))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -58,11 +75,11 @@ def test_scatter(bias):
     opcheck(OPS.compact_token_projector_out.default, (*chain_operands(4, bias, False), *STATIC, out, rows))
 
 
-@pytest.mark.parametrize("needs", [[True] * 5, [False, False, True, True, False]])
-def test_backward_operator(needs):
+@pytest.mark.parametrize("wanted", [[True] * 5, [False, False, True, True, False]])
+def test_backward_operator(wanted):
     blocks, weight = [draw(2, 5, 4, grad=False) for _ in range(3)], draw(6, 12, grad=False)
-    y, *saved = OPS.concat_linear(blocks, weight, torch.randn(6), "gelu", 1, True)
-    arguments = (torch.randn_like(y), saved, blocks, weight, torch.randn(6), "gelu", 1, needs)
+    y, *saved = OPS.concat_linear(blocks, weight, torch.randn(6), "gelu", 1, [True] * 5)
+    arguments = (torch.randn_like(y), saved, blocks, weight, torch.randn(6), "gelu", 1, [True] * 5, wanted)
     opcheck(OPS.concat_linear_bwd.default, arguments)
 
 
@@ -73,7 +90,8 @@ def test_every_registered_operator_is_checked_here():
     assert names == checked | {f"{name}_bwd" for name in checked} | {"compact_token_projector_out"}
 
 
-def test_gradient_without_what_the_backward_needs_is_a_clear_error():
-    weight = draw(6, 12)
-    with pytest.raises((RuntimeError, ValueError), match="save"):
-        OPS.concat_linear([draw(2, 5, 4)] * 3, weight, None, "gelu", 1, False)[0].sum().backward()
+@pytest.mark.parametrize(("flags", "missing"), [([], 0), ([True, True, True, False], 3)])
+def test_gradient_without_what_the_backward_needs_is_a_clear_error(flags, missing):
+    y = OPS.concat_linear([draw(2, 5, 4) for _ in range(3)], draw(6, 12), None, "gelu", 1, flags)[0]
+    with pytest.raises((RuntimeError, ValueError), match=f"needs: the gradient of tensor {missing}"):
+        y.sum().backward()
