@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
             "--blocks", type=_layers, metavar="I,I,...", help="layers of the vision tower in concatenation order"
         )
         command.add_argument(
-            "--auto-map", action="store_true", help="write a loader for trust_remote_code=True beside the weights"
+            "--auto-map", action="store_true", help="write code for trust_remote_code=True beside the weights"
         )
     official.add_argument("--base", metavar="DIR", help="language model of a pretrained projector or LoRA adapter")
     official.add_argument(

@@ -1,36 +1,61 @@
-"""The loader that trust_remote_code=True takes, for programs in which `import llava_integration` cannot be added.
+"""What trust_remote_code=True loads, for programs in which `import llava_integration` cannot be added.
 
-The file holds subclasses, not names: transformers copies the file of a class that it loaded so when the model is saved
-again, and the copy has to be complete. The installed llava_integration does the work.
+    llava_stf_auto.py    the classes of the package where it is installed, of the files beside it where it is not
+    llava_stf_*.py       the package's model, configuration and processor, with the projector in plain torch
+
+The loader holds subclasses, not names: transformers copies the file of a class that it loaded so when the model is
+saved again, with all that it imports relatively, and the copy has to be complete.
 """
 
 import json
+import re
 from pathlib import Path
 
-LOADER_FILE = "llava_stf_auto.py"
-MODULE = LOADER_FILE.removesuffix(".py")
+PACKAGE = Path(__file__).resolve().parent.parent
+PREFIX = "llava_stf_"
+MODULE = PREFIX + "auto"
+LOADER_FILE = MODULE + ".py"
 
-LOADER = '''"""LLaVA-STF for trust_remote_code=True; needs the stf-kernels package, which provides llava_integration."""
+# Flat, and with relative imports only: transformers copies files of one folder.
+COPIED = ("configuration", "modeling", "placement", "plain_projector", "processing", "register", "vision_tower")
+KERNELS, PLAIN = "from stf_kernels import CompactTokenProjector", "from .plain_projector import CompactTokenProjector"
 
-import llava_integration
+LOADER = '''"""LLaVA-STF for trust_remote_code=True: from the stf-kernels package if installed, else in plain torch."""
+
 from transformers import AutoProcessor
+from transformers.utils import logging
+
+try:
+    from llava_integration import LlavaStfConfig as Config
+    from llava_integration import LlavaStfForConditionalGeneration as ForConditionalGeneration
+    from llava_integration import LlavaStfModel as Model
+    from llava_integration import LlavaStfProcessor as Processor
+except ImportError:
+    from .llava_stf_register import LlavaStfConfig as Config
+    from .llava_stf_register import LlavaStfForConditionalGeneration as ForConditionalGeneration
+    from .llava_stf_register import LlavaStfModel as Model
+    from .llava_stf_register import LlavaStfProcessor as Processor
+    from .llava_stf_register import register
+
+    register()
+    logging.get_logger(__name__).warning("LLaVA-STF: stf-kernels is not installed, so its projector is not fused")
 
 
-class LlavaStfConfig(llava_integration.LlavaStfConfig):
+class LlavaStfConfig(Config):
     pass
 
 
-class LlavaStfModel(llava_integration.LlavaStfModel):
+class LlavaStfModel(Model):
     config: LlavaStfConfig
     config_class = LlavaStfConfig
 
 
-class LlavaStfForConditionalGeneration(llava_integration.LlavaStfForConditionalGeneration):
+class LlavaStfForConditionalGeneration(ForConditionalGeneration):
     config: LlavaStfConfig
     config_class = LlavaStfConfig
 
 
-class LlavaStfProcessor(llava_integration.LlavaStfProcessor):
+class LlavaStfProcessor(Processor):
     _auto_class = "AutoProcessor"
 
     def to_dict(self, *args, **kwargs):
@@ -39,7 +64,7 @@ class LlavaStfProcessor(llava_integration.LlavaStfProcessor):
 
 
 # Once a model is loaded the package's processor is known by its name, and would be taken instead.
-AutoProcessor.register(llava_integration.LlavaStfConfig, LlavaStfProcessor, exist_ok=True)
+AutoProcessor.register(Config, LlavaStfProcessor, exist_ok=True)
 '''
 
 MODEL_CLASSES = {
@@ -50,11 +75,19 @@ MODEL_CLASSES = {
 
 
 def write_auto_map(folder: Path) -> None:
-    """Add the loader to `folder` and name it in config.json and, where there is a processor, processor_config.json."""
+    """Add the code to `folder` and name it in config.json and, where there is a processor, processor_config.json."""
     (folder / LOADER_FILE).write_text(LOADER, encoding="utf-8")
+    for name in COPIED:
+        (folder / f"{PREFIX}{name}.py").write_text(_flat_source(name), encoding="utf-8")
     _add(folder / "config.json", MODEL_CLASSES)
     if (folder / "processor_config.json").is_file():
         _add(folder / "processor_config.json", {"AutoProcessor": "LlavaStfProcessor"})
+
+
+def _flat_source(name: str) -> str:
+    """A file of the package that needs nothing but torch, transformers and its neighbours in the folder."""
+    source = (PACKAGE / f"{name}.py").read_text(encoding="utf-8").replace(KERNELS, PLAIN)
+    return re.sub(r"^from \.(\w+) import", rf"from .{PREFIX}\1 import", source, flags=re.MULTILINE)
 
 
 def _add(file: Path, classes: dict[str, str]) -> None:

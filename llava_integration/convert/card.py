@@ -11,6 +11,10 @@ from .report import KINDS, Report
 CARD_FILE = "README.md"
 PAPER = "Learning Compact Vision Tokens for Efficient Large Multimodal Models (arXiv 2506.07138)"
 OFFICIAL_LICENCE = "cc-by-nc-4.0"
+REMOTE = """
+Or, without that import, with `trust_remote_code=True` in both calls: the code beside the weights takes the package
+where it is installed, and plain torch where it is not.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,13 @@ class Source:
     tower: str = ""
 
 
-def model_card(config: LlavaStfConfig, source: Source, report: Report) -> str:
+def model_card(config: LlavaStfConfig, source: Source, report: Report, auto_map: bool = False) -> str:
     """The card's text; folders appear by their names, never with a path."""
     licence, licences = _licences(source)
     layers = ", ".join(map(str, config.vision_feature_layer))
     counts = "\n".join(f"* {kind}: {len(report.tensors[kind])}" for kind in KINDS if report.tensors.get(kind))
     warnings = "".join(f"* warning: {line}\n" for line in report.warnings)
+    remote = REMOTE if auto_map else ""
     tower = f", vision tower {source.tower}" if source.tower else ""
     window = config.spatial_merge_size
     return f"""---
@@ -72,7 +77,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("this folder")
 processor = AutoProcessor.from_pretrained("this folder")
 ```
-"""
+{remote}"""
 
 
 def _name(folder: Path) -> str:

@@ -74,7 +74,8 @@ def write_folder(dst: Path, conversion: Conversion, max_shard_bytes: int | None,
             conversion.processor.save_pretrained(folder)
         if conversion.auto_map:
             write_auto_map(folder)
-        (folder / CARD_FILE).write_text(model_card(config, conversion.source, report), encoding="utf-8")
+        card = model_card(config, conversion.source, report, conversion.auto_map)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         _write_json(folder / REPORT_FILE, report.as_dict())
     report.notes.append(f"{dst}: {len(outputs)} tensors, {size / 1e9:.2f} GB, {str(dtype).removeprefix('torch.')}")
     return report

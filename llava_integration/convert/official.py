@@ -70,7 +70,7 @@ def convert_official(
         blocks: layers of the tower in concatenation order, where the checkpoint is not the published one.
         base: folder of the language model, for the pretrain form and for LoRA.
         vision_tower: folder of the CLIP or SigLIP model, where config.json does not name a local one.
-        auto_map: write the loader that trust_remote_code=True takes.
+        auto_map: write the code that trust_remote_code=True takes; without stf_kernels it runs in plain torch.
         max_shard_bytes: upper limit of a file, 5 GB by default.
         progress: show a bar on a terminal.
 

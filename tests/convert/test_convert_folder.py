@@ -1,6 +1,7 @@
 """Broken if this fails: a converted folder does not load, prompt or describe itself as its users expect."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -34,16 +35,25 @@ if len(sys.argv) > 3:
 """
 
 
-def load(folder, *more, cache, **options):
+# None in sys.modules: the import fails as that of a package that is not there.
+HIDE = "import sys; sys.modules |= dict.fromkeys(('llava_integration', 'stf_kernels', 'reference')); "
+
+
+def load(folder, *more, cache, installed=True, **options):
+    script = LOAD if installed else HIDE + LOAD
     result = python(
-        "-c", LOAD, str(folder), json.dumps(options), *more, HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(cache)
+        "-c", script, str(folder), json.dumps(options), *more, HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(cache)
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def code(folder):
+    return {file.name: file.read_text() for file in folder.glob("*.py")}
+
+
 def test_fresh_processes(converted, tmp_path):
-    """After the import alone, with trust_remote_code alone, which saves the loader again."""
+    """After the import alone; with trust_remote_code alone, which saves its code again; that without the package."""
     model = AutoModelForImageTextToText.from_pretrained(converted)
     processor = AutoProcessor.from_pretrained(converted)
     inputs = processor(images=Image.new("RGB", (70, 40), "red"), text="USER: <image> what", return_tensors="pt")
@@ -60,16 +70,22 @@ def test_fresh_processes(converted, tmp_path):
     )
     assert one_map == other_map
     for folder in (tmp_path / "again", tmp_path / "again-processor"):
-        (loader,) = folder.glob("*.py")
-        assert loader.read_text() == (converted / loader.name).read_text()
+        assert code(folder) == code(converted)
     processor_config = json.loads((tmp_path / "again-processor" / "processor_config.json").read_text())
-    assert processor_config["auto_map"] == {"AutoProcessor": f"{loader.stem}.LlavaStfProcessor"}
+    assert processor_config["auto_map"] == {"AutoProcessor": "llava_stf_auto.LlavaStfProcessor"}
+
+    third, alone = tmp_path / "third", {"cache": tmp_path / "other", "trust_remote_code": True, "installed": False}
+    assert load(converted, str(third), **alone) == one
+    shutil.copytree(tmp_path / "third-processor", third, dirs_exist_ok=True)
+    assert load(third, **alone) == one
+    assert code(tmp_path / "third") == code(converted)
 
 
 def test_without_auto_map_there_is_no_code(official, tmp_path):
     convert_official(official, tmp_path / "stf")
     assert not list((tmp_path / "stf").glob("*.py"))
     assert "auto_map" not in (tmp_path / "stf" / "config.json").read_text()
+    assert "trust_remote_code" not in (tmp_path / "stf" / "README.md").read_text()
 
 
 class TestProcessor:
@@ -160,6 +176,7 @@ class TestCard:
         ):
             assert part in card
         assert str(converted.parent) not in card, "no machine's paths"
+        assert "trust_remote_code=True" in card
 
     def test_llava_carries_the_declared_licence_over(self, stock, tmp_path):
         from llava_integration.convert import convert_llava
