@@ -31,10 +31,10 @@ _HALF = {
     "gfx942": (GemmConfig(256, 128, 32, 8, 8, 2), GemmConfig(128, 128, 32, 8, 4, 2), GemmConfig(64, 128, 64, 8, 4, 2)),
 }
 # Hopper and later, both with the operands' tiles brought by TMA. 192 = 3 boxes: 576 rows of an image are three tiles.
+# 256x128 is not here: with a GELU on a dense operand it spills.
 _DESCRIPTORS = (
     GemmConfig(128, 256, 64, 8, 8, 4, form="descriptors"),
     GemmConfig(192, 128, 64, 8, 8, 4, form="descriptors"),
-    GemmConfig(256, 128, 64, 8, 8, 4, form="descriptors"),
     GemmConfig(128, 128, 64, 8, 8, 5, form="descriptors"),
 )
 _SWAPPED = (
