@@ -9,10 +9,13 @@ A table is tables/<device-slug>.json:
 An entry serves every M up to m_max that no smaller entry serves; the largest one serves all beyond. `provider` is
 "triton", or "cublas" where the measurement said that plain torch is faster. `us`, `rival` and `rival_us` are the
 measurement that justifies the entry: cold-cache microseconds of it and of the best rival.
+
+Where a device has no table, one line in the log (level INFO) says how to measure one.
 """
 
 import functools
 import json
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -22,6 +25,7 @@ import torch
 from .config import GemmConfig
 from .heuristic import SHARED_MEMORY_LIMIT, default_config, has_descriptor_forms, smallest
 
+_log = logging.getLogger(__name__)
 TABLE_VERSION = 1
 STAGES = ("concat", "merge", "linear", "linear_merge")
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -112,6 +116,7 @@ def device_identity(index: int) -> tuple[str, str]:
 def _table(slug: str, arch: str) -> Table:
     path = table_path(slug)
     if not path.exists():
+        _log.info("no table for %s (%s): the heuristic serves; `python -m stf_kernels.tuning` measures one", slug, arch)
         return {}
     try:
         return parse_table(path.read_text(encoding="utf-8"), arch)

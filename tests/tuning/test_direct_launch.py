@@ -73,6 +73,20 @@ def test_what_the_compiler_may_have_used_makes_another_kernel(kernel, change):
     assert not kernel.direct
 
 
+def test_a_descriptor_is_known_by_its_dtype_and_box(kernel):
+    """Base, sizes and pitches are data; with offsets among them, every allocation would be another kernel."""
+
+    def descriptor(base=X, box=(16, 16), size=64):
+        return SimpleNamespace(base=base, block_shape=list(box), shape=[size, 64], strides=[64, 1])
+
+    launch(kernel, x=descriptor())
+    launch(kernel, x=descriptor(base=torch.zeros(32), size=32))
+    assert (len(kernel.bound), len(kernel.direct)) == (1, 1)
+    launch(kernel, x=descriptor(base=X.half()))
+    launch(kernel, x=descriptor(box=(16, 32)))
+    assert (len(kernel.bound), len(kernel.direct)) == (3, 1)
+
+
 def test_it_is_not_the_default(kernel, monkeypatch):
     monkeypatch.delenv("STF_KERNELS_DIRECT_LAUNCH")
     launch(kernel)
