@@ -207,11 +207,13 @@ class LlavaStfModel(LlavaModel):
         """Whether the rows may go straight into inputs_embeds: inference, one device and dtype, nothing watching."""
         projector = self.multi_modal_projector
         weight = next(projector.parameters())
+        kind = inputs_embeds.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         watched = "forward" in vars(projector) or projector._forward_hooks or projector._forward_pre_hooks
         return not (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled(inputs_embeds.device.type)
+            or autocast
             or watched
             or weight.device != inputs_embeds.device
             or weight.dtype != inputs_embeds.dtype

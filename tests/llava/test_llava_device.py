@@ -1,0 +1,162 @@
+"""Broken if this fails: the image path waits for the device, or a GPU gives other logits, or encodes a video slowly.
+
+Without a GPU tensors on the meta device stand in: reading a value of one, as every synchronisation does, raises.
+"""
+
+import warnings
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import llava_integration as li
+from llava_integration import placement
+from stf_kernels import use_backend
+
+
+@pytest.fixture
+def on_meta(build):
+    """Model, ids [2, 10] with an image in each and pixels, without values."""
+    stf, (ids, _), pixels = build.stf(torch.float32), build.prompt([1, 1]), build.pixels(2, torch.float32)
+    return stf.to("meta"), ids.to("meta"), pixels.to("meta")
+
+
+class TestNoValueIsRead:
+    def test_meta_tensors_notice(self, on_meta):
+        for read in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.nonzero, bool):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                read(on_meta[1][0, 0] == 1)
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_image_features(self, on_meta, grad):
+        stf, _, pixels = on_meta
+        with torch.set_grad_enabled(grad):
+            assert stf.model.project_images(pixels).shape == (2, 4, 48)
+
+    @pytest.mark.parametrize("kind", ["stf", "stock"])
+    def test_prefill_runner(self, build, kind):
+        model = getattr(build, kind)(torch.float32).to("meta")
+        ids, _ = build.prompt([1, 1], model.config.image_seq_length)
+        runner = li.PrefillRunner(model, *ids.shape)
+        for _ in range(2):
+            assert runner(ids.to("meta"), build.pixels(2, torch.float32).to("meta")).shape == (2, 64)
+
+    @pytest.mark.parametrize("grad", [False, True], ids=["in place", "plain"])
+    def test_forward_reads_the_count_of_image_tokens_and_nothing_else(self, on_meta, monkeypatch, grad):
+        """As the stock forward does, once; under capture not even that. Without a cache the language model reads."""
+        stf, ids, pixels = on_meta
+        counted = []
+        monkeypatch.setattr(placement, "torch_compilable_check", lambda *_: counted.append(1))
+        with torch.set_grad_enabled(grad):
+            assert stf(input_ids=ids, pixel_values=pixels, use_cache=True).logits.shape == (2, 10, 64)
+            assert counted == [1]
+            monkeypatch.setattr(placement, "is_captured", lambda: True)
+            stf(input_ids=ids, pixel_values=pixels, use_cache=True)
+            assert counted == [1]
+
+
+def synchronisations(call):
+    """How often `call` waits for the GPU."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    @pytest.mark.parametrize("way", ["forward", "generate"])
+    def test_eager_waits_no_more_than_the_stock_model(self, build, way):
+        found = {}
+        for kind in ("stock", "stf"):
+            model = getattr(build, kind)(torch.float32).cuda()
+            ids, mask = (t.cuda() for t in build.prompt([1, 1], model.config.image_seq_length))
+            inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": build.pixels(2, torch.float32).cuda()}
+            options = {"max_new_tokens": 2, "do_sample": False} if way == "generate" else {}
+            run = getattr(model, way)
+            with torch.no_grad():
+                found[kind] = synchronisations(lambda run=run, options=inputs | options: run(**options))
+        assert found["stf"] <= found["stock"], found
+
+    def test_images_are_written_under_capture(self, build):
+        """Into inputs_embeds, from other pixels at every replay."""
+        stf = build.stf(torch.float32).cuda()
+        ids, pixels = build.prompt([1, 1])[0].cuda(), build.pixels(2, torch.float32).cuda()
+        embeds, stream = torch.zeros(*ids.shape, 48, device="cuda"), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):
+                stf.model._write_images(ids, embeds, pixels, None)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            stf.model._write_images(ids, embeds, pixels, None)
+        pixels.copy_(pixels.flip(0))
+        embeds.zero_()
+        graph.replay()
+        with torch.no_grad():
+            expected = stf.model.project_images(pixels).flatten(0, 1)
+        assert torch.allclose(embeds[ids == build.image_token], expected, rtol=1e-3, atol=1e-3)
+        assert not embeds[ids != build.image_token].any()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("attention", ["flash", "memory efficient", "eager", "flash_attention_2"])
+    @pytest.mark.parametrize("backend", ["triton", "torch"])
+    def test_logits(self, build, dtype, attention, backend):
+        """No further from float32 on the CPU than twice what plain attention and plain torch are."""
+        if attention == "flash_attention_2":
+            pytest.importorskip("flash_attn")
+        vision = build.clip(hidden_size=128, num_attention_heads=4, intermediate_size=256)
+        text = build.text(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, intermediate_size=256)
+        stf, (ids, _), pixels = (
+            build.stf(torch.float32, vision=vision, text=text),
+            build.prompt([2, 2]),
+            build.pixels(4),
+        )
+        with torch.no_grad():
+            exact = stf(input_ids=ids, pixel_values=pixels.float()).logits
+            stf = stf.to("cuda", dtype)
+            inputs = {"input_ids": ids.cuda(), "pixel_values": pixels.to("cuda", dtype)}
+
+            def error():
+                return (stf(**inputs).logits.float().cpu() - exact).square().mean().sqrt()
+
+            with use_backend("torch"), sdpa_kernel(SDPBackend.MATH):
+                plain = error()
+            kernels = {"flash": SDPBackend.FLASH_ATTENTION, "memory efficient": SDPBackend.EFFICIENT_ATTENTION}
+            if attention not in kernels:
+                stf.set_attn_implementation(attention)
+            with use_backend(backend), sdpa_kernel(kernels.get(attention, SDPBackend.MATH)):
+                assert error() <= 2 * plain + 1e-4
+
+    def test_a_video_in_one_batch_is_at_least_as_fast_as_one_frame_at_a_time(self, build):
+        """32 frames through layers of CLIP-L's width; the same tokens either way."""
+        vision = build.clip(
+            hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=4, image_size=336
+        )
+        stf = build.stf(torch.bfloat16, vision=vision, vision_feature_layer=[3, 2, 1]).cuda()
+        frames = torch.randn(32, 3, 336, 336, device="cuda", dtype=torch.bfloat16)
+        ways = {
+            "together": lambda: stf.model.project_images(frames),
+            "one by one": lambda: torch.cat([stf.model.project_images(frame) for frame in frames.split(1)]),
+        }
+        times = {name: [] for name in ways}
+        with torch.no_grad():
+            tokens = {name: way().float() for name, way in ways.items()}
+            for _ in range(5):
+                for name, way in ways.items():
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    start.record()
+                    way()
+                    end.record()
+                    end.synchronize()
+                    times[name].append(start.elapsed_time(end))
+        distance = (tokens["together"] - tokens["one by one"]).norm()
+        assert distance <= 0.02 * tokens["together"].norm()
+        assert min(times["together"]) <= min(times["one by one"]), times
