@@ -18,7 +18,7 @@ from typing import Any
 
 from . import charts, page
 from .results import ResultError, read
-from .speedup import label, names_savings
+from .speedup import label, names_savings, where
 from .stats import median, percentile
 from .table import number, render
 
@@ -132,10 +132,22 @@ def _speedups(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         if second is None:
             continue
         apart = first["high"] < second["low"] or second["high"] < first["low"]
+        enough = min(_rounds(a, first), _rounds(b, second)) >= ENOUGH_ROUNDS
         shown = [f"{c['ratio']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in (first, second)]
-        lines.append((*map(str, name), *shown, "DIFFERS" if apart else "within noise"))
+        lines.append((*map(str, name), *shown, _verdict(enough, apart, "DIFFERS")))
     header = ("speed-up of", "mode", "over", "batch", "text_tokens", "images", "A", "B", "")
     return ["", render(header, lines, left=len(keys))] if lines else []
+
+
+def _rounds(result: dict[str, Any], comparison: dict[str, Any]) -> int:
+    """Of the row that a speed-up is about."""
+    wanted = (comparison["row"], comparison["mode"], *where(comparison))
+    counts = [len(_samples(row)) for row in result["rows"] if (label(row), row["mode"], *where(row)) == wanted]
+    return min(counts, default=0)
+
+
+def _verdict(enough: bool, apart: bool, otherwise: str) -> str:
+    return "too few rounds" if not enough else otherwise if apart else "within noise"
 
 
 def _samples(row: dict[str, Any]) -> list[float]:
@@ -149,7 +161,7 @@ def _difference(before: list[float], after: list[float]) -> tuple[str, str, str,
     apart = percentile(before, 0.9) < percentile(after, 0.1) or percentile(after, 0.9) < percentile(before, 0.1)
     enough = min(len(before), len(after)) >= ENOUGH_ROUNDS
     ratio = median(after) / median(before)
-    verdict = "too few rounds" if not enough else "within noise" if not apart else "faster" if ratio < 1 else "SLOWER"
+    verdict = _verdict(enough, apart, "faster" if ratio < 1 else "SLOWER")
     return number(median(before), 2), number(median(after), 2), f"{ratio:.3f}", verdict
 
 

@@ -106,6 +106,10 @@ def test_compare_sees_a_speed_up_that_changed_although_both_rows_moved(files, tm
     shown = [line for line in lines[lines.index("", 2) :] if line.startswith("llava-stf/fused ")]
     assert [line.split("  ")[-1].strip() for line in shown] == ["within noise", "DIFFERS"]
     assert "2.67 [2.60, 2.70]  2.40 [2.30, 2.50]" in shown[1]
+    other["rows"][3]["samples"]["total_ms"] = [300.0] * 3
+    write(tmp_path / "b.json", other)
+    assert report.main(["--compare", str(files[0]), str(tmp_path / "b.json")]) == 0
+    assert any(line.endswith("2.40 [2.30, 2.50]  too few rounds") for line in capsys.readouterr().out.splitlines())
 
 
 def before_savings():
