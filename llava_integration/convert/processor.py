@@ -40,7 +40,8 @@ def read_tokenizer(folders: Sequence[Path], report: Report) -> PreTrainedTokeniz
         )
         return None
     if not (folder / "tokenizer.json").is_file():
-        return separate(read_llama_tokenizer(folder))
+        with blamed_on(f"{folder}: tokenizer_config.json or added_tokens.json", "get the files again"):
+            return separate(read_llama_tokenizer(folder))
     errors = []
     for kind in (AutoTokenizer, PreTrainedTokenizerFast):
         try:

@@ -7,11 +7,13 @@ the pair whose result has the best score, and its pieces lie in that order: the 
 from collections.abc import Iterator
 from pathlib import Path
 
+from tokenizers import AddedToken
 from transformers import LlamaTokenizer
 
 from .checkpoint import read_json
 from .errors import ConversionError
 
+ADDED_FILE = "added_tokens.json"
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 PIECES, TRAINER = 1, 2
 MODEL_TYPE, BYTE_PAIR = 3, 2
@@ -19,7 +21,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 
 
 def read_llama_tokenizer(folder: Path) -> LlamaTokenizer:
-    """The tokenizer of tokenizer.model, with the settings of tokenizer_config.json and special_tokens_map.json."""
+    """The tokenizer of tokenizer.model, with the settings and added tokens of the JSON files beside it."""
     file = folder / "tokenizer.model"
     try:
         pieces, kinds = read_pieces(file.read_bytes())
@@ -54,7 +56,24 @@ def read_llama_tokenizer(folder: Path) -> LlamaTokenizer:
         )
         if settings.get(name) is not None
     }
-    return LlamaTokenizer(vocab=vocabulary, merges=_merges(vocabulary, mergeable), **tokens, **options)
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=_merges(vocabulary, mergeable), **tokens, **options)
+    _add_tokens(tokenizer, folder, settings)
+    return tokenizer
+
+
+def _add_tokens(tokenizer: LlamaTokenizer, folder: Path, settings: dict) -> None:
+    """The tokens of added_tokens.json and of added_tokens_decoder that are no pieces, under the ids they have there."""
+    added = read_json(folder / ADDED_FILE) if (folder / ADDED_FILE).is_file() else {}
+    for index, token in (settings.get("added_tokens_decoder") or {}).items():
+        added.setdefault(token["content"] if isinstance(token, dict) else token, int(index))
+    present = tokenizer.get_vocab()
+    for token, index in sorted(added.items(), key=lambda item: item[1]):
+        if token not in present:
+            tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+        if (got := tokenizer.convert_tokens_to_ids(token)) != index:
+            raise ConversionError(
+                f"{folder}: added token {token!r}: expected id {got}, the next one, got {index}; get the files again"
+            )
 
 
 def read_pieces(message: bytes) -> tuple[list[str], list[int]]:

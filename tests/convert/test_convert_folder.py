@@ -1,6 +1,8 @@
 """Broken if this fails: a converted folder does not load, prompt or describe itself as its users expect."""
 
+import io
 import json
+import re
 import shutil
 
 import pytest
@@ -86,6 +88,19 @@ def test_without_auto_map_there_is_no_code(official, tmp_path):
     assert not list((tmp_path / "stf").glob("*.py"))
     assert "auto_map" not in (tmp_path / "stf" / "config.json").read_text()
     assert "trust_remote_code" not in (tmp_path / "stf" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_in_bytes_on_a_terminal_only(official, tmp_path, monkeypatch, terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", stream)
+    convert_official(official, tmp_path / "stf", progress=True)
+    size = (tmp_path / "stf" / "model.safetensors").stat().st_size
+    shown = re.findall(r"100%.*?([\d.]+)([kM])/", stream.getvalue())
+    assert bool(shown) == terminal
+    for value, unit in shown:
+        assert float(value) * {"k": 1e3, "M": 1e6}[unit] == pytest.approx(size, rel=0.1)
 
 
 class TestProcessor:

@@ -3,13 +3,14 @@
 The file is written here, field by field, and what it must give is merged by hand.
 """
 
+import json
 import struct
 
 import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
-from llava_integration.convert import convert_official
+from llava_integration.convert import ConversionError, convert_official
 from llava_integration.convert.sentencepiece import read_llama_tokenizer
 from tests.convert import checkpoints as ck
 
@@ -92,6 +93,34 @@ def test_a_converted_folder_has_it(tmp_path):
     again = AutoProcessor.from_pretrained(tmp_path / "twice")
     assert again.tokenizer("U:<image>\ncat")["input_ids"] == processor.tokenizer("U:<image>\ncat")["input_ids"]
     assert again.tokenizer.model_max_length == 2048
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_keep_their_ids(tmp_path, file):
+    """A fine-tuned checkpoint may have embeddings behind the pieces; the image token comes behind those."""
+    src = ck.make_official(tmp_path, tokenizer=False)
+    write(src)
+    known = len(read_llama_tokenizer(src).get_vocab())
+    settings = json.loads((src / "tokenizer_config.json").read_text())
+    decoder = {str(i): {"content": token} for i, token in ((1, "<s>"), (known, "[PAD]"), (known + 1, "<stop>"))}
+    if file == "added_tokens.json":
+        ck.write_json(src / file, {"<stop>": known + 1, "[PAD]": known})
+    else:
+        ck.write_json(src / file, settings | {"added_tokens_decoder": decoder})
+    convert_official(src, tmp_path / "stf")
+    processor = AutoProcessor.from_pretrained(tmp_path / "stf")
+    assert processor.tokenizer.convert_tokens_to_ids(["[PAD]", "<stop>"]) == [known, known + 1]
+    assert processor.image_token_id == known + 2
+    assert processor.tokenizer.tokenize("ab<stop>") == ["▁ab", "<stop>"]
+
+    ck.write_json(src / "added_tokens.json", {"<other>": known + 5})
+    with pytest.raises(
+        ConversionError, match=rf"added token '<other>': expected id \d+, the next one, got {known + 5}"
+    ):
+        convert_official(src, tmp_path / "again")
+    ck.write_json(src / "added_tokens.json", {"<other>": "x", "<another>": known})
+    with pytest.raises(ConversionError, match=r"tokenizer_config\.json or added_tokens\.json: expected valid values"):
+        convert_official(src, tmp_path / "again")
 
 
 def test_another_kind_of_model_is_refused(tmp_path):
