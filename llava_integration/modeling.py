@@ -206,7 +206,7 @@ class LlavaStfModel(LlavaModel):
     def _writes_in_place(self, inputs_embeds: Tensor) -> bool:
         """Whether the rows may go straight into inputs_embeds: inference, one device and dtype, nothing watching."""
         projector = self.multi_modal_projector
-        weight = next(projector.parameters())
+        weight = next(projector.parameters(), None)
         kind = inputs_embeds.device.type
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         watched = "forward" in vars(projector) or projector._forward_hooks or projector._forward_pre_hooks
@@ -215,6 +215,7 @@ class LlavaStfModel(LlavaModel):
             or torch.compiler.is_compiling()
             or autocast
             or watched
+            or weight is None
             or weight.device != inputs_embeds.device
             or weight.dtype != inputs_embeds.dtype
             or not inputs_embeds.is_contiguous()

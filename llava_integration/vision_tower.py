@@ -6,6 +6,7 @@ Bit for bit what the stock tower returns as hidden_states, without its hooks: th
 torch.compile(fullgraph=True) cannot trace them, and the stock tower runs every layer and a head besides.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -59,9 +60,12 @@ def image_chunks(tower: nn.Module, pixel_values: Tensor) -> tuple[Tensor, ...]:
 
 
 def to_device_of(module: nn.Module, tensor: Tensor) -> Tensor:
-    """`tensor` on the device of `module`'s parameters; as it is where they are offloaded: hooks will move both."""
-    device = next(module.parameters()).device
-    return tensor if device.type == "meta" else tensor.to(device)
+    """`tensor` on the device of `module`'s weights; as it is where they are offloaded: hooks will move both.
+
+    Weights are buffers where quantised linears keep them so, and out of sight where they are packed.
+    """
+    weight = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return tensor if weight is None or weight.is_meta else tensor.to(weight.device)
 
 
 def check_pixels(tower: nn.Module, pixel_values: Tensor) -> None:

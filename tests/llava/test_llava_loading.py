@@ -76,6 +76,25 @@ class TestQuantised:
         assert "Int8" in type(loaded.model.language_model.layers[0].self_attn.q_proj.weight).__name__
         self.check(build, stf, loaded, torch.nn.Linear)
 
+    @pytest.mark.parametrize("kept", ["buffers", "nothing"])
+    def test_a_projector_without_parameters(self, build, stf, kept):
+        """Whoever quantises its linears all the same, as torch.ao does, gets an answer."""
+
+        class Packed(torch.nn.Module):
+            def __init__(self, linear):
+                super().__init__()
+                self.weight, self.bias = linear.weight.detach(), linear.bias.detach()
+                if kept == "buffers":
+                    self.register_buffer("scale", torch.ones(1))
+
+            def forward(self, x):
+                return torch.nn.functional.linear(x, self.weight, self.bias)
+
+        expected = logits(stf, build, torch.float64)
+        for part in (stf.model.multi_modal_projector.mbtf, stf.model.multi_modal_projector.stf):
+            part.linear_1, part.linear_2 = Packed(part.linear_1), Packed(part.linear_2)
+        assert torch.allclose(logits(stf, build, torch.float64), expected, atol=1e-10)
+
     @staticmethod
     def check(build, stf, loaded, quantised):
         assert isinstance(loaded.model.language_model.layers[0].self_attn.q_proj, quantised)
