@@ -11,7 +11,7 @@ Also from the pretrain form (mm_projector.bin and a base) and from LoRA adapters
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,14 +21,14 @@ from stf_kernels import channel_to_patch_major
 
 from ..configuration import LlavaStfConfig, vision_grid
 from ..modeling import LlavaStfForConditionalGeneration
-from . import lora
 from .buffers import computed
 from .card import Source
-from .checkpoint import Entries, Entry, open_file, open_weights, read_json, weights_file
+from .checkpoint import Entries, Entry, read_json
 from .errors import ConversionError, blamed_on
 from .folder import Conversion, check_options, write_folder
 from .geometry import RELAID_OUT, Geometry, block_layers, derive, projector_name
 from .language import text_config
+from .parts import read_parts
 from .plan import match, on_meta, rename, shapes_of
 from .processor import image_processor, make_processor, read_image_settings, read_tokenizer
 from .report import Report
@@ -37,18 +37,7 @@ from .tower import PREFIX as TOWER
 from .tower import Tower, find_tower, tower_name
 from .vocabulary import EMBEDDINGS, add_tokens, resize, without_tokenizer
 
-PRETRAIN_FILE = "mm_projector.bin"
 LANGUAGE = re.compile(r"^model\.(?=(?:embed_tokens|layers|norm)\.)")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What SRC and its base hold together; `folders` in the order in which files are looked for."""
-
-    entries: Entries
-    config: dict
-    folders: list[Path]
-    form: str
 
 
 def convert_official(
@@ -80,7 +69,7 @@ def convert_official(
     base, tower_folder = (None if path is None else Path(path) for path in (base, vision_tower))
     check_options(src, dst, dtype, max_shard_bytes, {"--base": base, "--vision-tower": tower_folder})
     report = Report()
-    parts = _read_parts(src, base)
+    parts = read_parts(src, base)
     tower = find_tower(parts.config.get("mm_vision_tower"), src, tower_folder)
     _check_config(parts.config, tower.config)
 
@@ -92,8 +81,11 @@ def convert_official(
         sources |= {name: f"{tower.name}: {name.removeprefix(TOWER)}" for name in weights}
     else:
         geometry = derive(entries, tower.config.hidden_size)
-    if EMBEDDINGS not in entries:
-        raise ConversionError("SRC: expected model.embed_tokens.weight, found none; complete the checkpoint")
+    if EMBEDDINGS not in entries or len(entries[EMBEDDINGS].shape) != 2:
+        got = f"shape {list(entries[EMBEDDINGS].shape)}" if EMBEDDINGS in entries else "none"
+        raise ConversionError(
+            f"SRC: model.embed_tokens.weight: expected a matrix [tokens, width], got {got}; complete the checkpoint"
+        )
     rows = entries[EMBEDDINGS].shape[0]
 
     tokenizer = read_tokenizer(parts.folders, report)
@@ -133,60 +125,6 @@ def convert_official(
         max_shard_bytes,
         progress,
     )
-
-
-def _read_parts(src: Path, base: Path | None) -> Parts:
-    if lora.is_lora(src):
-        base = _base(src, base, read_json(src / lora.CONFIG_FILE).get("base_model_name_or_path"), "a LoRA adapter")
-        entries = lora.merge(src, _plain(open_weights(base, "--base")))
-        return Parts(entries, _json(src, base), [src, base], "LoRA adapter merged into its base")
-    if weights_file(src) is not None:
-        if base is not None:
-            raise ConversionError("--base: SRC is a whole checkpoint, which takes no base; leave the option out")
-        return Parts(_plain(open_weights(src)), _json(src), [src], "whole checkpoint")
-    if (src / PRETRAIN_FILE).is_file():
-        base = _base(src, base, None, f"{PRETRAIN_FILE} alone")
-        projector = open_file(src / PRETRAIN_FILE)
-        strange = [name for name in projector if projector_name(name) is None]
-        if strange:
-            raise ConversionError(
-                f"{src / PRETRAIN_FILE}: expected the tensors of mm_projector and mm_projector_crosslayer, "
-                f"got {', '.join(strange[:3])}"
-            )
-        # The base may be a LLaVA with a projector of its own: only the new one counts.
-        entries = {
-            name: entry for name, entry in _plain(open_weights(base, "--base")).items() if not projector_name(name)
-        }
-        return Parts(entries | projector, _json(src, base), [src, base], "projector of a pretraining, with its base")
-    open_weights(src)  # says what is missing
-    raise AssertionError("unreachable")
-
-
-def _base(src: Path, given: Path | None, named: str | None, what: str) -> Path:
-    if given is not None:
-        return given
-    for folder in (Path(named), src / named) if named else ():
-        if folder.is_dir():
-            return folder
-    raise ConversionError(
-        f"--base: SRC is {what} and its base {f'{named} ' if named else ''}is not a local folder; "
-        "name the folder of the language model with --base DIR"
-    )
-
-
-def _json(*folders: Path) -> dict:
-    """The first config.json that has the language model's fields, under the first one's own."""
-    contents = [read_json(folder / "config.json") for folder in folders if (folder / "config.json").is_file()]
-    if not contents:
-        raise ConversionError(f"SRC: expected config.json in {' or '.join(map(str, folders))}, found none")
-    merged: dict = {}
-    for content in reversed(contents):
-        merged |= content
-    return merged
-
-
-def _plain(entries: Entries) -> Entries:
-    return {lora.plain(name): entry for name, entry in entries.items()}
 
 
 def _name(name: str) -> str | None:

@@ -149,6 +149,12 @@ class TestForeign:
         rewrite(src, lambda tensors: tensors.update({"model.norm.weight": torch.ones(ck.D + 1)}))
         refused(r"model\.norm\.weight in pytorch_model\.bin: expected shape \[48\].*got \[49\]", src, dst)
 
+    @pytest.mark.parametrize(("value", "got"), [(torch.tensor(1.0), r"shape \[\]"), (None, "none")], ids=str)
+    def test_embeddings(self, src, dst, value, got):
+        name = "model.embed_tokens.weight"
+        rewrite(src, lambda tensors: tensors.pop(name) if value is None else tensors.update({name: value}))
+        refused(rf"^SRC: model\.embed_tokens\.weight: expected a matrix .*, got {got}", src, dst)
+
     def test_quantized_weights(self, src, dst):
         name = "model.layers.0.mlp.up_proj.weight"
         rewrite(src, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
