@@ -3,6 +3,14 @@
 Writes random bf16 checkpoints of the 7B sizes under DIR, in shards as they are published (10 GB `.bin` for `official`,
 5 GB safetensors for `llava`), converts each in a process of its own and samples RssAnon of that process every 5 ms.
 Needs 28 GB of disk: 14 for one source, 14 for what is made of it; both go before the next. Prints one line each, JSON.
+--size 13b: the language model of 13B, with `--only llava` 54 GB of disk.
+
+Runs of commit 1f7d5a1, torch 2.13.0+cpu, transformers 5.23.0, two cores of an Intel Xeon, one thread, limit 6 GB:
+
+    command         source      peak        time      files, largest
+    official 7b     14.43 GB    0.81 GB     22 s      3, 4.991 GB
+    llava    7b     14.13 GB    0.83 GB     24 s      3, 4.985 GB
+    llava    13b    26.70 GB    1.07 GB     60 s      6, 4.970 GB
 """
 
 import argparse
@@ -31,6 +39,10 @@ TEXT = {
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-05,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
+
+
+LARGE_TEXT = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+              "num_key_value_heads": 40}  # fmt: skip
 
 
 def tower_shapes() -> dict[str, tuple[int, ...]]:
@@ -63,12 +75,12 @@ def language_shapes(rows: int) -> dict[str, tuple[int, ...]]:
 
 def official_shapes() -> dict[str, tuple[int, ...]]:
     shapes = {f"model.{name}": shape for name, shape in language_shapes(32000).items()}
-    shapes["lm_head.weight"] = (32000, 4096)
+    shapes["lm_head.weight"] = (32000, TEXT["hidden_size"])
     for name, (rows, columns) in {
         "mm_projector_crosslayer.0": (4096, 8192),
         "mm_projector_crosslayer.2": (1024, 4096),
         "mm_projector.0": (16384, 4096),
-        "mm_projector.2": (4096, 16384),
+        "mm_projector.2": (TEXT["hidden_size"], 16384),
     }.items():
         shapes |= {f"model.{name}.weight": (rows, columns), f"model.{name}.bias": (rows,)}
     prefix = "model.vision_tower.vision_tower.vision_model."
@@ -78,10 +90,11 @@ def official_shapes() -> dict[str, tuple[int, ...]]:
 def llava_shapes() -> dict[str, tuple[int, ...]]:
     shapes = {f"vision_tower.vision_model.{name}": shape for name, shape in tower_shapes().items()}
     shapes |= {f"language_model.model.{name}": shape for name, shape in language_shapes(32064).items()}
-    shapes["language_model.lm_head.weight"] = (32064, 4096)
-    for i, columns in ((1, 1024), (2, 4096)):
-        shapes[f"multi_modal_projector.linear_{i}.weight"] = (4096, columns)
-        shapes[f"multi_modal_projector.linear_{i}.bias"] = (4096,)
+    d = TEXT["hidden_size"]
+    shapes["language_model.lm_head.weight"] = (32064, d)
+    for i, columns in ((1, 1024), (2, d)):
+        shapes[f"multi_modal_projector.linear_{i}.weight"] = (d, columns)
+        shapes[f"multi_modal_projector.linear_{i}.bias"] = (d,)
     return shapes
 
 
@@ -162,7 +175,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--keep", action="store_true", help="leave the last source and result there")
+    parser.add_argument("--size", choices=["7b", "13b"], default="7b", help="of the language model, default 7b")
+    parser.add_argument("--only", choices=["official", "llava"], help="one of the two commands")
     options = parser.parse_args()
+    if options.size == "13b":
+        TEXT.update(LARGE_TEXT)
     options.folder.mkdir(parents=True, exist_ok=True)
     official = TEXT | {
         "model_type": "llava_llama", "vocab_size": 32000, "mm_hidden_size": 1024, "mm_vision_select_layer": -2,
@@ -178,6 +195,8 @@ def main() -> int:
         ("official", official_shapes(), official, "bin", BIN_BYTES),
         ("llava", llava_shapes(), llava, "safetensors", SAFETENSORS_BYTES),
     ):
+        if options.only not in (None, command):
+            continue
         src, dst = options.folder / f"{command}-src", options.folder / f"{command}-stf"
         write(src, shapes, config, suffix, limit)
         result = measure(command, src, dst)
