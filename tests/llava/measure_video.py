@@ -9,6 +9,9 @@ clock on the wall does. Rounds alternate between the three ways, and the smalles
     together      project_images(frames): vision_tower.image_chunks takes as many as fit CPU_ACTIVATION_BYTES
     one batch     the same without chunks
 
+Run of commit eb51e8a, torch 2.13.0+cpu, two cores of an Intel Xeon, 32 frames, three rounds: 6.66 s one by one, 6.68 s
+together (the same work: one frame of CLIP-L at a time in fp32), 7.04 s in one batch.
+
 Exits 1 when together is slower than one by one by more than 2 %, which is what one run differs from the next.
 """
 
