@@ -146,17 +146,23 @@ def _forced(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 def _with_flag(name: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     def run() -> Tensor:
+        before = os.environ.get(name)
         os.environ[name] = "1"
         try:
             return call()
         finally:
-            del os.environ[name]
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
 
     return run
 
 
 def _predicted(operands: Operands) -> list[Provider]:
     """The four stages with explicit configurations: what a measured table could make the default."""
+    import triton
+
     from stf_kernels.ops.launch import launch_stage
     from stf_kernels.ops.stage import Stage
     from stf_kernels.problems import PROBLEMS
@@ -164,7 +170,8 @@ def _predicted(operands: Operands) -> list[Provider]:
     from stf_kernels.tuning.search import candidates, forms_for
 
     index = torch.cuda.current_device()
-    arch, properties = device_identity(index)[1], torch.cuda.get_device_properties(index)
+    arch, processors = device_identity(index)[1], torch.cuda.get_device_properties(index).multi_processor_count
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     sizes, x = operands.sizes, [block[:, 1:] for block in operands.blocks]
     stages = (Stage("gelu"), Stage(scatter=sizes.merge, grid=(sizes.grid, sizes.grid)), Stage("gelu"), Stage())
     steps = []
@@ -173,7 +180,7 @@ def _predicted(operands: Operands) -> list[Provider]:
         itemsize = w.element_size()
         config = candidates(
             *sizes.gemm(name, operands.batch), itemsize,
-            shared_limit=properties.shared_memory_per_block_optin, multiprocessors=properties.multi_processor_count,
+            shared_limit=shared, multiprocessors=processors, splits=(1,) if arch.startswith("gfx") else (1, 2, 4, 8),
             forms=forms_for(PROBLEMS["concat" if name == "G1" else "linear"], arch, itemsize),
         )[0]  # fmt: skip
         steps.append((w, b, stage, config))
@@ -241,15 +248,16 @@ def _tiles(stage: str, operands: Operands) -> list[Provider]:
     from stf_kernels.ops.launch import launch_stage
     from stf_kernels.ops.stage import Stage
     from stf_kernels.tuning.heuristic import descriptor_tiles, split_tiles, swapped_tiles, tiles
+    from stf_kernels.tuning.lookup import device_identity
 
-    major, minor = torch.cuda.get_device_capability()
+    arch = device_identity(torch.cuda.current_device())[1]
     sizes, x, (w, b) = operands.sizes, operands.inputs[stage], operands.parameters[stage]
     if stage == "G3":
         geometry = Stage("gelu", gather=sizes.merge, grid=(sizes.grid, sizes.grid))
     else:
         geometry = Stage("gelu" if stage == "G1" else None)
     blocks = [block[:, 1:] for block in x] if stage == "G1" else [x]
-    arch, itemsize = f"sm_{major}{minor}", w.element_size()
+    itemsize = w.element_size()
     configs = list(tiles(arch, itemsize))
     if stage in ("G2", "G4") and operands.batch <= 2:  # too few tiles for the GPU: here the K axis is worth splitting
         configs += [config for config in split_tiles(arch, itemsize) if config.split_k == 4]
@@ -258,7 +266,7 @@ def _tiles(stage: str, operands: Operands) -> list[Provider]:
     if stage in ("G2", "G4"):
         configs += swapped_tiles(arch, itemsize)
     return [
-        Provider(_tile_name(config), lambda config=config: launch_stage(blocks, w, b, geometry, config)[0])
+        Provider(_tile_name(config), lambda config=config: launch_stage(blocks, w, b, geometry, config, strict=True)[0])
         for config in configs
     ] + (_dense_tiles(operands, arch) if stage == "G3" else [])
 
@@ -274,7 +282,7 @@ def _dense_tiles(operands: Operands, arch: str) -> list[Provider]:
     return [
         Provider(
             _tile_name(config).replace("stf-", "stf-dense-", 1),
-            lambda config=config: launch_stage([merged], w, b, Stage("gelu"), config)[0],
+            lambda config=config: launch_stage([merged], w, b, Stage("gelu"), config, strict=True)[0],
         )
         for config in (*descriptor_tiles(arch, w.element_size()), *swapped_tiles(arch, w.element_size()))
     ]

@@ -26,6 +26,7 @@ from .problems import PROBLEMS
 from .tuning import SHARED_MEMORY_LIMIT, GemmConfig
 from .tuning.heuristic import descriptor_tiles, has_descriptor_forms, split_tiles, swapped_tiles, tiles
 from .tuning.lookup import DTYPES, shipped_configs
+from .tuning.search import forms_for
 
 _TRITON_TYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -46,11 +47,13 @@ class Case:
     aligned: bool = True
     tf32: bool = False
     pdl: bool = False
+    one_image: bool = False  # its rows have one pitch, so a descriptor's box is the whole tile
 
     def __str__(self) -> str:
         kind = "tf32" if self.tf32 else _TRITON_TYPE[self.dtype]
-        more = "" if self.aligned else " unaligned"
-        return f"{self.arch:7} {self.problem:14} {kind:4} {self.config!s:23}{more}{' pdl' if self.pdl else ''}"
+        more = {" unaligned": not self.aligned, " pdl": self.pdl, " one image": self.one_image}
+        words = "".join(word for word, holds in more.items() if holds)
+        return f"{self.arch:7} {self.problem:14} {kind:4} {self.config!s:23}{words}"
 
 
 def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
@@ -69,7 +72,12 @@ def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
         for name, problem in PROBLEMS.items():
             configs = [*tiles(arch, itemsize, save_pre=problem.save_pre)]
             if not problem.save_pre:
-                configs += shipped_configs(arch, dtype)
+                shipped = [
+                    config
+                    for config in shipped_configs(arch, dtype)
+                    if config.form in forms_for(problem, arch, itemsize)
+                ]
+                configs += [form for config in shipped for form in (config, config.portable())]
             if name in _FEW_TILES:
                 configs += split_tiles(arch, itemsize)
             if problem.stage.gather == 1 and not problem.save_pre:
@@ -78,6 +86,8 @@ def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
                 configs += swapped_tiles(arch, itemsize)
             for config in dict.fromkeys(configs):
                 yield Case(arch, name, dtype, config)
+                if config.form == "descriptors" and problem.num_blocks > 1:
+                    yield Case(arch, name, dtype, config, one_image=True)
                 if has_descriptor_forms(arch, itemsize):  # where dependent launches are, too
                     yield Case(arch, name, dtype, config, pdl=True)
                 if dtype == "float32":
@@ -94,7 +104,8 @@ def kernel_arguments(case: Case) -> dict[str, object]:
     pointer = Pointer(kind, case.aligned)
     # An odd pitch is what keeps rows from being aligned, whatever the base address.
     pitch = p.c if case.aligned else p.c + 1
-    box_rows = 64 if p.num_blocks > 1 or config.block_m == 192 else config.block_m
+    dense = p.num_blocks == 1 or case.one_image
+    box_rows = config.block_m if dense and config.block_m != 192 else 64
     constants = stage_constants(
         p.stage, p.num_blocks, p.c, getattr(torch, case.dtype), config, has_bias=True, save_pre=p.save_pre,
         scatter_rows=p.scatter_rows, unit=512, box_rows=box_rows,

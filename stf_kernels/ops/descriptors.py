@@ -50,9 +50,10 @@ def layout_for(blocks: Sequence[Tensor], weight: Tensor, stage: Stage, config: G
     x = blocks[0]
     if stage.gather > 1 or not (interpreting() or is_hopper_or_later(x.device)):
         return None
-    if any(block.stride() != x.stride() for block in blocks):
-        return None
     batch, tokens, c = x.shape
+    of_use = slice(1 if batch == 1 else 0, None)  # one image has no stride between images
+    if any(block.stride()[of_use] != x.stride()[of_use] for block in blocks):
+        return None
     pitch_image, pitch_row = x.stride(0), x.stride(1)
     if batch == 1 or pitch_image == tokens * pitch_row:
         batch, tokens, pitch_image = 1, batch * tokens, batch * tokens * pitch_row

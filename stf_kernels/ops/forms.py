@@ -5,6 +5,7 @@ descriptors  kernels/descriptor.py: operands that TMA can name (descriptors.py)
 swapped      kernels/swapped.py: one dense operand that TMA can name
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class DescriptorRefused(RuntimeError):
-    """The driver does not take a tensor descriptor that the hardware's rules allow."""
+    """The operands have no tensor descriptor, or the driver does not take it."""
+
+
+_warned: set[tuple[str, bool]] = set()
 
 
 @dataclass(slots=True)
@@ -44,19 +48,37 @@ class Call:
     y_stride: int
     scatter_rows: bool
 
-    def launch(self, config: GemmConfig) -> None:
-        """Run the kernel that `config` names, or the portable one where the operands do not suit it."""
-        layout = layout_for(self.blocks, self.weight, self.stage, config) if config.form != "pointers" else None
-        if layout is None:
-            self._by_pointers(config.portable())
+    def launch(self, config: GemmConfig, *, strict: bool = False) -> None:
+        """Run the kernel that `config` names, or the portable one where the operands do not suit it.
+
+        strict raises DescriptorRefused instead: who measures a kernel wants that one or none.
+        """
+        if config.form == "pointers":
+            self._by_pointers(config)
             return
-        run = self._by_descriptors if config.form == "descriptors" else self._swapped
-        try:
-            run(config, layout)
-        except RuntimeError as error:
-            if "invalid argument" not in str(error):
-                raise
-            raise DescriptorRefused(f"the driver refuses its tensor descriptor ({error})") from error
+        layout = layout_for(self.blocks, self.weight, self.stage, config)
+        refusal = None if layout is not None else "no descriptor names these operands"
+        if layout is not None:
+            run = self._by_descriptors if config.form == "descriptors" else self._swapped
+            try:
+                run(config, layout)
+            except RuntimeError as error:
+                if "tensor map" not in str(error) and "invalid argument" not in str(error):
+                    raise
+                refusal = f"the driver refuses the descriptor: {error}"
+        if refusal is None:
+            return
+        if strict:
+            raise DescriptorRefused(refusal)
+        if layout is not None:
+            self._warn(layout, refusal)
+        self._by_pointers(config.portable())
+
+    def _warn(self, layout: Layout, refusal: str) -> None:
+        """Once for dense and once for cropped operands: it is their descriptors that differ."""
+        if (self.weight.device.type, layout.dense) not in _warned:
+            _warned.add((self.weight.device.type, layout.dense))
+            warnings.warn(f"stf_kernels: {refusal}; the portable kernel serves instead", stacklevel=2)
 
     def _by_pointers(self, config: GemmConfig) -> None:
         from ..kernels.segmented_linear import _segmented_linear_fwd_kernel

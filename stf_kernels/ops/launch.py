@@ -42,12 +42,13 @@ def launch_stage(
     save_pre: bool = False,
     out: Tensor | None = None,
     rows: Tensor | None = None,
+    strict: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Run one stage with one configuration -> (y, pre-activation [M, N] or None).
 
     blocks: [B, T, C] each, weight [N, K], bias [N]; read in place where the last axis is contiguous, else copied.
     y has the stage's output shape, or is `out` [R, N] with row i of the GEMM written to out[rows[i]], rows int64 [M];
-    rows outside [0, R) are not written.
+    rows outside [0, R) are not written. strict: the configuration's own kernel, or DescriptorRefused.
     """
     blocks, weight = [with_contiguous_last(block) for block in blocks], with_contiguous_last(weight)
     bias, rows = (None if vector is None else vector.contiguous() for vector in (bias, rows))
@@ -66,7 +67,7 @@ def launch_stage(
     if m and n:
         call = Call(blocks, weight, bias, y, pre, rows, stage, m, tokens, y_stride, scatter_rows=out is not None)
         with on_device(x.device):
-            call.launch(config)
+            call.launch(config, strict=strict)
     if out is not None:
         if y is not out:
             out.copy_(y)

@@ -10,7 +10,8 @@ the geometry. `needs` says of each tensor in that order whether its gradient wil
 
 Through the dispatcher a call costs tens of microseconds on the host; outside torch.compile and without tensor
 subclasses it goes straight to the implementation, or to a plain autograd.Function where a gradient is wanted. Under
-torch.func's transforms and forward-mode differentiation plain torch computes (composite.py).
+torch.func's transforms and forward-mode differentiation plain torch computes (composite.py); transforms inside
+torch.compile are not supported.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +26,10 @@ from .backward import Needs, chain_bwd
 from .chain import chain_fwd
 from .composite import composite
 from .stage import Stage
+from .workspace import fresh_counters
 
 NAMESPACE = "stf_kernels"
+_ORDINARY = frozenset((Tensor, nn.Parameter))
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -39,8 +42,13 @@ class Plan(NamedTuple):
 
 def define(name: str, arguments: str, returns: str, function: Callable, fake: Callable):
     """Register one operator with its fake -> the callable torch.ops.stf_kernels.<name>.default."""
+
+    def implementation(*operands):
+        with fresh_counters():  # a compiled program may run in a memory pool of its own
+            return function(*operands)
+
     _library.define(f"{name}({arguments}) -> {returns}")
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -92,18 +100,19 @@ class ChainOperator:
             _library.impl(name, self._autocast(device.lower()), f"Autocast{device}")
 
     def __call__(self, blocks, weights, biases, *static) -> Tensor:
-        tensors = [*_as_list(blocks), *_as_list(weights), *_as_list(biases)]
+        groups = _as_list(blocks), _as_list(weights), _as_list(biases)
+        tensors = [*groups[0], *groups[1], *groups[2]]
         needs = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
-        wants_grad = any(needs)
-        ordinary = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-        if torch.compiler.is_compiling() or not ordinary or _is_recorded(tensors[0]):
-            return self._forward_op(blocks, weights, biases, *static, needs if wants_grad else [])[0]
+        if True not in needs:
+            needs = []
+        if torch.compiler.is_compiling() or not is_ordinary(tensors) or is_recorded(tensors[0]):
+            return self._forward_op(blocks, weights, biases, *static, needs)[0]
+        plan = self._plan(*static)
         if _is_transformed():
-            return composite(self._plan(*static), *map(_as_list, (blocks, weights, biases)))
-        if wants_grad:
-            lengths = len(_as_list(blocks)), len(_as_list(weights))
-            return _Eager.apply(self._plan(*static), lengths, needs, *tensors)
-        return self._forward(blocks, weights, biases, *static, [])[0]
+            return composite(plan, *groups)
+        if needs:
+            return _Eager.apply(plan, (len(groups[0]), len(groups[1])), needs, *tensors)
+        return run_plan(plan, *groups)[0]
 
     def _forward(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
         *static, needs = static_and_needs
@@ -251,7 +260,12 @@ def _flags(form: Form, flag: bool | Sequence[bool]) -> list[bool]:
     return list(flag) if form.is_list else [flag] * form.count
 
 
-def _is_recorded(x: Tensor) -> bool:
+def is_ordinary(tensors: Sequence[Tensor]) -> bool:
+    """No subclass, which may have operators of its own."""
+    return _ORDINARY.issuperset(map(type, tensors))
+
+
+def is_recorded(x: Tensor) -> bool:
     """A kernel would run where a mode records (FLOP counters, make_fx) what goes through the dispatcher."""
     return torch._C._len_torch_dispatch_stack() > 0 and use_triton(x.device, x.dtype)
 

@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from .registration import ChainOperator, Plan, define, run_plan
+from .registration import ChainOperator, Plan, define, is_ordinary, is_recorded, run_plan
 from .stage import Stage
 
 
@@ -49,7 +49,8 @@ _project_into_op = define(
 
 def compact_token_projector_out(blocks, weights, biases, *static_out_rows) -> None:
     """Outside torch.compile past the dispatcher, as ChainOperator does."""
-    if torch.compiler.is_compiling():
+    tensors = (*blocks, *weights, *biases, *static_out_rows[-2:])
+    if torch.compiler.is_compiling() or not is_ordinary(tensors) or is_recorded(blocks[0]):
         _project_into_op(blocks, weights, biases, *static_out_rows)
         return
     with torch.no_grad():

@@ -97,6 +97,9 @@ def _config(where: str, entry: dict, arch: str) -> GemmConfig | None:
         raise ValueError(
             f"{where}.config: form {config.form!r} is for 16 bit on Hopper and later, got {config} for {arch}"
         )
+    gathers, several = entry["stage"] == "merge", entry["stage"] == "concat"
+    if (config.form != "pointers" and gathers) or (config.form == "swapped" and several):
+        raise ValueError(f"{where}.config: stage {entry['stage']!r} has no form {config.form!r}, got {config}")
     need, limit = config.shared_bytes(DTYPES[entry["dtype"]]), SHARED_MEMORY_LIMIT.get(arch)
     if limit is not None and need > limit:
         raise ValueError(f"{where}.config: {config} needs {need} bytes of shared memory, {arch} has {limit}")

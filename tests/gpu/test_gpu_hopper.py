@@ -86,7 +86,8 @@ def test_dependent_launches_give_the_same_bits(monkeypatch, backend, direct):
     assert all(torch.equal(y, expected) for y in (*found, captured))
 
 
-def test_dependent_split_k(monkeypatch):
+@pytest.mark.parametrize("direct", ["0", "1"], ids=["jit", "direct"])
+def test_dependent_split_k(no_pointers, monkeypatch, direct):
     """Workspace and counters pass from one launch to the next."""
     config = GemmConfig(128, 128, 64, num_warps=8, num_stages=4, split_k=4, form="swapped", tail_m=16)
     weight = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) / 64
@@ -98,5 +99,12 @@ def test_dependent_split_k(monkeypatch):
         return y
 
     expected = chain(x)
+    monkeypatch.setenv("STF_KERNELS_DIRECT_LAUNCH", direct)
     monkeypatch.setenv("STF_KERNELS_PDL", "1")
     assert torch.equal(chain(x), expected)
+    assert torch.equal(chain(x), expected)  # now past the JIT
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(x)
+    graph.replay()
+    assert torch.equal(captured, expected)

@@ -111,3 +111,25 @@ def test_counters_start_at_zero_and_belong_to_a_stream(monkeypatch):
     captured = workspace.arrival_counters(8, device)
     assert captured is not first
     assert workspace.arrival_counters(8, device) is not captured, "a graph's counters are its own"
+    with workspace.fresh_counters():
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        compiled = workspace.arrival_counters(8, device)
+    assert workspace.arrival_counters(8, device) is not compiled, "Inductor's memory pool keeps nothing of ours"
+
+
+def test_a_compiled_program_gets_counters_of_its_own(monkeypatch):
+    """Through the dispatcher, as from torch.compile; an eager call keeps them."""
+    from stf_kernels import concat_linear
+    from stf_kernels.ops import torch_path
+
+    seen, run = [], torch_path.run_stage
+
+    def spy(*arguments):
+        seen.append(getattr(workspace._state, "fresh", False))
+        return run(*arguments)
+
+    monkeypatch.setattr(torch_path, "run_stage", spy)
+    x, weight = torch.randn(1, 4, 8), torch.randn(5, 8)
+    concat_linear([x], weight)
+    torch.ops.stf_kernels.concat_linear([x], weight, None, None, 0, [])
+    assert seen == [False, True]

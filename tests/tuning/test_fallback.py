@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from stf_kernels import backend
-from stf_kernels.ops import launch
+from stf_kernels.ops import forms, launch
 from stf_kernels.ops.chain import run_stage
-from stf_kernels.ops.forms import DescriptorRefused
+from stf_kernels.ops.forms import Call, DescriptorRefused
 from stf_kernels.ops.stage import Stage
-from stf_kernels.tuning import lookup, smallest
+from stf_kernels.tuning import GemmConfig, lookup, smallest
 
 
 def out_of_resources():
@@ -40,17 +40,12 @@ def launched(monkeypatch):
     lookup._choose.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [(out_of_resources(), "shared memory"), (DescriptorRefused("the driver refuses it"), "driver refuses")],
-    ids=["resources", "descriptor"],
-)
-def test_it_falls_back_once_with_one_warning(launched, error, says):
+def test_it_falls_back_once_with_one_warning(launched):
     configs, refusal = launched
-    refusal.append(error)
+    refusal.append(out_of_resources())
     x = torch.empty(1, 64, 128, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(256, 128, dtype=torch.bfloat16, device="meta")
-    with pytest.warns(UserWarning, match=f"test-gpu.*{says}.*stf_kernels.tuning") as warned:
+    with pytest.warns(UserWarning, match="test-gpu.*shared memory.*stf_kernels.tuning") as warned:
         run_stage([x], weight, None, Stage())
     assert len(warned) == 1
     assert configs[0] != smallest(2) == configs[1]
@@ -67,3 +62,42 @@ def test_another_error_is_the_users_to_see(launched):
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run_stage([x], x[0], None, Stage())
     assert len(configs) == 1
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """A driver that takes no tensor descriptor, and the configurations that run by pointers instead."""
+    ran = []
+
+    def refuse(self, config, layout):
+        raise RuntimeError("Failed to create tensor map descriptor: invalid argument")
+
+    monkeypatch.setattr(Call, "_by_descriptors", refuse)
+    monkeypatch.setattr(Call, "_by_pointers", lambda self, config: ran.append(config))
+    monkeypatch.setattr("stf_kernels.ops.descriptors.is_hopper_or_later", lambda device: True)
+    monkeypatch.setattr(forms, "_warned", set())
+    return ran
+
+
+TMA = GemmConfig(128, 256, 64, 8, 8, 4, form="descriptors")
+
+
+def test_a_refused_descriptor_costs_its_own_call_alone(refused):
+    """It is the operands that the driver refuses: the portable kernel of the same tile serves, nothing is banned."""
+    x, weight = torch.zeros(1, 64, 128, dtype=torch.bfloat16), torch.zeros(256, 128, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="driver refuses.*tensor map.*portable"):
+        launch.launch_stage([x], weight, None, Stage(), TMA)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        launch.launch_stage([x], weight, None, Stage(), TMA)
+    assert refused == [TMA.portable()] * 2
+    assert not lookup._too_large
+
+
+def test_who_measures_a_kernel_gets_no_other(refused):
+    x, weight = torch.zeros(1, 64, 128, dtype=torch.bfloat16), torch.zeros(256, 128, dtype=torch.bfloat16)
+    cropped = torch.zeros(2, 61, 128, dtype=torch.bfloat16)[:, 1:]
+    for operand, why in ((cropped, "no descriptor"), (x, "driver refuses")):
+        with pytest.raises(DescriptorRefused, match=why):
+            launch.launch_stage([operand], weight, None, Stage(), TMA, strict=True)
+    assert not refused

@@ -1,12 +1,14 @@
 """If these fail, the offline search measures what cannot run, forgets what it measured, or writes a wrong table."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from stf_kernels.ops.descriptors import layout_for
 from stf_kernels.problems import PROBLEMS
-from stf_kernels.tuning import GemmConfig
+from stf_kernels.tuning import GemmConfig, search
 from stf_kernels.tuning.__main__ import main
 from stf_kernels.tuning.lookup import parse_table
 from stf_kernels.tuning.search import Journal, Key, candidates, entry_for, forms_for, write_table
@@ -61,6 +63,22 @@ def test_many_rows_put_descriptors_first():
     found = candidates(18432, 4096, 8192, 2, forms=forms_for(CONCAT, "sm_90", 2), **HOPPER)
     assert found[0].form == "descriptors"
     assert {config.form for config in found[:24]} == {"descriptors", "pointers"}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["concat", "linear_merge", "linear", "linear_scatter"])
+def test_every_candidate_is_measured_as_what_it_is(name, batch, monkeypatch):
+    """On operands that no descriptor names a launch falls back, and the table would praise the wrong kernel."""
+    problem, generator, real = PROBLEMS[name], torch.Generator, torch.randn
+    monkeypatch.setattr(torch, "Generator", lambda device: generator())
+    monkeypatch.setattr(torch, "randn", lambda shape, device, generator: real(shape, generator=generator))
+    monkeypatch.setattr(search, "Flush", lambda device: None)
+    monkeypatch.setattr("stf_kernels.ops.descriptors.is_hopper_or_later", lambda device: True)
+    bench = search.Bench(replace(problem, c=128, n=256), torch.bfloat16, batch)
+    found = candidates(batch * problem.tokens, problem.n, problem.k, 2, forms=forms_for(problem, "sm_90", 2), **HOPPER)
+    for config in found[:24]:
+        if config.form != "pointers":
+            assert layout_for(bench._blocks, bench._weight, problem.stage, config) is not None, config
 
 
 class Clock:

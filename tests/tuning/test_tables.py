@@ -143,6 +143,14 @@ def test_descriptor_forms_are_refused_where_no_tma_is(device, monkeypatch):
         assert not descriptor_tiles(arch, 4)
 
 
+@pytest.mark.parametrize(("stage", "form"), [("merge", "descriptors"), ("merge", "swapped"), ("concat", "swapped")])
+def test_a_form_that_a_stage_does_not_have_is_refused(device, stage, form):
+    config = GemmConfig(128, 128, 64, 8, 8, 4, form=form, tail_m=16 if form == "swapped" else 0)
+    device.write_text(table(entry(stage=stage, config=config.to_dict())))
+    with pytest.warns(UserWarning, match=f"stage '{stage}' has no form '{form}'"):
+        assert tuning.choose(CUDA, stage, torch.bfloat16, 576, 4096, 8192).form == "pointers"
+
+
 def test_every_form_fits_shared_memory_and_so_does_what_serves_in_its_place():
     for config in (*descriptor_tiles("sm_90", 2), *swapped_tiles("sm_90", 2)):
         assert config.portable().form == "pointers"
