@@ -56,10 +56,11 @@ def test_concat_linear(benchmark):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     blocks = [torch.randn(1, 4, 16, device=device) for _ in range(8)]
     weight, bias = torch.randn(16, 128, device=device), torch.randn(16, device=device)
+    stage = Stage("gelu")
     compare(
         benchmark,
         lambda: stf_kernels.concat_linear(blocks, weight, bias, activation="gelu"),
-        lambda: run_stage(blocks, weight, bias, Stage("gelu")),
+        lambda: run_stage(blocks, weight, bias, stage),
         lambda: torch.ops.stf_kernels.concat_linear(blocks, weight, bias, "gelu", 0, []),
     )
 
@@ -67,10 +68,11 @@ def test_concat_linear(benchmark):
 def test_spatial_merge_linear(benchmark):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, weight = torch.randn(1, 16, 16, device=device), torch.randn(16, 64, device=device)
+    stage = Stage("gelu", gather=2, grid=GRID)
     compare(
         benchmark,
         lambda: stf_kernels.spatial_merge_linear(x, weight, grid=GRID, activation="gelu"),
-        lambda: run_stage([x], weight, None, Stage("gelu", gather=2, grid=GRID)),
+        lambda: run_stage([x], weight, None, stage),
         lambda: torch.ops.stf_kernels.spatial_merge_linear(x, weight, None, "gelu", 0, 2, *GRID, []),
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import checks, ops
 from .functional import autocast_dtype, concat_linear, spatial_merge_linear
 from .ops.torch_path import activate
-from .plain_linear import FrozenRelayout, call_linear, is_untouched, plain_parameters
+from .plain_linear import FrozenRelayout, call_linear, is_untouched, plain_layers, plain_parameters
 from .relayout import channel_to_patch_major
 
 
@@ -36,11 +36,8 @@ class _TwoLayers(nn.Module):
         self.linear_2 = nn.Linear(hidden_dim, out_dim, bias=bias, device=device, dtype=dtype)
 
     def readable(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """(weights, biases) of the two layers if both can be read instead of called; no biases if neither has one."""
-        one, two = plain_parameters(self._modules["linear_1"]), plain_parameters(self._modules["linear_2"])
-        if one is None or two is None or (one[1] is None) != (two[1] is None):
-            return None
-        return [one[0], two[0]], [] if one[1] is None else [one[1], two[1]]
+        """(weights, biases) of the two layers if both can be read instead of called; see plain_layers."""
+        return plain_layers((self._modules["linear_1"], self._modules["linear_2"]))
 
     def _linear_2(self, hidden: Tensor) -> Tensor:
         plain = plain_parameters(self.linear_2)
@@ -233,7 +230,7 @@ class CompactTokenProjector(nn.Module):
         checked, and one outside `out` is not written.
         """
         check_module_blocks(blocks, self.num_blocks, self.dim, self.skip_tokens)
-        stf = self.stf
+        stf = self._modules["stf"]  # an attribute look-up of a child takes most of a microsecond
         height, width = checks.resolve_grid(grid, blocks[0].shape[1] - self.skip_tokens, stf.merge_size, stf.truncate)
         if out is not None or rows is not None:
             count = blocks[0].shape[0] * (height // stf.merge_size) * (width // stf.merge_size)
@@ -255,14 +252,15 @@ class CompactTokenProjector(nn.Module):
 
     def _readable(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """(weights, biases) of the four layers if both children can be read instead of called."""
-        mbtf, stf = self.mbtf, self.stf
+        mbtf, stf = self._modules.get("mbtf"), self._modules["stf"]
         if mbtf is None or not (is_untouched(mbtf, MultiBlockTokenFusion) and is_untouched(stf, SpatialTokenFusion)):
             return None
-        first = mbtf.readable()
-        second = None if first is None else stf.readable()
-        if second is None or bool(first[1]) != bool(second[1]) or mbtf.activation != stf.activation:
+        first, second = mbtf._modules, stf._modules
+        found = plain_layers((first["linear_1"], first["linear_2"], second["linear_1"], second["linear_2"]))
+        if found is None or mbtf.activation != stf.activation:
             return None
-        return first[0] + second[0], first[1] + second[1]
+        found[0][2] = stf.patch_major(found[0][2])
+        return found
 
     def _check_target(self, blocks: Sequence[Tensor], out: Tensor | None, rows: Tensor | None, count: int) -> None:
         checks.check_out(out, rows, count, self.out_dim, blocks[0])
@@ -292,6 +290,7 @@ def check_module_blocks(blocks: Sequence[Tensor], num_blocks: int, dim: int, ski
 
 
 LAYERS = ("mbtf.linear_1.", "mbtf.linear_2.", "stf.linear_1.", "stf.linear_2.")
+CHILD_LAYERS = ("linear_1.", "linear_2.")
 
 
 def run_chain(
@@ -306,10 +305,10 @@ def run_chain(
     dtype = autocast_dtype(blocks[0])
     if dtype is not None:
         blocks, weights, biases = ([t.to(dtype) for t in group] for group in (blocks, weights, biases))
-    whole = len(weights) == len(LAYERS)
-    width = len(blocks) * blocks[0].shape[2] * (1 if whole else merge_size**2)
-    for i, (weight, layer) in enumerate(zip(weights, LAYERS if whole else ("linear_1.", "linear_2."), strict=True)):
-        bias = biases[i] if biases else None
-        checks.check_linear(weight, bias, width, "the width of its input", "blocks", blocks[0], layer)
-        width = weight.shape[0] * (merge_size**2 if whole and i == 1 else 1)
+    x, window, whole = blocks[0], merge_size**2, len(weights) == len(LAYERS)
+    width = len(blocks) * x.shape[2] * (1 if whole else window)
+    layers = LAYERS if whole else CHILD_LAYERS
+    for i, (weight, bias, layer) in enumerate(zip(weights, biases or [None] * len(weights), layers, strict=True)):
+        checks.check_linear(weight, bias, width, "the width of its input", "blocks", x, layer)
+        width = weight.shape[0] * (window if whole and i == 1 else 1)
     return operator(list(blocks), weights, biases, activation, skip_tokens, merge_size, *rest)

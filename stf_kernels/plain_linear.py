@@ -5,6 +5,7 @@ A LoRA adapter, a quantised layer, a sharded one (DTensor), a layer with a forwa
 """
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from torch.nn.modules import module as _module
 
 from . import checks
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (  # torch's own dictionaries, of register_module_forward_hook and the like
     _module._global_forward_hooks,
     _module._global_forward_pre_hooks,
@@ -26,7 +26,10 @@ def is_untouched(module: nn.Module, expected: type[nn.Module]) -> bool:
     """The module is of exactly this class, without hooks and without a forward of its own instance."""
     if type(module) is not expected or "forward" in module.__dict__ or any(_GLOBAL_HOOKS):
         return False
-    return not any(getattr(module, hooks) for hooks in _HOOKS)
+    # Spelled out: this is asked of six modules in every call of a projector.
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def plain_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -41,6 +44,19 @@ def plain_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if type(weight) not in _ORDINARY or (bias is not None and type(bias) not in _ORDINARY):
         return None
     return weight, bias
+
+
+def plain_layers(layers: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor]] | None:
+    """(weights, biases) where all layers can be read instead of called, else None; no biases if no layer has one."""
+    weights, biases = [], []
+    for layer in layers:
+        parameters = plain_parameters(layer)
+        if parameters is None:
+            return None
+        weights.append(parameters[0])
+        if parameters[1] is not None:
+            biases.append(parameters[1])
+    return None if biases and len(biases) < len(weights) else (weights, biases)
 
 
 def call_linear(name: str, module: nn.Module, x: Tensor) -> Tensor:

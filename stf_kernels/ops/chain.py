@@ -26,10 +26,14 @@ def run_stage(
     save_pre: bool = False,
     out: Tensor | None = None,
     rows: Tensor | None = None,
+    triton: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One stage on the path that the backend and the device's table say -> (y or out, pre-activation or None)."""
+    """One stage on the path that the backend and the device's table say -> (y or out, pre-activation or None).
+
+    triton: the backend's answer, for who has asked it already.
+    """
     x = blocks[0]
-    if backend.use_triton(x.device, x.dtype):
+    if backend.use_triton(x.device, x.dtype) if triton is None else triton:
         config = _configuration(x, len(blocks), weight, stage, save_pre)
         if config is not None:
             try:
@@ -68,10 +72,12 @@ def chain_fwd(
     saved: list[Tensor] = []
     x: Sequence[Tensor] = blocks
     last = len(stages) - 1
+    triton = backend.use_triton(x[0].device, x[0].dtype)
     for i, (stage, weight, bias) in enumerate(zip(stages, weights, biases, strict=True)):
-        target = {"out": out, "rows": rows} if i == last else {}
         kept = bool(keep) and keep[i]
-        y, pre = run_stage(x, weight, bias, stage, save_pre=kept and stage.activation is not None, **target)
+        save_pre = kept and stage.activation is not None
+        into, at = (out, rows) if i == last else (None, None)
+        y, pre = run_stage(x, weight, bias, stage, save_pre=save_pre, out=into, rows=at, triton=triton)
         if kept:
             saved.append(y if pre is None else pre)
         x = [y]
