@@ -6,10 +6,10 @@ spatial_merge_linear   y = act(merge_rxr(x) @ W^T + b)           Spatial Token F
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from . import checks, ops
+from .autocast import cast_operands
 from .relayout import channel_to_patch_major
 
 
@@ -41,7 +41,7 @@ def concat_linear(
     """
     checks.check_choice("activation", activation, checks.ACTIVATIONS)
     checks.check_blocks(blocks)
-    blocks, weight, bias = autocast(blocks, weight, bias)
+    blocks, (weight,), (bias,) = cast_operands(blocks, (weight,), (bias,))
     x = blocks[0]
     checks.check_skip(skip_tokens, x.shape[1])
     k = len(blocks) * x.shape[2]
@@ -89,7 +89,7 @@ def spatial_merge_linear(
     checks.check_choice("feature_order", feature_order, checks.FEATURE_ORDERS)
     checks.check_int("merge_size", merge_size, 1, 16)
     checks.check_tokens("x", x)
-    (x,), weight, bias = autocast([x], weight, bias)
+    (x,), (weight,), (bias,) = cast_operands((x,), (weight,), (bias,))
     checks.check_skip(skip_tokens, x.shape[1])
     height, width = checks.resolve_grid(grid, x.shape[1] - skip_tokens, merge_size, truncate)
     meaning = f"{merge_size}x{merge_size} windows of {x.shape[2]} channels"
@@ -97,22 +97,3 @@ def spatial_merge_linear(
     if feature_order == "channel_major":
         weight = channel_to_patch_major(weight, merge_size)
     return ops.spatial_merge_linear(x, weight, bias, activation, skip_tokens, merge_size, height, width)
-
-
-def autocast(
-    blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None
-) -> tuple[Sequence[Tensor], Tensor, Tensor | None]:
-    """Under autocast, all operands in the dtype that nn.Linear would compute in; float64 stays, as it does there."""
-    dtype = autocast_dtype(blocks[0])
-    if dtype is None:
-        return blocks, weight, bias
-    weight, bias = (t.to(dtype) if isinstance(t, Tensor) else t for t in (weight, bias))
-    return [block.to(dtype) for block in blocks], weight, bias
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast would cast x, None where it would not."""
-    device_type = x.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(device_type)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, ops
-from .functional import autocast_dtype, concat_linear, spatial_merge_linear
+from .autocast import cast_operands
+from .functional import concat_linear, spatial_merge_linear
 from .ops.torch_path import activate
 from .plain_linear import FrozenRelayout, call_linear, is_untouched, plain_layers, plain_parameters
 from .relayout import channel_to_patch_major
@@ -302,9 +303,7 @@ def run_chain(
     Parameters can be replaced after construction and a kernel takes its sizes from them: one that does not fit the
     layer before it is refused here.
     """
-    dtype = autocast_dtype(blocks[0])
-    if dtype is not None:
-        blocks, weights, biases = ([t.to(dtype) for t in group] for group in (blocks, weights, biases))
+    blocks, weights, biases = cast_operands(blocks, weights, biases)
     x, window, whole = blocks[0], merge_size**2, len(weights) == len(LAYERS)
     width = len(blocks) * x.shape[2] * (1 if whole else window)
     layers = LAYERS if whole else CHILD_LAYERS
