@@ -10,14 +10,45 @@ Triton runs, one elementwise kernel reads a pre-activation once and writes act'(
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backend
 from . import launch, torch_path
-from .chain import output_shapes
 from .stage import Stage, unmerge_windows
+
+
+class Sizes(NamedTuple):
+    """Shapes of a chain's tensors, of which a backward is given only those that it reads."""
+
+    num_blocks: int
+    block: Sequence[int]  # [B, T, C] of each
+    widths: Sequence[int]  # N of each weight [N, K]
+
+    @classmethod
+    def of(cls, blocks: Sequence[Tensor], weights: Sequence[Tensor]) -> "Sizes":
+        return cls(len(blocks), blocks[0].shape, [weight.shape[0] for weight in weights])
+
+    def without(self, tokens: int) -> "Sizes":
+        """Of blocks cropped by leading tokens."""
+        batch, total, channels = self.block
+        return self._replace(block=(batch, total - tokens, channels))
+
+    def outputs(self, stages: Sequence[Stage]) -> list[tuple[int, int, int]]:
+        shapes, shape = [], self.block
+        for stage, n in zip(stages, self.widths, strict=True):
+            shape = stage.out_shape(shape, n)
+            shapes.append(shape)
+        return shapes
+
+    def weights(self, stages: Sequence[Stage]) -> list[tuple[int, int]]:
+        shapes, k = [], self.num_blocks * self.block[2]
+        for stage, n in zip(stages, self.widths, strict=True):
+            shapes.append((n, k * stage.gather**2))
+            k = n * stage.scatter**2
+        return shapes
 
 
 @dataclass(frozen=True)
@@ -29,9 +60,8 @@ class Needs:
     biases: Sequence[bool]
 
     @classmethod
-    def of(cls, flags: Sequence[bool], groups: Sequence[Sequence[Tensor]]) -> "Needs":
-        """From a flag for each of [*blocks, *weights, *biases]; groups are those lists, biases perhaps empty."""
-        blocks, weights = len(groups[0]), len(groups[1])
+    def of(cls, flags: Sequence[bool], blocks: int, weights: int) -> "Needs":
+        """From a flag for each of [*blocks, *weights, *biases], of which there may be no biases."""
         return cls(
             flags[:blocks],
             flags[blocks : blocks + weights],
@@ -64,19 +94,19 @@ class Needs:
 def chain_bwd(
     dy: Tensor,
     saved: list[Tensor | None],
-    blocks: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    blocks: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    sizes: Sizes,
     stages: Sequence[Stage],
     needs: Needs,
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
     """Gradients of (blocks, weights, biases), None where not needed. dy has the shape of the chain's output.
 
     `saved` has an entry for every stage, None where `needs.keeps` has no flag. It is consumed from its end, so that it
-    is freed as the backward passes it. Of blocks and weights that `needs.reads` does not flag only shapes and dtypes
-    are used.
+    is freed as the backward passes it. Blocks and weights that `needs.reads` does not flag may be None.
     """
     last = len(stages) - 1
-    shapes = output_shapes(blocks[0].shape, weights, stages)
+    shapes, weight_shapes = sizes.outputs(stages), sizes.weights(stages)
     d_blocks: list[Tensor | None] = [None] * len(blocks)
     d_weights: list[Tensor | None] = [None] * len(weights)
     d_biases: list[Tensor | None] = [None] * len(weights)
@@ -101,7 +131,7 @@ def chain_bwd(
         if needs.weights[i]:
             if x is None:
                 x = kept if before.activation is None else torch_path.activate(kept, before.activation)
-            d_weights[i] = torch.mm(g.t(), x.reshape(g.shape[0], weights[i].shape[1]))
+            d_weights[i] = torch.mm(g.t(), x.reshape(g.shape[0], weight_shapes[i][1]))
             x = None
         if not upstream:
             break
@@ -116,10 +146,10 @@ def chain_bwd(
         if needs.biases[0] and d_biases[0] is None:
             d_biases[0] = g.sum(0)
         if needs.weights[0]:
-            d_weights[0] = _first_weight_grad(g, blocks, weights[0], stages[0])
+            d_weights[0] = _first_weight_grad(g, blocks, weight_shapes[0], stages[0])
         if any(needs.blocks):
-            d_blocks = _block_grads(g, blocks, weights[0], stages[0], needs.blocks)
-    d_biases = [None if db is None else db.to(weight.dtype) for db, weight in zip(d_biases, weights, strict=True)]
+            d_blocks = _block_grads(g, sizes.block, weights[0], stages[0], needs.blocks)
+    d_biases = [None if db is None else db.to(dy.dtype) for db in d_biases]
     return d_blocks, d_weights, d_biases
 
 
@@ -142,9 +172,9 @@ def _through_activation(
     return dpre, None, dpre.sum(0) if sum_rows else None
 
 
-def _first_weight_grad(g: Tensor, blocks: Sequence[Tensor], weight: Tensor, stage: Stage) -> Tensor:
+def _first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], stage: Stage) -> Tensor:
     c = blocks[0].shape[-1]
-    dw = torch.empty(weight.shape, device=g.device, dtype=weight.dtype)
+    dw = g.new_empty(shape)
     for s, segment in enumerate(stage.segments(blocks)):
         target = dw[:, s * c : (s + 1) * c]
         if stage.gather > 1 or not _product_of_each_image(segment):
@@ -167,19 +197,16 @@ def _product_of_each_image(segment: Tensor) -> bool:
 
 
 def _block_grads(
-    g: Tensor, blocks: Sequence[Tensor], weight: Tensor, stage: Stage, needed: Sequence[bool]
+    g: Tensor, shape: Sequence[int], weight: Tensor, stage: Stage, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """dX of each needed block. Windows tile the grid, so every row is written once: no atomics, no accumulation."""
-    c = blocks[0].shape[-1]
+    c = shape[2]
     if stage.gather == 1:
         return [
-            torch.mm(g, weight[:, s * c : (s + 1) * c]).view(block.shape) if needed[s] else None
-            for s, block in enumerate(blocks)
+            torch.mm(g, weight[:, s * c : (s + 1) * c]).view(shape) if need else None for s, need in enumerate(needed)
         ]
-    x = blocks[0]
     whole = all(side % stage.gather == 0 for side in stage.grid)
-    make = torch.empty if whole else torch.zeros
-    dx = make(x.shape, device=g.device, dtype=x.dtype)
+    dx = g.new_empty(shape) if whole else g.new_zeros(shape)
     for s, segment in enumerate(stage.segments([dx])):
         segment.copy_(torch.mm(g, weight[:, s * c : (s + 1) * c]).view(segment.shape))
     return [dx]

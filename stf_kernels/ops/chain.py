@@ -82,14 +82,3 @@ def chain_fwd(
             saved.append(y if pre is None else pre)
         x = [y]
     return y, saved
-
-
-def output_shapes(
-    shape: Sequence[int], weights: Sequence[Tensor], stages: Sequence[Stage]
-) -> list[tuple[int, int, int]]:
-    """Of each stage, for blocks of a shape [B, T, C]."""
-    shapes = []
-    for stage, weight in zip(stages, weights, strict=True):
-        shape = stage.out_shape(shape, weight.shape[0])
-        shapes.append(shape)
-    return shapes

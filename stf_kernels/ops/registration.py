@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..backend import current_backend, use_backend, use_triton
-from .backward import Needs, chain_bwd
+from .backward import Needs, Sizes, chain_bwd
 from .chain import chain_fwd
 from .composite import composite
 from .stage import Stage
@@ -89,7 +89,9 @@ class ChainOperator:
         self._plan = plan
         self._forward_op = define(name, f"{tensors}, {static}, bool[] needs", "Tensor[]", self._forward, self._fake)
         self._backward_op = define(
-            f"{name}_bwd", f"Tensor grad, Tensor[] saved, {tensors}, {static}, bool[] kept_for, bool[] needs",
+            f"{name}_bwd",
+            "Tensor grad, Tensor[] kept, int num_blocks, SymInt[] block, SymInt[] widths, "
+            f"{static}, bool[] kept_for, bool[] needs",
             "Tensor[]", self._backward, self._fake_backward,
         )  # fmt: skip
         qualified = f"{NAMESPACE}::{name}"
@@ -117,17 +119,18 @@ class ChainOperator:
     def _forward(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
         *static, needs = static_and_needs
         plan, groups = self._plan(*static), [_as_list(group) for group in (blocks, weights, biases)]
-        y, saved = run_plan(plan, *groups, keep=Needs.of(needs, groups).keeps(plan.stages) if needs else ())
+        keep = Needs.of(needs, len(groups[0]), len(groups[1])).keeps(plan.stages) if needs else ()
+        y, saved = run_plan(plan, *groups, keep=keep)
         return [y, *saved]
 
     def _fake(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
         *static, needs = static_and_needs
         stages, skip = self._plan(*static)
-        groups = [_as_list(group) for group in (blocks, weights, biases)]
-        keep = Needs.of(needs, groups).keeps(stages) if needs else [False] * len(stages)
-        block = _as_list(blocks)[0][:, skip:]
+        blocks, weights = _as_list(blocks), _as_list(weights)
+        keep = Needs.of(needs, len(blocks), len(weights)).keeps(stages) if needs else [False] * len(stages)
+        block = blocks[0][:, skip:]
         saved = []
-        for i, (stage, weight) in enumerate(zip(stages, _as_list(weights), strict=True)):
+        for i, (stage, weight) in enumerate(zip(stages, weights, strict=True)):
             rows, n = block.shape[0] * stage.tokens(block.shape), weight.shape[0]
             y = block.new_empty(stage.out_shape(block.shape, n))
             if keep[i]:
@@ -138,7 +141,9 @@ class ChainOperator:
     def _setup_context(self, ctx, inputs, output) -> None:
         ctx.forms, ctx.static, ctx.kept_for = [Form.of(value) for value in inputs[:3]], inputs[3:-1], inputs[-1]
         ctx.backend = current_backend()
-        ctx.save_for_backward(*output[1:], *(t for value in inputs[:3] for t in _as_list(value)))
+        blocks, weights = _as_list(inputs[0]), _as_list(inputs[1])
+        ctx.sizes = Sizes.of(blocks, weights)
+        ctx.save_for_backward(*output[1:], *_read_of(blocks, weights, ctx.kept_for))
 
     def _autograd_backward(self, ctx, grads):
         _refuse_double_backward()
@@ -151,24 +156,22 @@ class ChainOperator:
                 f"needs: the gradient of tensor {missing[0]} is wanted, and the forward was told {list(ctx.kept_for)}; "
                 "pass the operator a flag for every tensor, true where a gradient will be wanted"
             )
-        kept = list(ctx.saved_tensors)
-        saved, tensors = kept[: len(kept) - len(wanted)], kept[len(kept) - len(wanted) :]
-        operands = _restore_all(ctx.forms, tensors)
         with use_backend(ctx.backend):
-            found = iter(self._backward_op(grads[0], saved, *operands, *ctx.static, kept_for, wanted))
+            kept = list(ctx.saved_tensors)
+            found = iter(self._backward_op(grads[0], kept, *ctx.sizes, *ctx.static, kept_for, wanted))
         in_order = [next(found) if want else None for want in wanted]
         return (*_restore_all(ctx.forms, in_order), *(None for _ in ctx.static), None)
 
-    def _backward(self, grad, saved, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
+    def _backward(self, grad, kept, num_blocks, block, widths, *static_and_needs) -> list[Tensor]:
         *static, kept_for, needs = static_and_needs
-        plan, groups = self._plan(*static), [_as_list(group) for group in (blocks, weights, biases)]
-        by_stage = _by_stage(saved, Needs.of(kept_for, groups).keeps(plan.stages))
-        grads = _run_backward(plan, grad, by_stage, *groups[:2], len(groups[2]), Needs.of(needs, groups))
+        grads = _run_backward(self._plan(*static), Sizes(num_blocks, block, widths), grad, list(kept), kept_for, needs)
         return [g for g, need in zip(grads, needs, strict=True) if need]
 
-    def _fake_backward(self, grad, saved, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
-        tensors = [*_as_list(blocks), *_as_list(weights), *_as_list(biases)]
-        return [t.new_empty(t.shape) for t, need in zip(tensors, static_and_needs[-1], strict=True) if need]
+    def _fake_backward(self, grad, kept, num_blocks, block, widths, *static_and_needs) -> list[Tensor]:
+        *static, _, needs = static_and_needs
+        weights = Sizes(num_blocks, block, widths).weights(self._plan(*static).stages)
+        shapes = [*[block] * num_blocks, *weights, *[(n,) for n in widths]]
+        return [grad.new_empty(shape) for shape, need in zip(shapes, needs, strict=False) if need]
 
     def _autocast(self, device_type: str) -> Callable:
         def autocast(blocks, weights, biases, *rest):
@@ -186,37 +189,26 @@ class ChainOperator:
 class _Eager(torch.autograd.Function):
     """The same formulas without the dispatcher: apply(plan, (number of blocks, of weights), needs, *tensors) -> y.
 
-    It keeps only what the gradients that are wanted will read; of other blocks and weights, shape and dtype.
+    It keeps only what the gradients that are wanted will read.
     """
 
     @staticmethod
     def forward(ctx, plan: Plan, lengths: tuple[int, int], needs: list[bool], *tensors: Tensor) -> Tensor:
         groups = _split(tensors, (*lengths, len(tensors) - sum(lengths)))
-        needed = Needs.of(needs, groups)
-        y, saved = run_plan(plan, *groups, keep=needed.keeps(plan.stages))
-        operands, reads = [*groups[0], *groups[1]], needed.reads()
-        ctx.plan, ctx.keeps, ctx.sizes = plan, needed.keeps(plan.stages), [len(group) for group in groups]
-        ctx.unread = [None if read else (t.shape, t.dtype) for t, read in zip(operands, reads, strict=True)]
+        y, saved = run_plan(plan, *groups, keep=Needs.of(needs, *lengths).keeps(plan.stages))
+        ctx.plan, ctx.sizes, ctx.kept_for = plan, Sizes.of(*groups[:2]), needs
         ctx.backend = current_backend()  # the backward runs in a thread of its own, where `use_backend` is not seen
-        ctx.save_for_backward(*saved, *(t for t, read in zip(operands, reads, strict=True) if read))
+        ctx.save_for_backward(*saved, *_read_of(*groups[:2], needs))
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         _refuse_double_backward()
-        kept, count = ctx.saved_tensors, ctx.unread.count(None)
-        saved, read = _by_stage(kept[: len(kept) - count], ctx.keeps), iter(kept[len(kept) - count :])
-        operands = [
-            next(read) if unread is None else torch.empty(unread[0], dtype=unread[1], device="meta")
-            for unread in ctx.unread
-        ]
-        blocks, weights = _split(operands, ctx.sizes[:2])
+        kept = list(ctx.saved_tensors)
         # Without retain_graph the node lets go of what it saved, and the backward frees it piece by piece.
         ctx.maybe_clear_saved_tensors()
-        del kept, operands, read
         with use_backend(ctx.backend):
-            needed = Needs.of(ctx.needs_input_grad[3:], (blocks, weights, ()))
-            grads = _run_backward(ctx.plan, grad, saved, blocks, weights, ctx.sizes[2], needed)
+            grads = _run_backward(ctx.plan, ctx.sizes, grad, kept, ctx.kept_for, ctx.needs_input_grad[3:])
         return (None, None, None, *grads)
 
 
@@ -230,21 +222,35 @@ def run_plan(
     return chain_fwd(blocks, weights, biases or [None] * len(weights), stages, keep=keep, out=out, rows=rows)
 
 
-def _run_backward(plan: Plan, grad, saved, blocks, weights, num_biases: int, needed: Needs) -> list[Tensor | None]:
-    """Gradients of [*blocks, *weights, *biases], with zeros for the skipped tokens; None where not needed."""
-    stages, skip = plan
-    cropped = [block[:, skip:] for block in blocks]
+def _read_of(blocks: list[Tensor], weights: list[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """Of blocks and weights those that the backward reads."""
+    if not needs:
+        return []
+    reads = Needs.of(needs, len(blocks), len(weights)).reads()
+    return [tensor for tensor, read in zip([*blocks, *weights], reads, strict=True) if read]
+
+
+def _run_backward(
+    plan: Plan, sizes: Sizes, grad: Tensor, kept: list[Tensor], kept_for: Sequence[bool], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of [*blocks, *weights, *biases], with zeros for the skipped tokens; None where not needed.
+
+    kept: what a forward told `kept_for` keeps of its stages, then what it reads of blocks and weights. It is emptied.
+    """
+    (stages, skip), counts = plan, (sizes.num_blocks, len(sizes.widths))
+    forward = Needs.of(kept_for, *counts)
+    flags, tensors = [*forward.keeps(stages), *forward.reads()], iter(kept)
+    saved, blocks, weights = _split([next(tensors) if flag else None for flag in flags], (len(stages), *counts))
+    kept.clear()
+    blocks = [None if block is None else block[:, skip:] for block in blocks]
     # A backward called inside an autocast region must not have its products cast: they are in the forward's dtype.
     with torch.autocast(grad.device.type, enabled=False):
-        d_blocks, d_weights, d_biases = chain_bwd(grad, saved, cropped, weights, stages, needed)
+        d_blocks, d_weights, d_biases = chain_bwd(
+            grad, saved, blocks, weights, sizes.without(skip), stages, Needs.of(needs, *counts)
+        )
     if skip:
         d_blocks = [g if g is None else nn.functional.pad(g, (0, 0, skip, 0)) for g in d_blocks]
-    return [*d_blocks, *d_weights, *d_biases[:num_biases]]
-
-
-def _by_stage(saved: Sequence[Tensor], keeps: Sequence[bool]) -> list[Tensor | None]:
-    kept = iter(saved)
-    return [next(kept) if keep else None for keep in keeps]
+    return [*d_blocks, *d_weights, *d_biases[: len(needs) - sum(counts)]]
 
 
 def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:

@@ -79,7 +79,8 @@ def test_scatter(bias):
 def test_backward_operator(wanted):
     blocks, weight = [draw(2, 5, 4, grad=False) for _ in range(3)], draw(6, 12, grad=False)
     y, *saved = OPS.concat_linear(blocks, weight, torch.randn(6), "gelu", 1, [True] * 5)
-    arguments = (torch.randn_like(y), saved, blocks, weight, torch.randn(6), "gelu", 1, [True] * 5, wanted)
+    kept = [*saved, *blocks, weight]
+    arguments = (torch.randn_like(y), kept, 3, [2, 5, 4], [6], "gelu", 1, [True] * 5, wanted)
     opcheck(OPS.concat_linear_bwd.default, arguments)
 
 

@@ -5,6 +5,7 @@ import torch
 
 import reference
 import stf_kernels
+from stf_kernels.ops import registration
 
 BATCH, COUNT, DIM, OUT = 2, 3, 8, 20
 LAYERS = ("mbtf.linear_1", "mbtf.linear_2", "stf.linear_1", "stf.linear_2")
@@ -29,8 +30,11 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("way", ["bypass", "dispatcher"])
 @pytest.mark.parametrize(("trained", "blocks", "elements"), CASES.values(), ids=CASES)
-def test_kept_and_right(trained, blocks, elements):
+def test_kept_and_right(trained, blocks, elements, way, monkeypatch):
+    if way == "dispatcher":
+        monkeypatch.setattr(registration, "is_ordinary", lambda tensors: False)
     classes = stf_kernels.CompactTokenProjector, reference.CompactTokenProjector
     modules = [cls(COUNT, DIM, OUT, dtype=torch.float64) for cls in classes]
     modules[1].load_state_dict(modules[0].state_dict())
