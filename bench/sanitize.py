@@ -9,6 +9,7 @@ import stf_kernels
 from bench.problems import Sizes, build_projector, random_blocks
 from stf_kernels.ops.launch import launch_stage
 from stf_kernels.ops.stage import Stage
+from stf_kernels.ops.weight_grad import launch_segmented_wgrad
 from stf_kernels.tuning import GemmConfig
 
 ODD = Sizes(dim=40, out_dim=72, blocks=3, grid=6)
@@ -20,9 +21,17 @@ def main() -> None:
         blocks = random_blocks(ODD, 2, device="cuda", dtype=dtype, seed=2)
         with stf_kernels.use_backend("triton"):
             projector(blocks).float().square().mean().backward()
+        weight_gradient(dtype)
         if torch.cuda.get_device_capability() >= (9, 0) and dtype != torch.float32:
             hopper_forms(dtype)
     torch.cuda.synchronize()
+
+
+def weight_gradient(dtype: torch.dtype) -> None:
+    """Rows of an image, features and channels that end inside a tile."""
+    blocks = [torch.randn(2, 38, 40, device="cuda").to(dtype)[:, 1:] for _ in range(3)]
+    g = torch.randn(2 * 37, 72, device="cuda").to(dtype)
+    launch_segmented_wgrad(g, blocks, Stage(), GemmConfig(64, 64, 32))
 
 
 def hopper_forms(dtype: torch.dtype) -> None:

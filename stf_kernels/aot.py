@@ -22,9 +22,10 @@ from multiprocessing import get_context
 import torch
 
 from .ops.forms import stage_constants
+from .ops.weight_grad import wgrad_constants
 from .problems import PROBLEMS
 from .tuning import SHARED_MEMORY_LIMIT, GemmConfig
-from .tuning.heuristic import descriptor_tiles, has_descriptor_forms, split_tiles, swapped_tiles, tiles
+from .tuning.heuristic import descriptor_tiles, has_descriptor_forms, split_tiles, swapped_tiles, tiles, wgrad_tiles
 from .tuning.lookup import DTYPES, shipped_configs
 from .tuning.search import forms_for
 
@@ -38,7 +39,7 @@ _DEFAULT_PROBLEMS = ("concat", "linear_merge", "merge", "linear_scatter")
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation of the segmented GEMM on one architecture."""
+    """One specialisation of a segmented GEMM on one architecture."""
 
     arch: str
     problem: str
@@ -67,14 +68,18 @@ def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
         yield from (Case(arch, "linear_merge", "bfloat16", config) for config in split_tiles(arch, 2)[-1:])
         yield from (Case(arch, "concat", "bfloat16", config, pdl=True) for config in descriptor_tiles(arch, 2)[:2])
         yield from (Case(arch, "linear", "bfloat16", config, pdl=True) for config in swapped_tiles(arch, 2)[:1])
+        yield from (Case(arch, "concat_wgrad", "bfloat16", config) for config in wgrad_tiles(arch, 2))
         return
     for dtype, itemsize in DTYPES.items():
         for name, problem in PROBLEMS.items():
+            if problem.wgrad:
+                yield from _wgrad_cases(arch, name, dtype)
+                continue
             configs = [*tiles(arch, itemsize, save_pre=problem.save_pre)]
             if not problem.save_pre:
                 shipped = [
                     config
-                    for config in shipped_configs(arch, dtype)
+                    for config in shipped_configs(arch, dtype, wgrad=False)
                     if config.form in forms_for(problem, arch, itemsize)
                 ]
                 configs += [form for config in shipped for form in (config, config.portable())]
@@ -95,6 +100,14 @@ def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
         yield from (Case(arch, "concat", dtype, config, aligned=False) for config in tiles(arch, itemsize))
 
 
+def _wgrad_cases(arch: str, name: str, dtype: str) -> Iterator[Case]:
+    for config in dict.fromkeys([*wgrad_tiles(arch, DTYPES[dtype]), *shipped_configs(arch, dtype, wgrad=True)]):
+        yield Case(arch, name, dtype, config)
+        yield Case(arch, name, dtype, config, aligned=False)
+        if dtype == "float32":
+            yield Case(arch, name, dtype, config, tf32=True)
+
+
 def kernel_arguments(case: Case) -> dict[str, object]:
     """The arguments of the launch that `case` stands for, in the form of `codegen.compile_for`."""
     from .codegen import Descriptor, Pointer
@@ -106,10 +119,14 @@ def kernel_arguments(case: Case) -> dict[str, object]:
     pitch = p.c if case.aligned else p.c + 1
     dense = p.num_blocks == 1 or case.one_image
     box_rows = config.block_m if dense and config.block_m != 192 else 64
-    constants = stage_constants(
-        p.stage, p.num_blocks, p.c, getattr(torch, case.dtype), config, has_bias=True, save_pre=p.save_pre,
-        scatter_rows=p.scatter_rows, unit=512, box_rows=box_rows,
-    )  # fmt: skip
+    if p.wgrad:
+        constants = wgrad_constants(p.stage, p.num_blocks, p.c, p.tokens, config)
+    else:
+        constants = stage_constants(
+            p.stage, p.num_blocks, p.c, getattr(torch, case.dtype), config, has_bias=True, save_pre=p.save_pre,
+            scatter_rows=p.scatter_rows, unit=512, box_rows=box_rows,
+        )  # fmt: skip
+    pitches = p.num_blocks if p.wgrad else 1
     constants |= {"INPUT_PRECISION": "tf32" if case.tf32 else "ieee", "PDL": case.pdl}
     return {
         "block_ptrs": (pointer,) * p.num_blocks,
@@ -123,8 +140,8 @@ def kernel_arguments(case: Case) -> dict[str, object]:
         "tokens": p.tokens,
         "grid_w": p.stage.grid[1],
         "grid_h": p.stage.grid[0],
-        "x_strides_b": ((p.source_tokens + 1) * pitch,),
-        "x_strides_t": (pitch,),
+        "x_strides_b": ((p.source_tokens + 1) * pitch,) * pitches,
+        "x_strides_t": (pitch,) * pitches,
         "w_stride_n": p.k if case.aligned else p.k + 1,
         "y_stride": p.stage.scatter**2 * p.n,
         "y_rows": 0,
@@ -138,17 +155,27 @@ def kernel_arguments(case: Case) -> dict[str, object]:
         "image_rows": p.tokens,
         "main_desc": Descriptor(kind, (config.block_m, config.block_k)),
         "tail_desc": Descriptor(kind, (config.tail_m, config.block_k)),
+        # of a weight gradient
+        "images": 8,
+        "g_ptr": pointer,
+        "dw_ptr": pointer,
+        "g_stride": p.n,
+        "dw_stride": p.k,
         **constants,
     }
 
 
-def kernel_of(config: GemmConfig):
-    """The kernel that a configuration launches on operands that suit it."""
+def kernel_of(case: Case):
+    """The kernel that a case launches on operands that suit its configuration."""
     from .kernels.descriptor import _segmented_linear_descriptor_fwd_kernel
     from .kernels.segmented_linear import _segmented_linear_fwd_kernel
+    from .kernels.segmented_wgrad import _segmented_wgrad_kernel
     from .kernels.split_k import _segmented_linear_split_k_fwd_kernel
     from .kernels.swapped import _swapped_linear_fwd_kernel
 
+    config = case.config
+    if PROBLEMS[case.problem].wgrad:
+        return _segmented_wgrad_kernel
     if config.form == "pointers":
         return _segmented_linear_fwd_kernel if config.split_k == 1 else _segmented_linear_split_k_fwd_kernel
     return _segmented_linear_descriptor_fwd_kernel if config.form == "descriptors" else _swapped_linear_fwd_kernel
@@ -162,7 +189,7 @@ def examine(case: Case) -> tuple[str, list[str]]:
     if case.pdl:
         options["launch_pdl"] = True
     try:
-        code = compile_for(case.arch, kernel_of(case.config), kernel_arguments(case), **options)
+        code = compile_for(case.arch, kernel_of(case), kernel_arguments(case), **options)
     except Exception as error:  # the compiler raises what it likes; a case that does not compile is a violation
         return f"{case}  does not compile", [f"does not compile: {error!s:.300}"]
     line = (

@@ -7,7 +7,10 @@ from .ops.stage import Stage
 
 @dataclass(frozen=True)
 class Problem:
-    """One segmented GEMM. tokens: GEMM rows per image; scatter_rows: the last stage, into inputs_embeds."""
+    """One segmented GEMM. tokens: GEMM rows per image; scatter_rows: the last stage, into inputs_embeds.
+
+    wgrad: its weight gradient, dW [n, k] as a sum over the GEMM's rows.
+    """
 
     name: str
     stage: Stage
@@ -17,10 +20,20 @@ class Problem:
     tokens: int
     save_pre: bool = False
     scatter_rows: bool = False
+    wgrad: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The name under which tuning tables know it."""
+        return self.stage.kind(self.num_blocks) + ("_wgrad" if self.wgrad else "")
 
     @property
     def k(self) -> int:
         return self.num_blocks * self.stage.gather**2 * self.c
+
+    def product(self, m: int) -> tuple[int, int, int]:
+        """(rows, columns) of the result for m rows of A, and the length of the sums."""
+        return (self.n, self.k, m) if self.wgrad else (m, self.n, self.k)
 
     @property
     def source_tokens(self) -> int:
@@ -40,5 +53,7 @@ PROBLEMS = {
         Problem("linear_scatter", Stage(), 1, 16384, 4096, 144, scatter_rows=True),
         Problem("concat_train", Stage("gelu"), 8, 1024, 4096, 576, save_pre=True),
         Problem("linear_train", Stage("gelu"), 1, 4096, 16384, 144, save_pre=True),
+        Problem("concat_wgrad", Stage(), 8, 1024, 4096, 576, wgrad=True),
+        Problem("merge_wgrad", Stage(gather=2, grid=_GRID), 1, 1024, 16384, 144, wgrad=True),
     )
 }

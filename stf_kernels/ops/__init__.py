@@ -6,7 +6,7 @@ direct_launch.py past the JIT's argument binding
 workspace.py     what split-K needs beside its operands
 torch_path.py    the same stage in plain torch
 chain.py         stages in a row, and the rule of what is kept for the backward
-backward.py      the gradients of a chain
+backward.py      the gradients of a chain; weight_grad.py the one over operands that are not materialised
 registration.py  torch.library: schema, fake, autograd, autocast, and the eager bypass
 concat_linear.py, spatial_merge_linear.py, token_fusion.py   the operators
 """

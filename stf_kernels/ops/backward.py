@@ -2,10 +2,9 @@
 
     db = sum_rows g      dW_s = g^T @ X_s, each segment into its columns of dW      dX_s = g @ W_s
 
-dW and dX run in the library GEMM (cuBLAS, MKL): they are plain matrix products once the segment is named, and
-`out=` writes a slice of dW with its own row stride, so nothing is concatenated. A segment whose rows have no common
-stride (a CLS-cropped batch) is taken image by image on the CPU in fp32 and fp64, and else copied, one at a time. Where
-Triton runs, one elementwise kernel reads a pre-activation once and writes act'(pre) * dX, act(pre) and the column sums.
+dW and dX run in the library GEMM (cuBLAS, MKL): they are plain matrix products once the segment is named. The first
+stage's dW, whose X are the caller's own blocks, has a file of its own, weight_grad.py. Where Triton runs, one
+elementwise kernel reads a pre-activation once and writes act'(pre) * dX, act(pre) and the column sums.
 """
 
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 from .. import backend
 from . import launch, torch_path
 from .stage import Stage, unmerge_windows
+from .weight_grad import first_weight_grad
 
 
 class Sizes(NamedTuple):
@@ -146,7 +146,7 @@ def chain_bwd(
         if needs.biases[0] and d_biases[0] is None:
             d_biases[0] = g.sum(0)
         if needs.weights[0]:
-            d_weights[0] = _first_weight_grad(g, blocks, weight_shapes[0], stages[0])
+            d_weights[0] = first_weight_grad(g, blocks, weight_shapes[0], stages[0])
         if any(needs.blocks):
             d_blocks = _block_grads(g, sizes.block, weights[0], stages[0], needs.blocks)
     d_biases = [None if db is None else db.to(dy.dtype) for db in d_biases]
@@ -170,30 +170,6 @@ def _through_activation(
         )
     dpre = torch_path.activation_backward(dy, pre, stage.activation, into=dy if own else None)
     return dpre, None, dpre.sum(0) if sum_rows else None
-
-
-def _first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], stage: Stage) -> Tensor:
-    c = blocks[0].shape[-1]
-    dw = g.new_empty(shape)
-    for s, segment in enumerate(stage.segments(blocks)):
-        target = dw[:, s * c : (s + 1) * c]
-        if stage.gather > 1 or not _product_of_each_image(segment):
-            torch.mm(g.t(), segment.flatten(0, -2), out=target)
-            continue
-        # No copy at all: one product an image, summed. In 16 bit every sum would be rounded, so there it is a copy.
-        for b, g_image in enumerate(g.view(segment.shape[0], segment.shape[1], -1)):
-            torch.addmm(target, g_image.t(), segment[b], beta=min(b, 1), out=target)
-    return dw
-
-
-def _product_of_each_image(segment: Tensor) -> bool:
-    """A CLS-cropped batch, whose rows have no common stride, in fp32 or fp64 on the CPU.
-
-    A GPU would read and write dW once an image; there copying one segment is cheaper.
-    """
-    batch, tokens = segment.shape[:2]
-    apart = batch > 1 and tokens > 0 and segment.stride(0) != tokens * segment.stride(1)
-    return apart and segment.dtype in torch_path.WIDE and segment.device.type == "cpu"
 
 
 def _block_grads(

@@ -2,6 +2,6 @@
 
 from .config import GemmConfig
 from .heuristic import SHARED_MEMORY_LIMIT, default_config, smallest
-from .lookup import choose, reject
+from .lookup import choose, choose_wgrad, reject
 
-__all__ = ["SHARED_MEMORY_LIMIT", "GemmConfig", "choose", "default_config", "reject", "smallest"]
+__all__ = ["SHARED_MEMORY_LIMIT", "GemmConfig", "choose", "choose_wgrad", "default_config", "reject", "smallest"]

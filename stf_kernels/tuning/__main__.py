@@ -12,7 +12,7 @@ from ..problems import PROBLEMS
 from .lookup import DTYPES, device_identity, table_path
 from .search import Bench, Journal, Key, candidates, entry_for, forms_for, write_table
 
-_TUNED = ("concat", "linear_merge", "linear", "merge", "linear_scatter")
+_TUNED = ("concat", "linear_merge", "linear", "merge", "linear_scatter", "concat_wgrad", "merge_wgrad")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
                 key = Key(name, dtype, batch * problem.tokens)
                 bench = Bench(problem, getattr(torch, dtype), batch)
                 configs = candidates(
-                    key.m, problem.n, problem.k, DTYPES[dtype],
+                    *problem.product(key.m), DTYPES[dtype],
                     shared_limit=limit, multiprocessors=properties.multi_processor_count,
-                    splits=(1,) if arch.startswith("gfx") else (1, 2, 4, 8),
+                    splits=(1,) if problem.wgrad or arch.startswith("gfx") else (1, 2, 4, 8),
                     forms=forms_for(problem, arch, DTYPES[dtype]),
                 )  # fmt: skip
                 entry = entry_for(problem, key, configs[: options.most], bench.microseconds, journal)

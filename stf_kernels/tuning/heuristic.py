@@ -66,6 +66,12 @@ def tiles(arch: str, itemsize: int, *, save_pre: bool = False) -> tuple[GemmConf
     return _HALF[_family(arch)]
 
 
+def wgrad_tiles(arch: str, itemsize: int) -> tuple[GemmConfig, ...]:
+    """Tiles of the weight gradient's kernel, largest first; on sm_120 the family's largest spills."""
+    found = tiles(arch, itemsize)
+    return found[1:] if itemsize == 4 or _family(arch) == "sm_89" else found
+
+
 def split_tiles(arch: str, itemsize: int) -> list[GemmConfig]:
     """The smaller tiles with K split, for the tuner to try at few rows: never run on hardware, so no default."""
     if arch.startswith("gfx"):
@@ -90,11 +96,19 @@ def has_descriptor_forms(arch: str, itemsize: int) -> bool:
 
 def default_config(arch: str, itemsize: int, m: int, n: int, *, save_pre: bool = False) -> GemmConfig:
     """A configuration for y [m, n] on an architecture, operands of `itemsize` bytes."""
-    candidates = tiles(arch, itemsize, save_pre=save_pre)
+    return _largest_that_fills(tiles(arch, itemsize, save_pre=save_pre), m, n)
+
+
+def _largest_that_fills(candidates: tuple[GemmConfig, ...], m: int, n: int) -> GemmConfig:
     for config in candidates:
         if -(-m // config.block_m) * -(-n // config.block_n) >= _MANY_TILES:
             return config
     return candidates[-1]
+
+
+def default_wgrad_config(arch: str, itemsize: int, n: int, k: int) -> GemmConfig:
+    """A configuration for dW [n, k]."""
+    return _largest_that_fills(wgrad_tiles(arch, itemsize), n, k)
 
 
 def smallest(itemsize: int) -> GemmConfig:

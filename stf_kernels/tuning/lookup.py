@@ -23,11 +23,18 @@ from pathlib import Path
 import torch
 
 from .config import GemmConfig
-from .heuristic import SHARED_MEMORY_LIMIT, default_config, has_descriptor_forms, smallest
+from .heuristic import (
+    SHARED_MEMORY_LIMIT,
+    default_config,
+    default_wgrad_config,
+    has_descriptor_forms,
+    smallest,
+)
 
 _log = logging.getLogger(__name__)
 TABLE_VERSION = 1
-STAGES = ("concat", "merge", "linear", "linear_merge")
+WGRAD_STAGES = ("concat_wgrad", "merge_wgrad")
+STAGES = ("concat", "merge", "linear", "linear_merge", *WGRAD_STAGES)
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _TABLES = Path(__file__).with_name("tables")
 _TOP = {"version", "device", "arch", "commit", "torch", "triton", "entries"}
@@ -98,8 +105,11 @@ def _config(where: str, entry: dict, arch: str) -> GemmConfig | None:
             f"{where}.config: form {config.form!r} is for 16 bit on Hopper and later, got {config} for {arch}"
         )
     gathers, several = entry["stage"] == "merge", entry["stage"] == "concat"
-    if (config.form != "pointers" and gathers) or (config.form == "swapped" and several):
+    wgrad = entry["stage"] in WGRAD_STAGES
+    if (config.form != "pointers" and (gathers or wgrad)) or (config.form == "swapped" and several):
         raise ValueError(f"{where}.config: stage {entry['stage']!r} has no form {config.form!r}, got {config}")
+    if wgrad and config.split_k > 1:
+        raise ValueError(f"{where}.config: stage {entry['stage']!r} does not split K, got {config}")
     need, limit = config.shared_bytes(DTYPES[entry["dtype"]]), SHARED_MEMORY_LIMIT.get(arch)
     if limit is not None and need > limit:
         raise ValueError(f"{where}.config: {config} needs {need} bytes of shared memory, {arch} has {limit}")
@@ -133,7 +143,7 @@ def _choose(slug: str, arch: str, stage: str, dtype: torch.dtype, m: int, n: int
     choices = _table(slug, arch).get((stage, str(dtype).removeprefix("torch."), n, k))
     if choices:
         return next((config for m_max, config in choices if m <= m_max), choices[-1][1])
-    return default_config(arch, dtype.itemsize, m, n)
+    return None if stage in WGRAD_STAGES else default_config(arch, dtype.itemsize, m, n)
 
 
 def choose(
@@ -165,6 +175,22 @@ def choose(
     return smallest(dtype.itemsize) if (slug, dtype.itemsize, config) in _too_large else config
 
 
+def choose_wgrad(
+    device: torch.device, stage: str, dtype: torch.dtype, m: int, n: int, k: int, *, may_decline: bool = True
+) -> GemmConfig | None:
+    """The segmented kernel's configuration for dW [n, k], a sum over m rows, of a stage that gathers or concatenates.
+
+    None, the library GEMM, where no table names the kernel, unless may_decline=False, and where it did not run.
+    """
+    if device.type == "cpu":
+        return INTERPRETER_CONFIG
+    slug, arch = device_identity(torch.cuda.current_device() if device.index is None else device.index)
+    config = _choose(slug, arch, f"{stage}_wgrad", dtype, m, n, k)
+    if config is None and not may_decline:
+        config = default_wgrad_config(arch, dtype.itemsize, n, k)
+    return None if (slug, dtype.itemsize, config) in _too_large else config
+
+
 def reject(device: torch.device, dtype: torch.dtype, config: GemmConfig, reason: object) -> None:
     """Remember that a configuration does not run on a device; `choose` then gives the smallest. Warns once for each."""
     slug, arch = device_identity(torch.cuda.current_device() if device.index is None else device.index)
@@ -178,14 +204,15 @@ def reject(device: torch.device, dtype: torch.dtype, config: GemmConfig, reason:
     )
 
 
-def shipped_configs(arch: str, dtype: str) -> list[GemmConfig]:
-    """Every configuration that a shipped table of an architecture names for a dtype (torch's name)."""
+def shipped_configs(arch: str, dtype: str, *, wgrad: bool) -> list[GemmConfig]:
+    """Every configuration that a shipped table of an architecture names for a dtype (torch's name): of the weight
+    gradients, or of the other stages."""
     found: dict[GemmConfig, None] = {}
     for path in sorted(_TABLES.glob("*.json")):
         text = path.read_text(encoding="utf-8")
         if json.loads(text).get("arch") != arch:
             continue
-        for (_, entry_dtype, _, _), choices in parse_table(text, arch).items():
-            if entry_dtype == dtype:
+        for (stage, entry_dtype, _, _), choices in parse_table(text, arch).items():
+            if entry_dtype == dtype and (stage in WGRAD_STAGES) == wgrad:
                 found.update((config, None) for _, config in choices if config is not None)
     return list(found)

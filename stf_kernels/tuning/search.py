@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import launch, torch_path
+from ..ops import launch, torch_path, weight_grad
 from ..problems import Problem
 from .config import GemmConfig
 from .heuristic import has_descriptor_forms
@@ -109,7 +109,7 @@ def _pipelines(tile: Tile, itemsize: int, shared_limit: int) -> Iterator[GemmCon
 
 def forms_for(problem: Problem, arch: str, itemsize: int) -> tuple[str, ...]:
     """The kernels that can run a problem on an architecture."""
-    if not has_descriptor_forms(arch, itemsize) or problem.stage.gather > 1:
+    if not has_descriptor_forms(arch, itemsize) or problem.stage.gather > 1 or problem.wgrad:
         return ("pointers",)
     return ("descriptors", "pointers") if problem.num_blocks > 1 else ("descriptors", "swapped", "pointers")
 
@@ -185,7 +185,7 @@ def entry_for(
     best = min(runs, key=runs.__getitem__)
     kernel_wins = runs[best] * CUBLAS_MARGIN <= rival
     return {
-        "stage": problem.stage.kind(problem.num_blocks),
+        "stage": problem.kind,
         "dtype": key.dtype,
         "n": problem.n,
         "k": problem.k,
@@ -225,20 +225,19 @@ class Bench:
             return torch.randn(shape, device="cuda", generator=generator).to(dtype)
 
         self._problem, self._expected, self._flush = problem, None, Flush("cuda")
-        # As the chain has them: the tower's blocks with CLS cut off by a view, every later operand dense.
-        skip = 1 if problem.num_blocks > 1 else 0
+        # As the chain has them: the tower's blocks with CLS cut off by a view, every later operand dense. A weight
+        # gradient that the library takes without a copy is not the kernel's to compute.
+        skip = 1 if problem.num_blocks > 1 or problem.wgrad else 0
         shape = batch, problem.source_tokens + skip, problem.c
         self._blocks = [draw(*shape)[:, skip:] for _ in range(problem.num_blocks)]
         self._weight, self._bias = draw(problem.n, problem.k) / problem.k**0.5, draw(problem.n)
+        self._g = draw(batch * problem.tokens, problem.n) if problem.wgrad else None
 
     def microseconds(self, config: GemmConfig | None) -> float | None:
         """Median on a cold cache; config None is the torch path (cuBLAS). None where it does not run."""
-        operands = (self._blocks, self._weight, self._bias, self._problem.stage)
 
         def run() -> Tensor:
-            if config is None:
-                return torch_path.run_stage(*operands, False)[0]
-            return launch.launch_stage(*operands, config, strict=True)[0]
+            return self._run(config)
 
         try:
             found = run()
@@ -253,10 +252,21 @@ class Bench:
             print(f"{self._problem.name}: {config} does not compile: {str(error).splitlines()[0]:.100}", flush=True)
             return None
 
+    def _run(self, config: GemmConfig | None) -> Tensor:
+        if self._g is not None:
+            shape = self._weight.shape
+            if config is None:
+                return weight_grad.by_library(self._g, self._blocks, shape, self._problem.stage)
+            return weight_grad.launch_segmented_wgrad(self._g, self._blocks, self._problem.stage, config)
+        operands = (self._blocks, self._weight, self._bias, self._problem.stage)
+        if config is None:
+            return torch_path.run_stage(*operands, False)[0]
+        return launch.launch_stage(*operands, config, strict=True)[0]
+
     def _check(self, found: Tensor) -> None:
         """A configuration that computes something else is a defect to report, not a time to note."""
         if self._expected is None:
-            self._expected = torch_path.run_stage(self._blocks, self._weight, self._bias, self._problem.stage, False)[0]
+            self._expected = self._run(None)
         error = (found.double() - self._expected.double()).norm() / self._expected.double().norm()
         if not error < 0.02:
             raise RuntimeError(f"{self._problem.name}: the kernel differs from the torch path by {float(error):.3g}")

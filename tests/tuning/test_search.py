@@ -69,16 +69,38 @@ def test_many_rows_put_descriptors_first():
 @pytest.mark.parametrize("name", ["concat", "linear_merge", "linear", "linear_scatter"])
 def test_every_candidate_is_measured_as_what_it_is(name, batch, monkeypatch):
     """On operands that no descriptor names a launch falls back, and the table would praise the wrong kernel."""
-    problem, generator, real = PROBLEMS[name], torch.Generator, torch.randn
-    monkeypatch.setattr(torch, "Generator", lambda device: generator())
-    monkeypatch.setattr(torch, "randn", lambda shape, device, generator: real(shape, generator=generator))
-    monkeypatch.setattr(search, "Flush", lambda device: None)
+    problem = PROBLEMS[name]
+    on_the_cpu(monkeypatch)
     monkeypatch.setattr("stf_kernels.ops.descriptors.is_hopper_or_later", lambda device: True)
     bench = search.Bench(replace(problem, c=128, n=256), torch.bfloat16, batch)
     found = candidates(batch * problem.tokens, problem.n, problem.k, 2, forms=forms_for(problem, "sm_90", 2), **HOPPER)
     for config in found[:24]:
         if config.form != "pointers":
             assert layout_for(bench._blocks, bench._weight, problem.stage, config) is not None, config
+
+
+def on_the_cpu(monkeypatch):
+    """search.Bench draws on a GPU; here it draws on the CPU and flushes nothing."""
+    generator, real = torch.Generator, torch.randn
+    monkeypatch.setattr(torch, "Generator", lambda device: generator())
+    monkeypatch.setattr(torch, "randn", lambda shape, device, generator: real(shape, generator=generator))
+    monkeypatch.setattr(search, "Flush", lambda device: None)
+
+
+@pytest.mark.parametrize("name", ["concat_wgrad", "merge_wgrad"])
+def test_a_weight_gradient_is_measured_against_the_library(name, monkeypatch):
+    """config None must be the library's sum over the same rows, and on operands that it has to copy."""
+    on_the_cpu(monkeypatch)
+    asked = []
+    monkeypatch.setattr(search.weight_grad, "launch_segmented_wgrad", lambda *a: asked.append(a) or a[0])
+    bench = search.Bench(replace(PROBLEMS[name], c=16, n=24), torch.bfloat16, 2)
+    found = bench._run(None)
+    rows = [segment.flatten(0, -2) for segment in PROBLEMS[name].stage.segments(bench._blocks)]
+    torch.testing.assert_close(found, bench._g.t() @ torch.cat(rows, -1), rtol=2e-2, atol=2e-1)
+    assert not any(map(search.weight_grad.has_one_row_stride, bench._blocks))
+    assert asked == []
+    bench._run(FAST)
+    assert asked[0][-1] == FAST
 
 
 class Clock:
@@ -144,5 +166,5 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
 def test_problems_name_stages_that_tables_know():
     from stf_kernels.tuning.lookup import STAGES
 
-    assert {p.stage.kind(p.num_blocks) for p in PROBLEMS.values()} == set(STAGES)
+    assert {p.kind for p in PROBLEMS.values()} == set(STAGES)
     assert json.dumps([p.k for p in PROBLEMS.values()]).startswith("[8192, 4096, 4096, 4096, 16384")

@@ -9,7 +9,14 @@ import torch
 
 from stf_kernels import tuning
 from stf_kernels.tuning import GemmConfig, default_config, lookup, smallest
-from stf_kernels.tuning.heuristic import SHARED_MEMORY_LIMIT, descriptor_tiles, split_tiles, swapped_tiles, tiles
+from stf_kernels.tuning.heuristic import (
+    SHARED_MEMORY_LIMIT,
+    descriptor_tiles,
+    split_tiles,
+    swapped_tiles,
+    tiles,
+    wgrad_tiles,
+)
 
 CONFIG = GemmConfig(128, 256, 64, 8, 8, 3)
 CUDA = torch.device("cuda", 0)
@@ -64,6 +71,24 @@ def test_cublas_is_named_by_the_table_unless_triton_was_asked_for(device):
     assert choose(576, may_decline=False) == default_config("sm_90", 2, 576, 4096)
 
 
+def choose_wgrad(**options) -> GemmConfig | None:
+    return tuning.choose_wgrad(CUDA, "concat", torch.bfloat16, 1152, 4096, 8192, **options)
+
+
+def test_a_weight_gradient_is_the_librarys_until_a_table_names_the_kernel(device):
+    """The kernel has run on no hardware: a silent table must not make it anyone's default."""
+    device.write_text(table(entry()))
+    assert choose_wgrad() is None
+    assert choose_wgrad(may_decline=False) == wgrad_tiles("sm_90", 2)[0]
+    device.write_text(table(entry(stage="concat_wgrad")))
+    lookup._table.cache_clear()
+    lookup._choose.cache_clear()
+    assert choose_wgrad() == CONFIG
+    with pytest.warns(UserWarning, match="does not run"):
+        tuning.reject(CUDA, torch.bfloat16, CONFIG, "too large")
+    assert choose_wgrad() is None
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -74,6 +99,8 @@ def test_cublas_is_named_by_the_table_unless_triton_was_asked_for(device):
         (table(entry(config={**CONFIG.to_dict(), "block_m": 96})), "block_m"),
         (table(entry(config={"block_m": 64})), "block_k"),
         (table(entry(stage="conv")), "stage"),
+        (table(entry(stage="concat_wgrad", config={**CONFIG.to_dict(), "split_k": 2})), "concat_wgrad"),
+        (table(entry(stage="concat_wgrad", config=descriptor_tiles("sm_90", 2)[0].to_dict())), "concat_wgrad"),
         (table(entry(dtype="int8")), "dtype"),
         (table(entry(provider="magic")), "provider"),
         (table(entry(m_max="many")), "m_max"),

@@ -1,0 +1,120 @@
+"""If this fails, the segmented weight gradient sums other rows than the forward read, or runs where a library would do.
+
+Sizes stand around the tiles: rows of an image that end inside a step, features and channels inside a tile.
+"""
+
+import pytest
+import torch
+from support.rule import assert_within_rule
+
+import reference
+import stf_kernels
+from reference.functional import spatial_merge
+from stf_kernels.ops import weight_grad
+from stf_kernels.ops.stage import Stage
+from stf_kernels.tuning import GemmConfig
+
+CONFIGS = [
+    GemmConfig(16, 16, 16, group_m=1),
+    GemmConfig(64, 32, 16, group_m=2),
+    GemmConfig(32, 64, 64, group_m=8),
+]
+EVERY = pytest.mark.parametrize("config", CONFIGS, ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+def check(blocks, n, stage, config, dtype, dense, g=None):
+    """dense(blocks) is the matrix A."""
+    blocks = [block.to(dtype) for block in blocks]
+    a = dense(blocks).flatten(0, 1)
+    g = (torch.randn(a.shape[0], n) if g is None else g).to(dtype)
+    found = weight_grad.launch_segmented_wgrad(g, blocks, stage, config)
+    assert found.dtype == dtype
+    assert_within_rule("dW", found, g.t() @ a, g.double().t() @ a.double())
+    return found
+
+
+def joined(blocks):
+    return torch.cat(blocks, -1)
+
+
+@EVERY
+@DTYPES
+@pytest.mark.parametrize("tokens", [1, 13, 16, 32])
+def test_concat(config, dtype, tokens):
+    """What stands before, between and behind the rows is infinite: none of it may enter, not even times zero."""
+    memory = torch.full((3, 3, tokens + 5, 40), torch.inf)
+    memory[:, :, 2:-3, :35] = torch.randn(3, 3, tokens, 35)
+    blocks = [block[:, 2:-3, :35] for block in memory.to(dtype)]
+    check(blocks, 45, Stage(), config, dtype, joined)
+
+
+@EVERY
+@DTYPES
+@pytest.mark.parametrize("merge_size", [1, 2, 3])
+def test_gather(config, dtype, merge_size):
+    grid = (2 * merge_size + merge_size // 2, 3 * merge_size + merge_size // 2)  # the last belong to no window
+    check(
+        [torch.randn(2, grid[0] * grid[1] + 1, 20)[:, 1:]], 37, Stage(gather=merge_size, grid=grid), config, dtype,
+        lambda x: spatial_merge(x[0], grid, merge_size, "patch_major", True),
+    )  # fmt: skip
+
+
+@EVERY
+def test_strides_of_every_kind(config):
+    blocks = [torch.randn(2, 9, 20) for _ in range(4)]
+    blocks[1] = blocks[1].transpose(0, 1).contiguous().transpose(0, 1)
+    blocks[2] = blocks[2].transpose(1, 2).contiguous().transpose(1, 2)  # copied: its last axis is not contiguous
+    blocks[3] = blocks[3][:1].expand(2, -1, -1)
+    for g in (torch.randn(33, 18).t(), torch.randn(1, 33).expand(18, 33), torch.randn(18, 50)[:, 7:40]):
+        check(blocks, 33, Stage(), config, torch.float32, joined, g)
+
+
+def test_nothing_to_sum_is_zero():
+    for batch, tokens in ((0, 5), (2, 0)):
+        dw = weight_grad.launch_segmented_wgrad(torch.ones(0, 7), [torch.ones(batch, tokens, 4)], Stage(), CONFIGS[0])
+        assert torch.equal(dw, torch.zeros(7, 4))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Shapes of the gradients that the kernel was launched for."""
+    noted, original = [], weight_grad.launch_segmented_wgrad
+
+    def note(g, *rest):
+        noted.append(tuple(g.shape))
+        return original(g, *rest)
+
+    monkeypatch.setattr(weight_grad, "launch_segmented_wgrad", note)
+    return noted
+
+
+@pytest.mark.parametrize(("skip_tokens", "batch", "runs"), [(1, 2, True), (1, 1, False), (0, 2, False)])
+def test_it_runs_where_the_library_would_copy(launches, skip_tokens, batch, runs):
+    """And the gradients are the reference's either way."""
+    modules = [package.CompactTokenProjector(3, 8, 12, skip_tokens=skip_tokens) for package in (stf_kernels, reference)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    blocks = [torch.randn(batch, 16 + skip_tokens, 8) for _ in range(3)]
+    gradients = [torch.autograd.grad(module(blocks).square().sum(), list(module.parameters())) for module in modules]
+    assert launches == ([(batch * 16, 32)] if runs else [])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_it_runs_for_a_gathered_operand(launches):
+    x, weight = torch.randn(1, 16, 8), torch.randn(12, 32, requires_grad=True)
+    stf_kernels.spatial_merge_linear(x, weight, grid=(4, 4), activation="gelu").sum().backward()
+    assert launches == [(4, 12)]
+
+
+def test_not_on_the_torch_path(launches):
+    with stf_kernels.use_backend("torch"):
+        weight = torch.randn(12, 32, requires_grad=True)
+        stf_kernels.spatial_merge_linear(torch.randn(1, 16, 8), weight, grid=(4, 4)).sum().backward()
+    assert launches == []
+
+
+def test_two_runs_give_the_same_bits():
+    g, blocks = torch.randn(26, 40), [torch.randn(2, 14, 24)[:, 1:] for _ in range(2)]
+    runs = [weight_grad.launch_segmented_wgrad(g, blocks, Stage(), CONFIGS[1]) for _ in range(2)]
+    assert torch.equal(*runs)
