@@ -34,6 +34,7 @@ setup(
             "peft",
             "ruff",
             "sentencepiece",
+            "setuptools>=77",
             "torchao",
             "triton>=3.6",
         ],

@@ -205,6 +205,8 @@ class LlavaStfModel(LlavaModel):
 
     def _writes_in_place(self, inputs_embeds: Tensor) -> bool:
         """Whether the rows may go straight into inputs_embeds: inference, one device and dtype, nothing watching."""
+        if torch.compiler.is_compiling():  # first: torch 2.11 cannot trace the question about autocast
+            return False
         projector = self.multi_modal_projector
         weight = next(projector.parameters(), None)
         kind = inputs_embeds.device.type
@@ -212,7 +214,6 @@ class LlavaStfModel(LlavaModel):
         watched = "forward" in vars(projector) or projector._forward_hooks or projector._forward_pre_hooks
         return not (
             torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
             or autocast
             or watched
             or weight is None

@@ -170,6 +170,7 @@ def test_gradient_checkpointing(build, stf):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit(build, dtype):
     full, half = build.stf(torch.float32), build.stf(dtype)
+    half.load_state_dict(full.state_dict())  # torch 2.11 draws other random numbers in 16 bit
     ids, mask = build.prompt([1, 2])
     expected = run(full, ids, build.pixels(3, torch.float32), mask).logits
     got = run(half, ids, build.pixels(3, dtype), mask).logits
