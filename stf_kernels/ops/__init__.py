@@ -2,6 +2,7 @@
 
 stage.py         what one segmented GEMM computes: geometry, shapes, where its rows come from and go
 launch.py        the Triton launcher: takes a configuration, never searches
+compile_ahead.py many kernels compiled at once, before they are measured
 direct_launch.py past the JIT's argument binding
 workspace.py     what split-K needs beside its operands
 torch_path.py    the same stage in plain torch

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backend import interpreting
+from .compile_ahead import is_compiling_ahead
 
 _compiled: dict[tuple, object] = {}
 
@@ -24,6 +25,9 @@ def enabled() -> bool:
 
 def launch(kernel, grid: tuple[int, ...], arguments: tuple, constants: Mapping[str, object], **options: int) -> None:
     """kernel[grid](*arguments, **constants, **options); arguments are the leading parameters, in order."""
+    if is_compiling_ahead():
+        kernel.warmup(*arguments, grid=grid, **constants, **options)
+        return
     if not enabled():
         kernel[grid](*arguments, **constants, **options)
         return

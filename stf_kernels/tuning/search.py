@@ -7,11 +7,13 @@ Candidates are pruned before anything runs:
     cost             waves of tiles over the multiprocessors times the work of a tile, padding included;
                      what is over twice the best is not tried
 
+The rest is compiled first, all cores at once (ops/compile_ahead.py): compiling takes ten times as long as measuring.
 A measurement is a median over repetitions, each on a cold cache and replayed from a CUDA graph, so that the host's
 launch time counts for nobody (timing.py). Every one goes to a journal at once, so that an interrupted search goes on
 where it stopped.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..ops import launch, torch_path, weight_grad
+from ..ops.compile_ahead import compiling_ahead
 from ..problems import Problem
 from .config import GemmConfig
 from .heuristic import has_descriptor_forms
@@ -159,6 +162,9 @@ class Journal:
     def _index(key: Key, config: dict | None) -> tuple:
         return key, None if config is None else tuple(sorted(config.items()))
 
+    def knows(self, key: Key, config: GemmConfig | None) -> bool:
+        return self._index(key, None if config is None else config.to_dict()) in self._seen
+
     def time(self, key: Key, config: GemmConfig | None, measure: Callable[[], float | None]) -> float | None:
         """Microseconds as noted, or measured now and noted; None is a configuration that does not run."""
         values = None if config is None else config.to_dict()
@@ -232,6 +238,13 @@ class Bench:
         self._blocks = [draw(*shape)[:, skip:] for _ in range(problem.num_blocks)]
         self._weight, self._bias = draw(problem.n, problem.k) / problem.k**0.5, draw(problem.n)
         self._g = draw(batch * problem.tokens, problem.n) if problem.wgrad else None
+
+    def compile(self, configs: Sequence[GemmConfig]) -> None:
+        """All of them at once, on every core, before the first is measured."""
+        with compiling_ahead():
+            for config in configs:
+                with contextlib.suppress(*launch.does_not_run()):  # what does not run is noted when it is measured
+                    self._run(config)
 
     def microseconds(self, config: GemmConfig | None) -> float | None:
         """Median on a cold cache; config None is the torch path (cuBLAS). None where it does not run."""

@@ -82,7 +82,8 @@ def test_every_candidate_is_measured_as_what_it_is(name, batch, monkeypatch):
 def on_the_cpu(monkeypatch):
     """search.Bench draws on a GPU; here it draws on the CPU and flushes nothing."""
     generator, real = torch.Generator, torch.randn
-    monkeypatch.setattr(torch, "Generator", lambda device: generator())
+    # a class, because torch's own annotations name it when a module is first imported
+    monkeypatch.setattr(torch, "Generator", type("Generator", (), {"__new__": lambda cls, device: generator()}))
     monkeypatch.setattr(torch, "randn", lambda shape, device, generator: real(shape, generator=generator))
     monkeypatch.setattr(search, "Flush", lambda device: None)
 
