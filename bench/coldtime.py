@@ -13,9 +13,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from stf_kernels.tuning.timing import Flush, capture, events, replay
 
@@ -33,31 +33,36 @@ class Times:
     us_host: float | None = None
     spread_percent: float | None = None
     repeats: int = 0
+    not_captured: str | None = None
     samples: list[float] = field(default_factory=list)
 
 
-def time_call(call: Callable[[], Tensor], device: str, flush: Flush, *, seconds: float) -> Times:
-    """Repeats for about `seconds` in all, at least 5 and at most 100 times each way."""
+def time_call(call: Callable[[], Any], device: str, flush: Flush, *, seconds: float) -> Times:
+    """Repeats for about `seconds` in all, 5 to 100 times each way; what cannot be captured says why."""
     if not device.startswith("cuda"):
         return _time_on_host(call, seconds)
     for _ in range(WARM_UP):
         call()
     torch.cuda.synchronize()
-    times = Times()
-    graph = capture(call)
-    begin = time.perf_counter()
-    replay(graph, flush, 5)
-    each = (time.perf_counter() - begin) / 5
-    times.repeats = min(100, max(5, int(seconds / 2 / each)))
-    times.samples = replay(graph, flush, times.repeats)
-    times.us, times.spread_percent = median(times.samples), spread_percent(times.samples)
-    del graph
+    times = Times(repeats=20)
+    try:
+        graph = capture(call)
+    except RuntimeError as error:
+        times.not_captured = f"not captured: {(str(error).splitlines() or [''])[0][:200]}"
+    else:
+        begin = time.perf_counter()
+        replay(graph, flush, 5)
+        each = (time.perf_counter() - begin) / 5
+        times.repeats = min(100, max(5, int(seconds / 2 / each)))
+        times.samples = replay(graph, flush, times.repeats)
+        times.us, times.spread_percent = median(times.samples), spread_percent(times.samples)
+        del graph
     eager, host = eager_samples(call, flush, max(5, times.repeats // 2))
     times.us_eager, times.us_host = median(eager), median(host)
     return times
 
 
-def eager_samples(call: Callable[[], Tensor], flush: Flush, repeats: int) -> tuple[list[float], list[float]]:
+def eager_samples(call: Callable[[], Any], flush: Flush, repeats: int) -> tuple[list[float], list[float]]:
     device, host = [], []
     for _ in range(repeats):
         begin, end = events(2)
@@ -73,7 +78,7 @@ def eager_samples(call: Callable[[], Tensor], flush: Flush, repeats: int) -> tup
     return device, host
 
 
-def _time_on_host(call: Callable[[], Tensor], seconds: float) -> Times:
+def _time_on_host(call: Callable[[], Any], seconds: float) -> Times:
     samples: list[float] = []
     call()
     until = time.perf_counter() + seconds
@@ -81,4 +86,4 @@ def _time_on_host(call: Callable[[], Tensor], seconds: float) -> Times:
         start = time.perf_counter()
         call()
         samples.append(1e6 * (time.perf_counter() - start))
-    return Times(None, median(samples), None, spread_percent(samples), len(samples), samples)
+    return Times(None, median(samples), None, spread_percent(samples), len(samples), samples=samples)

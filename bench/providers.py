@@ -10,26 +10,26 @@ stf-direct        the chain launched without the JIT's argument binding (STF_KER
 stf-pdl           the chain with programmatic dependent launches (STF_KERNELS_PDL=1)
 stf-predicted     the chain with the configuration that the tuner's cost model puts first at each stage; -pdl: both
 eager             plain PyTorch: cat, gather, F.linear, GELU
-compile           torch.compile of that, max-autotune without its own CUDA graphs
-conv2d            G3 as cuDNN's convolution of window 2, stride 2, on channels_last
-addmm_activation  cuBLASLt's epilogue; its GELU is tanh on CUDA, an error that is reported and not hidden
-strided           G1 as one cuBLAS operand over a preallocated [B, 577, 8, C] buffer that the tower would fill
+                  the other rivals: rivals.py
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .problems import STAGES, Sizes, eager_chain, eager_stage, merge, random_blocks, stage_parameters
+from .operands import Operands, flat
+from .plan import COMPILED
+from .problems import STAGES, merge
+from .rivals import compiled, rival, rivals_of
 
-TANH = "addmm_activation"
+# Of a forward + backward: what autograd can differentiate, and the default path alone of ours.
+DIFFERENTIABLE = ("eager", "stf", "strided", "conv2d", *COMPILED)
 
 
 @dataclass
@@ -37,76 +37,71 @@ class Provider:
     """A name, the call, and how its result is brought into the stage's own layout before it is compared."""
 
     name: str
-    call: Callable[[], Tensor]
-    layout: Callable[[Tensor], Tensor] = lambda y: y
+    call: Callable[[], Any]
+    layout: Callable[[Any], Tensor] = lambda y: y
 
 
-class Operands:
-    """Inputs of every stage at one batch size and dtype: each stage reads the eager output of the one before."""
-
-    def __init__(self, projector: nn.Module, sizes: Sizes, batch: int, *, device: str, dtype: torch.dtype) -> None:
-        self.projector, self.sizes, self.batch = projector, sizes, batch
-        self.parameters = stage_parameters(projector)
-        self.blocks = random_blocks(sizes, batch, device=device, dtype=dtype, seed=batch)
-        self.inputs: dict[str, list[Tensor] | Tensor] = {"G1": self.blocks}
-        x: list[Tensor] | Tensor = self.blocks
-        for stage, following in itertools.pairwise(STAGES):
-            x = self.inputs[following] = eager_stage(stage, x, *self.parameters[stage], sizes)
-
-    def exact(self, stage: str) -> Tensor:
-        """float64 from the operands as they are, in the stage's layout."""
-        parameters = {name: tuple(p.double() for p in pair) for name, pair in self.parameters.items()}
-        if stage == "chain":
-            return eager_chain([block.double() for block in self.blocks], parameters, self.sizes)
-        x = self.inputs[stage]
-        x = [block.double() for block in x] if isinstance(x, list) else x.double()
-        return eager_stage(stage, x, *parameters[stage], self.sizes)
-
-
-def providers(stage: str, operands: Operands, *, tiles: bool = True) -> list[Provider]:
-    """Everything but torch.compile, cheapest to set up first; `eager` is always there."""
+def providers(stage: str, operands: Operands) -> list[Provider]:
+    """`eager` first, then the default path and the rivals that torch need not compile."""
     import stf_kernels
 
     sizes = operands.sizes
-    gpu = operands.blocks[0].is_cuda
+    found = [Provider("eager", lambda: operands.eager(stage))]
     if stage == "chain":
         ours: Callable[[], Tensor] = lambda: operands.projector(operands.blocks)  # noqa: E731
-        found = [
-            Provider("eager", lambda: eager_chain(operands.blocks, operands.parameters, sizes)),
-            Provider("stf", ours),
-        ]
-        if not gpu:
-            return found
-        found += [
-            Provider("stf-triton", _forced(ours)),
-            Provider("stf-direct", _with_flag("STF_KERNELS_DIRECT_LAUNCH", ours)),
-            Provider("stf-pdl", _with_flag("STF_KERNELS_PDL", ours)),
-        ]
-        return found + _guarded("stf-predicted", lambda: _predicted(operands))
-    x, (w, b) = operands.inputs[stage], operands.parameters[stage]
-    ours = {
-        "G1": lambda: stf_kernels.concat_linear(x, w, b, activation="gelu", skip_tokens=1),
-        "G2": lambda: stf_kernels.concat_linear([x], w, b),
-        "G3": lambda: stf_kernels.spatial_merge_linear(
-            x, w, b, grid=(sizes.grid, sizes.grid), merge_size=sizes.merge, activation="gelu"
-        ),
-        "G4": lambda: stf_kernels.concat_linear([x], w, b),
-    }[stage]
-    found = [Provider("eager", lambda: eager_stage(stage, x, w, b, sizes)), Provider("stf", ours)]
-    if gpu:
-        found.append(Provider("stf-triton", _forced(ours)))
-    extra: dict[str, Callable[[], list[Provider]]] = {}
+    else:
+        x, (w, b) = operands.inputs[stage], operands.parameters[stage]
+        ours = {
+            "G1": lambda: stf_kernels.concat_linear(x, w, b, activation="gelu", skip_tokens=1),
+            "G2": lambda: stf_kernels.concat_linear([x], w, b),
+            "G3": lambda: stf_kernels.spatial_merge_linear(
+                x, w, b, grid=(sizes.grid, sizes.grid), merge_size=sizes.merge, activation="gelu"
+            ),
+            "G4": lambda: stf_kernels.concat_linear([x], w, b),
+        }[stage]
+    found.append(Provider("stf", ours))
+    for name in rivals_of(stage):
+        found += _guarded(name, lambda name=name: [Provider(name, rival(name, stage, operands))])
     if stage == "G2":
-        extra["stf-merge-store"] = lambda: [_merge_store(operands)]
+        found += _guarded("stf-merge-store", lambda: [_merge_store(operands)])
     if stage == "G3":
-        extra |= {"stf-dense": lambda: [_dense(operands)], "conv2d": lambda: [_conv2d(operands)]}
-    if stage in ("G1", "G3"):
-        extra[TANH] = lambda: [_addmm_activation(stage, operands)]
-    if stage == "G1":
-        extra["strided"] = lambda: [_strided(operands)]
-    if gpu and tiles:
-        extra["stf-tiles"] = lambda: _tiles(stage, operands)
-    return found + [provider for name, build in extra.items() for provider in _guarded(name, build)]
+        found += _guarded("stf-dense", lambda: [_dense(operands)])
+    if operands.blocks[0].is_cuda:
+        found.append(Provider("stf-triton", _forced(ours)))
+    return found
+
+
+def compiled_provider(name: str, stage: str, operands: Operands) -> Provider:
+    [provider] = _guarded(name, lambda: [Provider(name, compiled(name, stage, operands))])
+    return provider
+
+
+def own_providers(stage: str, operands: Operands) -> list[Provider]:
+    """Own paths that are no default: the chain one switch away, a stage by each of our tiles; none on a CPU."""
+    if not operands.blocks[0].is_cuda:
+        return []
+    if stage != "chain":
+        return _guarded("stf-tiles", lambda: _tiles(stage, operands))
+
+    def chain() -> Tensor:
+        return operands.projector(operands.blocks)
+
+    def direct() -> list[Provider]:
+        call = _with_flag("STF_KERNELS_DIRECT_LAUNCH", chain)
+        call()  # the first launch of a kernel goes through the JIT; what is compared and timed must not
+        return [Provider("stf-direct", call)]
+
+    found = [*_guarded("stf-direct", direct), Provider("stf-pdl", _with_flag("STF_KERNELS_PDL", chain))]
+    return found + _guarded("stf-predicted", lambda: _predicted(operands))
+
+
+def with_backward(found: list[Provider], stage: str, operands: Operands) -> list[Provider]:
+    """Forward + backward of those that autograd can differentiate; the operands must require gradients."""
+
+    def one(p: Provider) -> Provider:
+        return Provider(p.name, lambda: operands.gradients(stage, p.call), flat)
+
+    return [one(p) for p in found if p.name in DIFFERENTIABLE]
 
 
 def _guarded(name: str, build: Callable[[], list[Provider]]) -> list[Provider]:
@@ -120,18 +115,6 @@ def _guarded(name: str, build: Callable[[], list[Provider]]) -> list[Provider]:
             raise failure
 
         return [Provider(name, fail)]
-
-
-def compiled(stage: str, operands: Operands) -> Provider:
-    """torch.compile of the eager form. Building it takes seconds to minutes: measured last, while time is left."""
-    sizes, parameters = operands.sizes, operands.parameters
-    options = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
-    if stage == "chain":
-        chain = torch.compile(lambda blocks: eager_chain(blocks, parameters, sizes), **options)
-        return Provider("compile", lambda: chain(operands.blocks))
-    x, (w, b) = operands.inputs[stage], parameters[stage]
-    one = torch.compile(lambda x: eager_stage(stage, x, w, b, sizes), **options)
-    return Provider("compile", lambda: one(x))
 
 
 def _forced(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -212,36 +195,6 @@ def _dense(operands: Operands) -> Provider:
     w, b = operands.parameters["G3"]
     merged = merge(operands.inputs["G3"], operands.sizes)
     return Provider("stf-dense", lambda: stf_kernels.concat_linear([merged], w, b, activation="gelu"))
-
-
-def _conv2d(operands: Operands) -> Provider:
-    sizes, x, (w, b) = operands.sizes, operands.inputs["G3"], operands.parameters["G3"]
-    # W[n, (dy dx c)] as a kernel [n, c, dy, dx]; tokens [B, H*W, C] are an image in channels_last as they lie.
-    kernel = w.view(w.shape[0], sizes.merge, sizes.merge, sizes.dim).permute(0, 3, 1, 2)
-    kernel = kernel.contiguous(memory_format=torch.channels_last)
-    image = x.transpose(1, 2).unflatten(2, (sizes.grid, sizes.grid))
-
-    def call() -> Tensor:
-        return F.gelu(F.conv2d(image, kernel, b, stride=sizes.merge))
-
-    return Provider("conv2d", call, lambda y: y.flatten(2).transpose(1, 2))
-
-
-def _addmm_activation(stage: str, operands: Operands) -> Provider:
-    sizes, x, (w, b) = operands.sizes, operands.inputs[stage], operands.parameters[stage]
-    batch = operands.batch
-
-    def call() -> Tensor:
-        a = torch.cat([block[:, 1:] for block in x], -1) if stage == "G1" else merge(x, sizes)
-        return torch._addmm_activation(b, a.flatten(0, 1), w.t(), use_gelu=True)
-
-    return Provider(TANH, call, lambda y: y.unflatten(0, (batch, -1)))
-
-
-def _strided(operands: Operands) -> Provider:
-    w, b = operands.parameters["G1"]
-    buffer = torch.stack(operands.blocks, dim=2).flatten(2)  # [B, 577, 8*C], filled before the clock starts
-    return Provider("strided", lambda: F.gelu(F.linear(buffer[:, 1:], w, b)))
 
 
 def _tiles(stage: str, operands: Operands) -> list[Provider]:

@@ -284,7 +284,7 @@ def test_the_kernel_table_runs_small_and_its_schema_holds(tmp_path):
     assert kernels.main(arguments) == 0
     result = results.read(path)
     stages = {(row["stage"], row["pass"]) for row in result["rows"] if row["provider"] == "stf"}
-    assert stages == {(s, "forward") for s in kernels.STAGES} | {("chain", "forward+backward")}
+    assert stages == {(s, run) for s in kernels.STAGES for run in ("forward", "forward+backward")}
     assert all(row["rel_error"] <= row["allowed_error"] for row in result["rows"])
 
 
@@ -308,7 +308,7 @@ def test_a_rival_that_does_not_run_costs_only_its_own_row(monkeypatch, tmp_path)
     def absent(*_):
         raise RuntimeError("no convolution here")
 
-    monkeypatch.setattr("bench.providers._conv2d", absent)
+    monkeypatch.setattr("bench.rivals._conv2d", absent)
     path = tmp_path / "kernels.json"
     arguments = ["--small", "--no-compile", "--batch", "1", "--dtype", "float32", "--stage", "G3", "--json", str(path)]
     assert kernels.main(arguments) == 0
@@ -337,6 +337,7 @@ def test_a_kernel_table_that_ends_early_keeps_its_rows(how, monkeypatch, tmp_pat
     result = results.read(path)
     assert len(result["rows"]) == 2
     assert result["complete"] is False
+    assert result["rows"][0]["provider"] == "eager"
     assert any("out of time" in note for note in result["notes"]) == (how == "out of time")
 
 
