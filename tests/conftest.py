@@ -27,7 +27,16 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return ["stf_kernels: tests/interpreter is a run of its own: TRITON_INTERPRET=1 python -m pytest tests/interpreter"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", metavar="I/N", help="of all tests every N-th from the I-th (0, 1, ...) on")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if share := config.getoption("--share"):
+        first, count = map(int, share.split("/"))
+        kept = items[first::count]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if needing_gpu and not _has_gpu():
         for item in needing_gpu:

@@ -12,7 +12,7 @@ from PIL import Image
 from sample_results import KERNELS, prefill_result
 
 import stf_kernels.modules
-from bench import environment, gpu, models, modes, prefill, report, results, roofline
+from bench import environment, gpu, gpu_tests, models, modes, prefill, processes, report, results, roofline
 from bench.presets import PRESETS
 from bench.speedup import label
 from stf_kernels import ops
@@ -149,14 +149,18 @@ def pretend_parts(monkeypatch, tmp_path):
     fake_cuda.install(monkeypatch)
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.setenv("STF_COMMIT", "c0ffee")
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu_tests.shutil, "which", lambda name: None)
     statuses, limits, commands = {}, {}, []
-    real = gpu.run_limited
+    real = processes.run_limited
     prefill_text, kernels_text = json.dumps(prefill_result()), json.dumps(KERNELS)
+
+    monkeypatch.setattr(gpu_tests, "WORKERS", 2)
 
     def pretend(command, seconds, **environment):
         commands.append(command)
         name = command[2].removeprefix("bench.")
+        if "--warm" in command or name == "sanitize":
+            return 0, ""
         if name == "pytest":
             name = "tests/gpu" if command[-1] == "tests/gpu" else "tests"
             path = next(a.split("=", 1)[1] for a in command if a.startswith("--junitxml="))
@@ -168,7 +172,7 @@ def pretend_parts(monkeypatch, tmp_path):
         status = statuses.get(name, 0)
         return real([sys.executable, "-c", PRETEND, path, text, str(status)], seconds, **environment)
 
-    monkeypatch.setattr(gpu, "run_limited", pretend)
+    monkeypatch.setattr(processes, "run_limited", pretend)
     return statuses, limits, commands, tmp_path / "out" / "pretended-gpu"
 
 
@@ -177,12 +181,15 @@ def test_every_part_leaves_its_file_under_out(pretend_parts, capfd):
     assert gpu.main([]) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["kernels.json", "prefill.json", "tests.json"]
     tests = results.read(folder / "tests.json")
-    assert (tests["commit"], tests["passed"], tests["failed"], tests["complete"]) == ("c0ffee", 4, 0, True)
+    # two tests each of two processes, on the device and beside
+    assert (tests["commit"], tests["passed"], tests["failed"], tests["complete"]) == ("c0ffee", 8, 0, True)
+    shares = [next((a for a in c if a.startswith("--share")), None) for c in commands if c[2] == "pytest"]
+    assert sorted(shares) == ["--share=0/2", "--share=0/2", "--share=1/2", "--share=1/2"]
     assert capfd.readouterr().out.count("passed  ") == 3
     # Nothing is asked of pytest, of git or of a network that a bare machine lacks.
     assert all(command[:2] == [sys.executable, "-m"] for command in commands)
     # A program is told to end before it is stopped.
-    for command in commands[2:]:
+    for command in commands[-2:]:
         assert float(command[command.index("--budget") + 1]) < limits[command[2].removeprefix("bench.")]
 
 
@@ -197,7 +204,7 @@ def test_a_part_that_fails_is_said_and_the_others_still_run(pretend_parts, part,
 
 
 def test_an_error_of_a_part_is_not_the_end_of_the_others(pretend_parts, monkeypatch, capfd):
-    monkeypatch.setattr(gpu, "read_junit", lambda path: 1 / 0)
+    monkeypatch.setattr(gpu_tests, "read_junit", lambda path: 1 / 0)
     assert gpu.main([]) == 1
     assert "ZeroDivisionError" in capfd.readouterr().out
     assert (pretend_parts[3] / "prefill.json").is_file()
@@ -207,7 +214,7 @@ def test_an_old_file_does_not_pass_for_this_run(pretend_parts, monkeypatch, capf
     folder = pretend_parts[3]
     results.write(folder / "kernels.json", KERNELS)
     for status in (0, -11):
-        monkeypatch.setattr(gpu, "run_limited", lambda *_, status=status, **__: (status, ""))  # wrote nothing
+        monkeypatch.setattr(processes, "run_limited", lambda *_, status=status, **__: (status, ""))  # wrote nothing
         assert gpu.main(["--only", "kernels"]) == 1
         assert f"cannot be read (No such file or directory); exit status {status}" in capfd.readouterr().out
 
@@ -217,9 +224,9 @@ def test_all_parts_together_end_inside_ten_minutes():
     for index, name in enumerate(parts):
         share = gpu.share_of(clock, parts[index:])
         assert share > 100, f"{name}: too little to measure anything"
-        clock -= share + 2 * gpu.GRACE if index < len(parts) - 1 else share  # even where each has to be stopped
+        clock -= share + 2 * processes.GRACE if index < len(parts) - 1 else share  # even where each has to be stopped
     assert clock == pytest.approx(0)
-    assert gpu.SECONDS + gpu.GRACE + 20 < 600
+    assert gpu.SECONDS + processes.GRACE + 20 < 600
     assert gpu.share_of(545.0, ["kernels"]) == 545.0
     assert gpu.share_of(-3.0, parts) == 0.0
 
@@ -230,7 +237,7 @@ def test_what_a_part_leaves_running_is_ended(capfd):
         "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "print(child.pid)"
     )
-    status, output = gpu.run_limited([sys.executable, "-c", code], 30.0)
+    status, output = processes.run_limited([sys.executable, "-c", code], 30.0)
     assert status == 0
     stat = Path(f"/proc/{output.strip()}/stat")
     until = time.monotonic() + 5
@@ -244,6 +251,6 @@ def test_a_stopped_measurement_writes_more_than_a_pipe_holds(capfd):
         "import sys, time\nprint('on', flush=True)\n"
         "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('x' * 500_000); print('saved'); sys.exit(130)"
     )
-    status, output = gpu.run_limited([sys.executable, "-c", code], 1.5)
+    status, output = processes.run_limited([sys.executable, "-c", code], 1.5)
     assert status is None
     assert output.rstrip().endswith("saved")
