@@ -194,11 +194,12 @@ class Bench:
         from dataclasses import asdict
 
         from .coldtime import Times, time_call
+        from .memory import MB, peak_bytes
         from .rivals import TANH
 
         row: dict[str, Any] = {"stage": step.stage, "batch": step.batch, "dtype": step.dtype,
                                "provider": provider.name, "pass": step.run, "failed": None}  # fmt: skip
-        times, error = Times(), None
+        times, error, peak = Times(), None, None
         if provider.name == TANH:
             allowed += TANH_ERROR * (2 if step.stage == "chain" else 1)  # there both of its stages are
         try:
@@ -208,9 +209,11 @@ class Bench:
                 error = error if error == error and error != float("inf") else None
             else:
                 times = time_call(provider.call, self.device, self.flush, seconds=0.1)
+                peak = peak_bytes(provider.call, self.device)[1] / MB
         except Exception as failure:  # one provider that does not run here must not cost the others' rows
             row["failed"] = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"
-        self.rows.append({**row, "rel_error": error, "allowed_error": allowed, **self.floor(step), **asdict(times)})
+        self.rows.append({**row, "rel_error": error, "allowed_error": allowed, "peak_mb": peak, **self.floor(step),
+                          **asdict(times)})  # fmt: skip
 
     def floor(self, step: Step) -> dict[str, float]:
         """Backward adds dW of every stage, and dX of all but the first: the tower is frozen."""
@@ -250,10 +253,12 @@ def report(result: dict[str, Any]) -> str:
             r["stage"] + (" f+b" if r["pass"] != "forward" else ""), r["provider"], r["dtype"], str(r["batch"]),
             number(r["us"]), number(r["us_eager"]), number(r["us_host"]), number(r["floor_us"]),
             f"{own / r['floor_us']:.2f}" if own else "-", f"{eager / own:.2f}x" if own and eager else "-",
+            number(r["peak_mb"]),
             "-" if r["rel_error"] is None else f"{r['rel_error']:.1e}", r["failed"] or r["not_captured"] or "",
         ))  # fmt: skip
     header = (
-        "stage", "provider", "dtype", "batch", "us", "us eager", "us host", "floor", "x floor", "vs eager", "error", "",
+        "stage", "provider", "dtype", "batch", "us", "us eager", "us host", "floor", "x floor", "vs eager",
+        "peak MB", "error", "",
     )  # fmt: skip
     head = f"{result['device']}   torch {result['torch']}, triton {result['triton']}, commit {result['commit'][:12]}"
     return "\n".join(["", head, "", render(header, lines, left=3), *result["standing"],

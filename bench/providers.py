@@ -28,8 +28,9 @@ from .plan import COMPILED
 from .problems import STAGES, merge
 from .rivals import compiled, rival, rivals_of
 
-# Of a forward + backward: what autograd can differentiate, and the default path alone of ours.
-DIFFERENTIABLE = ("eager", "stf", "strided", "conv2d", *COMPILED)
+# Of a forward + backward: what autograd can differentiate. Of ours the default path, and Triton alone: its weight
+# gradient copies no cropped block (ops/weight_grad.py).
+DIFFERENTIABLE = ("eager", "stf", "stf-triton", "strided", "conv2d", *COMPILED)
 
 
 @dataclass

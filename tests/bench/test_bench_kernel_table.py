@@ -1,5 +1,7 @@
 """If these fail, the kernel table leaves out a rival, spends its time on what matters less, or hides a loss."""
 
+import json
+
 import pytest
 import torch
 
@@ -118,6 +120,29 @@ def test_other_devices_have_ratios_and_no_goal_in_microseconds():
     assert "milestone" not in said
     assert "1.03x over eager reached" in said
     assert "error no larger than eager's MISSED" in said
+
+
+def training(provider, us, batch, peak):
+    return {**row(provider, us, batch), "pass": "forward+backward", "peak_mb": peak}
+
+
+def test_the_standing_of_a_training_step():
+    """Its time against eager, and whether the bytes of concatenation and unfold are really not there."""
+    avoided = 8 * 576 * 9 * 1024 * 2 / 2**20
+    for saved, word in ((avoided, "reached"), (avoided - 1, "MISSED")):
+        rows = [training("stf", 100.0, 8, 500.0), training("eager", 103.0, 8, 500.0 + saved)]
+        [said] = goals.standing({"device": "NVIDIA H200", "sizes": "llava-1.5-7b", "rows": rows})
+        assert "1.03x over eager; 1.00x reached, goal 1.05x MISSED" in said
+        assert said.endswith(f"concatenation and unfold, 81 MB, {word}")
+
+
+def test_rows_have_a_peak(tmp_path):
+    path = tmp_path / "kernels.json"
+    assert kernels.main(["--small", "--stage", "chain", "--batch", "1", "--dtype", "float32", "--no-compile",
+                         "--json", str(path)]) == 0  # fmt: skip
+    rows = json.loads(path.read_text())["rows"]
+    peaks = {(r["pass"], r["provider"]): r["peak_mb"] for r in rows}
+    assert peaks["forward+backward", "stf"] > peaks["forward", "stf"] > 0
 
 
 def test_only_own_kernels_are_warmed(monkeypatch):
