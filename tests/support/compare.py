@@ -54,7 +54,8 @@ def compare_functions(
 
 def twins(ours: type[nn.Module], theirs: type[nn.Module], *args, dtype: torch.dtype, device="cpu", **options):
     """(our module, the reference in dtype, the reference in float64), one state dict, weights of order one."""
-    same = theirs(*args, **options).to(dtype).to(device)
+    with torch.device(device):  # drawing 170 million weights on a CPU would be most of a GPU test's time
+        same = theirs(*args, **options).to(dtype)
     with torch.no_grad():
         for parameter in same.parameters():  # biases that matter, outputs of order one
             parameter.mul_(1.5).add_(torch.randn(parameter.shape, device=device).to(dtype), alpha=0.05)

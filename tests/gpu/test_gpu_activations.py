@@ -1,0 +1,61 @@
+"""If this fails, the epilogue's activations are not what the formula promises where the hardware approximates.
+
+The interpreter divides and raises to powers exactly; a GPU has an approximate reciprocal and an approximate exp2.
+"""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from stf_kernels.kernels.activations import activate, activation_derivative
+
+pytestmark = pytest.mark.gpu
+FUNCTIONS = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+
+
+@triton.jit
+def _both(x_ptr, y_ptr, dy_ptr, N, ACTIVATION: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr):
+    """y = act(x), dy = act'(x), all fp32: what is rounded to 16 bits only afterwards."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < N, other=0.0)
+    tl.store(y_ptr + i, activate(x, ACTIVATION, FAST), mask=i < N)
+    tl.store(dy_ptr + i, activation_derivative(x, ACTIVATION, FAST), mask=i < N)
+
+
+def both(x, name, fast):
+    y, dy = torch.empty_like(x), torch.empty_like(x)
+    _both[(triton.cdiv(x.numel(), 1024),)](x, y, dy, x.numel(), ACTIVATION=name, FAST=fast, BLOCK=1024)
+    return y.double(), dy.double()
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_error_before_rounding_over_the_whole_range(name, fast):
+    """Every finite bf16 number, and a fine line where the functions bend: 1e-6, relative where x is above one.
+
+    Slopes twice that: tanh GELU's multiplies the sigmoid's error by up to ten.
+    """
+    every = torch.arange(-(2**15), 2**15, device="cuda").to(torch.int16).view(torch.bfloat16).float()
+    x = torch.cat([every[every.isfinite()], torch.linspace(-12, 12, 1_000_001, device="cuda")])
+    x = x[x.abs() < 1e19]  # beyond, the cube of gelu_tanh is not finite in fp32; see the next test
+    wide = x.double().requires_grad_()
+    expected = FUNCTIONS[name](wide)
+    slope = torch.autograd.grad(expected.sum(), wide)[0]
+    for found, exact, most in zip(both(x, name, fast), (expected.detach(), slope), (1e-6, 2e-6), strict=True):
+        error = (found - exact).abs() / wide.detach().abs().clamp(min=1)
+        assert error.max().item() <= most, (name, x[error.argmax()].item())
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_infinities_nan_and_the_largest_numbers(name, fast):
+    x = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e30, -1e30, 3e38, -3e38], device="cuda")
+    expected = FUNCTIONS[name](x.double())
+    torch.testing.assert_close(both(x, name, fast)[0], expected, equal_nan=True, rtol=1e-6, atol=1e-30)
