@@ -10,7 +10,7 @@ import torch
 from ..backend import triton_serves
 from ..problems import PROBLEMS
 from .lookup import DTYPES, device_identity, table_path
-from .search import Bench, Journal, Key, candidates, entry_for, forms_for, write_table
+from .search import Bench, Journal, Key, candidates, entries_of, entry_for, forms_for, with_entry, write_table
 
 _TUNED = ("concat", "linear_merge", "linear", "merge", "linear_scatter", "concat_wgrad", "merge_wgrad")
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         journal = Journal(options.journal or Path(".work", f"tuning-{slug}.jsonl"), header)
     except ValueError as error:
         parser.error(str(error))
-    entries = []
+    entries = entries_of(out, header)
     for dtype in options.dtype:
         for name in options.problem:
             problem = PROBLEMS[name]
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
                 )[: options.most]  # fmt: skip
                 bench.compile([config for config in configs if not journal.knows(key, config)])
                 entry = entry_for(problem, key, configs, bench.microseconds, journal)
-                entries.append(entry)
+                entries = with_entry(entries, entry)
                 write_table(out, header, entries)
                 print(
                     f"{dtype:9} {name:14} m {key.m:6}  {entry['provider']:6} {entry['us']:8.1f} us, "

@@ -6,9 +6,10 @@ A table is tables/<device-slug>.json:
      "entries": [{"stage": "concat", "dtype": "bfloat16", "n": 4096, "k": 8192, "m_max": 1152,
                   "provider": "triton", "config": {...}, "us": ..., "rival": ..., "rival_us": ...}, ...]}
 
-An entry serves every M up to m_max that no smaller entry serves; the largest one serves all beyond. `provider` is
-"triton", or "cublas" where the measurement said that plain torch is faster. `us`, `rival` and `rival_us` are the
-measurement that justifies the entry: cold-cache microseconds of it and of the best rival.
+An entry serves every M up to m_max that no smaller entry serves; the largest one serves all beyond, unless it is for
+few rows by its nature (K split, operands swapped). `provider` is "triton", or "cublas" where the measurement said that
+plain torch is faster. `us`, `rival` and `rival_us` are the measurement that justifies the entry: cold-cache
+microseconds of it and of the best rival.
 
 Where a device has no table, one line in the log (level INFO) says how to measure one.
 """
@@ -98,6 +99,13 @@ def _config(where: str, entry: dict, arch: str) -> GemmConfig | None:
     if entry["provider"] != "triton":
         raise ValueError(f"{where}.provider: expected 'triton' or 'cublas', got {entry['provider']!r}")
     config = GemmConfig.from_dict(entry["config"])
+    threads = config.num_warps * (64 if arch.startswith("gfx") else 32)
+    if threads > 1024:
+        raise ValueError(f"{where}.config: num_warps: {config} has {threads} threads, a program has at most 1024")
+    registers = 512 if arch.startswith("gfx") else 255
+    tensor_memory = arch.startswith("sm_10")  # there it is not registers that hold the tile
+    if config.rows * config.block_n > registers * threads and not tensor_memory:
+        raise ValueError(f"{where}.config: the tile of {config} takes more than {registers} registers a thread")
     if config.split_k > 1 and arch.startswith("gfx"):
         raise ValueError(f"{where}.config: split_k is for NVIDIA GPUs, got {config} for {arch}")
     if config.form != "pointers" and not has_descriptor_forms(arch, DTYPES[entry["dtype"]]):
@@ -133,7 +141,7 @@ def _table(slug: str, arch: str) -> Table:
         return {}
     try:
         return parse_table(path.read_text(encoding="utf-8"), arch)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OSError) as error:
         warnings.warn(f"stf_kernels: {path.name} is not used, the heuristic serves instead. {error}", stacklevel=2)
         return {}
 
@@ -141,8 +149,12 @@ def _table(slug: str, arch: str) -> Table:
 @functools.lru_cache(maxsize=4096)
 def _choose(slug: str, arch: str, stage: str, dtype: torch.dtype, m: int, n: int, k: int) -> GemmConfig | None:
     choices = _table(slug, arch).get((stage, str(dtype).removeprefix("torch."), n, k))
-    if choices:
-        return next((config for m_max, config in choices if m <= m_max), choices[-1][1])
+    for m_max, config in choices or ():
+        if m <= m_max:
+            return config
+    # Beyond the table: split K's workspace would grow with M, gigabytes for what a table of one image says.
+    if choices and not (choices[-1][1] is not None and choices[-1][1].is_for_few_rows):
+        return choices[-1][1]
     return None if stage in WGRAD_STAGES else default_config(arch, dtype.itemsize, m, n)
 
 

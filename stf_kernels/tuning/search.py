@@ -32,7 +32,7 @@ from ..ops.compile_ahead import compiling_ahead
 from ..problems import Problem
 from .config import GemmConfig
 from .heuristic import has_descriptor_forms
-from .lookup import TABLE_VERSION
+from .lookup import TABLE_VERSION, parse_table
 from .timing import Flush, capture, replay
 
 _ACCUMULATOR_REGISTERS = 128
@@ -143,17 +143,17 @@ class Journal:
     def __init__(self, path: Path, header: dict) -> None:
         """header: device and versions; a journal of another header is not mixed with this one."""
         self._path, self._seen = path, {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        if lines and json.loads(lines[0]) != header:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        if lines and _json(lines[0]) != header:
             raise ValueError(
-                f"--journal: {path} is of {lines[0]}, this search is of {json.dumps(header)}; name another"
+                f"--journal: {path} is of {lines[0]:.300}, this search is of {json.dumps(header)}; name another"
             )
-        for line in lines[1:]:
+        for row in map(_json, lines[1:]):
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that an interruption cut short
-            self._seen[self._index(Key(row["problem"], row["dtype"], row["m"]), row["config"])] = row["us"]
+                index = self._index(Key(row["problem"], row["dtype"], row["m"]), row["config"])
+                self._seen[index] = row["us"]
+            except (TypeError, KeyError, AttributeError):
+                continue  # the line that an interruption cut short, or what else is no measurement
         if not lines:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(header) + "\n", encoding="utf-8")
@@ -176,6 +176,13 @@ class Journal:
                 file.write("\n" + json.dumps(row))
             self._seen[index] = us
         return self._seen[index]
+
+
+def _json(line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 def entry_for(
@@ -202,6 +209,29 @@ def entry_for(
         "rival": "cublas" if kernel_wins else "triton",
         "rival_us": rival if kernel_wins else runs[best],
     }
+
+
+def entries_of(path: Path, header: dict) -> list[dict]:
+    """The entries of the table that is there, if it was measured by the same versions; another one is begun anew."""
+    if not path.exists():
+        return []
+    try:
+        text = path.read_text(encoding="utf-8")
+        parse_table(text, header["arch"])
+    except (ValueError, TypeError, KeyError) as error:
+        print(f"{path} is not a table of this device and will be replaced: {error}", flush=True)
+        return []
+    table = json.loads(text)
+    if table == {"version": TABLE_VERSION, **header, "entries": table["entries"]}:
+        return table["entries"]
+    print(f"{path} was measured with other versions; its {len(table['entries'])} entries will be replaced", flush=True)
+    return []
+
+
+def with_entry(entries: list[dict], entry: dict) -> list[dict]:
+    """`entries` with what they say of the same problem replaced."""
+    place = ("stage", "dtype", "n", "k", "m_max")
+    return [other for other in entries if any(other[name] != entry[name] for name in place)] + [entry]
 
 
 def write_table(path: Path, header: dict, entries: list[dict]) -> None:
@@ -261,7 +291,9 @@ class Bench:
             return statistics.median(replay(graph, self._flush, _REPEATS))
         except launch.does_not_run():
             return None
-        except compile_errors() as error:
+        except (*compile_errors(), RuntimeError) as error:
+            if not isinstance(error, compile_errors()) and "PassManager" not in str(error):
+                raise  # a RuntimeError of the compiler's passes is one tile's; another one is a defect
             print(f"{self._problem.name}: {config} does not compile: {str(error).splitlines()[0]:.100}", flush=True)
             return None
 

@@ -145,6 +145,65 @@ def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path):
     assert clock.calls == 4, "what followed the broken line was kept"
 
 
+@pytest.mark.parametrize("line", ["12", "[]", "null", '{"problem": "concat"}', '{"problem": 1, "dtype": 2, "m": 3, '
+                                  '"config": 7, "us": 1}', "\x00\ufffd"])  # fmt: skip
+def test_what_is_no_measurement_is_passed_over(tmp_path, line):
+    path = tmp_path / "j"
+    clock = Clock({None: 100.0, FAST: 90.0})
+    entry_for(CONCAT, KEY, [FAST], clock, Journal(path, HEADER))
+    path.write_text(path.read_text() + "\n" + line)
+    entry_for(CONCAT, KEY, [FAST], clock, Journal(path, HEADER))
+    assert clock.calls == 2
+
+
+def test_a_journal_whose_beginning_is_lost_is_refused(tmp_path):
+    (tmp_path / "j").write_text('{"device": "Te')
+    with pytest.raises(ValueError, match=r"--journal: .*name another"):
+        Journal(tmp_path / "j", HEADER)
+
+
+def test_a_second_search_keeps_what_the_first_found(tmp_path):
+    """`--dtype float16` after bfloat16, or one batch again: the rest of the table stays."""
+    path, clock = tmp_path / "t.json", Clock({None: 100.0, FAST: 90.0})
+    first, second, again = (
+        entry_for(CONCAT, Key("concat", dtype, m), [FAST], clock, Journal(tmp_path / name, HEADER))
+        for dtype, m, name in (("bfloat16", 576, "a"), ("float16", 576, "a"), ("bfloat16", 576, "b"))
+    )
+    again["us"] = 80.0
+    entries = search.entries_of(path, HEADER)
+    for entry in (first, second, again):
+        entries = search.with_entry(entries, entry)
+        write_table(path, HEADER, entries)
+        assert search.entries_of(path, HEADER) == entries
+    assert entries == [second, again]
+
+
+def test_a_table_of_other_versions_is_begun_anew(tmp_path, capsys):
+    path, clock = tmp_path / "t.json", Clock({None: 100.0, FAST: 90.0})
+    write_table(path, HEADER, [entry_for(CONCAT, KEY, [FAST], clock, Journal(tmp_path / "a", HEADER))])
+    assert search.entries_of(path, {**HEADER, "triton": "9"}) == []
+    assert "other versions" in capsys.readouterr().out
+    path.write_text("{")
+    assert search.entries_of(path, HEADER) == []
+    assert "will be replaced" in capsys.readouterr().out
+
+
+def test_a_tile_that_the_compiler_refuses_is_one_that_does_not_run(monkeypatch, capsys):
+    bench = search.Bench.__new__(search.Bench)
+    bench._problem, bench._blocks, bench._weight, bench._bias = CONCAT, [], None, None
+
+    def fail(*_, **__):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(search.launch, "launch_stage", fail)
+    message = "PassManager::run failed"
+    assert bench.microseconds(FAST) is None
+    assert "does not compile" in capsys.readouterr().out
+    message = "an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        bench.microseconds(FAST)
+
+
 def test_a_journal_of_another_device_is_refused(tmp_path):
     Journal(tmp_path / "j", HEADER)
     with pytest.raises(ValueError, match="--journal"):

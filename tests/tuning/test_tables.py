@@ -58,6 +58,16 @@ def test_an_entry_serves_every_m_up_to_its_own(device):
     assert choose(100_000) == large, "the largest entry serves all beyond"
 
 
+@pytest.mark.parametrize(
+    "few", [GemmConfig(64, 128, 64, split_k=8), GemmConfig(128, 128, 64, 8, 8, 4, form="swapped", tail_m=16)], ids=str
+)
+def test_what_is_for_few_rows_does_not_serve_beyond_the_table(device, few):
+    """A table of one image would have 64 images share K out, with gigabytes of parts."""
+    device.write_text(table(entry(stage="linear", config=few.to_dict(), m_max=576)))
+    found = [tuning.choose(CUDA, "linear", torch.bfloat16, m, 4096, 8192) for m in (576, 577, 36_864)]
+    assert found == [few, *(default_config("sm_90", 2, m, 4096) for m in (577, 36_864))]
+
+
 def test_other_sizes_dtypes_and_devices_get_the_heuristic(device):
     device.write_text(table(entry()))
     assert choose(576, n=4000) == default_config("sm_90", 2, 576, 4000)
@@ -106,6 +116,10 @@ def test_a_weight_gradient_is_the_librarys_until_a_table_names_the_kernel(device
         (table(entry(m_max="many")), "m_max"),
         (table(entry(), arch="sm_80"), "arch"),
         (table(entry(config=replace(CONFIG, num_stages=5).to_dict())), "shared memory"),
+        (table(entry(config=replace(CONFIG, num_warps=64).to_dict())), "num_warps.*2048 threads"),
+        (table(entry(config=replace(CONFIG, block_m=256, num_warps=4, num_stages=1).to_dict())), "255 registers"),
+        (table(entry(config=None)), "NoneType"),
+        (table(3), "int"),
         (table(), None),
         ("{not json", "Expecting"),
         ("[]", "table"),
