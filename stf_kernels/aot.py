@@ -212,6 +212,9 @@ def violations(case: Case, code) -> list[str]:
         found.append(f"{code.spilled} spilled")
     if code.tensor_core == 0 and not (nvidia and case.dtype == "float32" and not case.tf32):
         found.append("no tensor-core instruction")
+    # Only the few steps of a share of K may be unrolled and leave no loop.
+    if code.loop_lines == 0 and case.config.split_k == 1:
+        found.append("no loop that multiplies is found, so its copies are not checked")
     if nvidia and code.loop_async_copies == 0:
         found.append("no asynchronous copy in the loop")
     if nvidia and code.loop_plain_copies:

@@ -59,6 +59,7 @@ class Code:
     spilled: int  # bytes of stack per thread (NVIDIA), registers spilled (AMD)
     shared: int  # bytes per program
     tensor_core: int  # matrix instructions of the architecture, in the whole kernel
+    loop_lines: int  # of the innermost loop that multiplies; 0: none was found
     loop_async_copies: int  # in the innermost loop that multiplies
     loop_plain_copies: int  # plain global loads and shared stores there
 
@@ -131,6 +132,7 @@ def _read_nvidia(arch: str, usage: str, sass: str, shared: int) -> Code:
         spilled=found["STACK"],
         shared=shared,
         tensor_core=len(re.findall(rf"\b{TENSOR_CORE[arch]}\b", sass)),
+        loop_lines=len(loop),
         loop_async_copies=copies,
         loop_plain_copies=plain,
     )
@@ -146,6 +148,7 @@ def _read_amd(assembly: str, shared: int) -> Code:
         spilled=field("vgpr_spill_count") + field("sgpr_spill_count"),
         shared=shared,
         tensor_core=len(re.findall(r"\bv_mfma", assembly)),
+        loop_lines=len(loop),
         loop_async_copies=0,
         loop_plain_copies=sum("global_load" in line or "ds_write" in line for line in loop),
     )

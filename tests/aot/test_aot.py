@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stf_kernels import aot
-from stf_kernels.codegen import TARGETS, Pointer, compile_for, innermost_math_loop
+from stf_kernels.codegen import TARGETS, Code, Pointer, compile_for, innermost_math_loop
 from stf_kernels.kernels.activation_bwd import _activation_bwd_kernel
 from stf_kernels.kernels.segmented_linear import _segmented_linear_fwd_kernel
 from stf_kernels.ops import launch
@@ -82,6 +82,17 @@ def test_spills_go_red():
     """A 256x256 tile of one warpgroup does not fit the register file."""
     _, found = aot.examine(aot.Case("sm_80", "concat", "bfloat16", GemmConfig(256, 256, 32, num_warps=4, num_stages=2)))
     assert any("spilled" in line for line in found)
+
+
+def test_a_loop_that_the_check_does_not_find_goes_red():
+    """A disassembler of other words would leave nothing to check, and nothing would be wrong."""
+    case = aot.Case("sm_90", "concat", "bfloat16", GemmConfig(128, 128, 64))
+    fine = Code(
+        registers=99, spilled=0, shared=9999, tensor_core=4, loop_lines=50, loop_async_copies=8, loop_plain_copies=0
+    )
+    assert aot.violations(case, fine) == []
+    [found] = aot.violations(case, replace(fine, loop_lines=0))
+    assert "no loop" in found
 
 
 def test_plain_fp32_has_no_tensor_core_and_tf32_has():
