@@ -4,23 +4,24 @@ A launch through the JIT costs 31 to 70 us of host time for binding and key alon
 serves a call is small: dtypes, 16-byte alignment of the pointers, integers (but M), constants and options. With that
 as a key, the compiled kernel is kept and launched.
 
-Not yet run on hardware, so not the default: STF_KERNELS_DIRECT_LAUNCH=1 turns it on.
+Not yet run on hardware, so the default only where a table has measured it (tuning/launches.py);
+STF_KERNELS_DIRECT_LAUNCH=1 turns it on, 0 off.
 """
 
-import os
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..backend import interpreting
+from ..tuning import launches_by_default
 from .compile_ahead import is_compiling_ahead
 
 _compiled: dict[tuple, object] = {}
 
 
 def enabled() -> bool:
-    return os.environ.get("STF_KERNELS_DIRECT_LAUNCH") == "1" and not interpreting()
+    return not interpreting() and launches_by_default("direct", torch.cuda.current_device())
 
 
 def launch(kernel, grid: tuple[int, ...], arguments: tuple, constants: Mapping[str, object], **options: int) -> None:

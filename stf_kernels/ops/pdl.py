@@ -1,17 +1,20 @@
 """Whether launches are programmatic dependent ones (kernels/pdl.py).
 
-Not yet run on hardware, so not the default: STF_KERNELS_PDL=1 turns it on, for NVIDIA GPUs from sm_90 on.
+Not yet run on hardware, so the default only where a table has measured it (tuning/launches.py); STF_KERNELS_PDL=1
+turns it on, 0 off, for NVIDIA GPUs from sm_90 on.
 """
-
-import os
 
 import torch
 
+from ..tuning import launches_by_default
 from .descriptors import is_hopper_or_later
 
 
 def pdl_options(device: torch.device) -> dict[str, bool]:
     """Compiler options of a launch on `device`: {"launch_pdl": True} or none."""
-    if os.environ.get("STF_KERNELS_PDL") == "1" and device.type == "cuda" and is_hopper_or_later(device):
+    if device.type != "cuda" or not is_hopper_or_later(device):
+        return {}
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if launches_by_default("pdl", index):
         return {"launch_pdl": True}
     return {}

@@ -9,6 +9,8 @@ import torch
 
 from ..backend import triton_serves
 from ..problems import PROBLEMS
+from .launch_bench import LaunchBench
+from .launches import VARIABLES, has_dependent_launches
 from .lookup import DTYPES, device_identity, table_path
 from .search import Bench, Journal, Key, candidates, entries_of, entry_for, forms_for, with_entry, write_table
 
@@ -67,6 +69,12 @@ def main(argv: list[str] | None = None) -> int:
                     f"{entry['rival']} {entry['rival_us']:8.1f} us  ({time.monotonic() - began:.0f} s)",
                     flush=True,
                 )
+    bench = LaunchBench(getattr(torch, options.dtype[0]))
+    names = [name for name in VARIABLES if name != "pdl" or has_dependent_launches(arch)]
+    launches = {name: bench.measure(name) for name in names}
+    write_table(out, header, entries, launches)
+    for name, times in launches.items():
+        print(f"launches: {name:6} {times['us']:8.1f} us, without {times['rival_us']:8.1f} us")
     print(f"{len(entries)} entries in {out}")
     return 0
 

@@ -11,7 +11,8 @@ few rows by its nature (K split, operands swapped). `provider` is "triton", or "
 plain torch is faster. `us`, `rival` and `rival_us` are the measurement that justifies the entry: cold-cache
 microseconds of it and of the best rival.
 
-Where a device has no table, one line in the log (level INFO) says how to measure one.
+A table may also name ways to launch, see launches.py. Where a device has no table, one line in the log (level INFO)
+says how to measure one.
 """
 
 import functools
@@ -31,6 +32,7 @@ from .heuristic import (
     has_descriptor_forms,
     smallest,
 )
+from .launches import check_launches
 
 _log = logging.getLogger(__name__)
 TABLE_VERSION = 1
@@ -65,9 +67,10 @@ def parse_table(text: str, arch: str) -> Table:
         raise ValueError(f"table: expected an object, got {type(table).__name__}")
     if table.get("version") != TABLE_VERSION:
         raise ValueError(f"version: expected {TABLE_VERSION}, got {table.get('version')!r}")
-    _check_fields("table", table, _TOP)
+    _check_fields("table", {name: value for name, value in table.items() if name != "launches"}, _TOP)
     if table["arch"] != arch:
         raise ValueError(f"arch: the table is for {table['arch']!r}, this device is {arch!r}")
+    check_launches(table.get("launches", {}), arch)
     parsed: Table = {}
     for number, entry in enumerate(table["entries"]):
         where = f"entries[{number}]"

@@ -222,6 +222,7 @@ def entries_of(path: Path, header: dict) -> list[dict]:
         print(f"{path} is not a table of this device and will be replaced: {error}", flush=True)
         return []
     table = json.loads(text)
+    table.pop("launches", None)  # measured again behind the entries
     if table == {"version": TABLE_VERSION, **header, "entries": table["entries"]}:
         return table["entries"]
     print(f"{path} was measured with other versions; its {len(table['entries'])} entries will be replaced", flush=True)
@@ -234,9 +235,9 @@ def with_entry(entries: list[dict], entry: dict) -> list[dict]:
     return [other for other in entries if any(other[name] != entry[name] for name in place)] + [entry]
 
 
-def write_table(path: Path, header: dict, entries: list[dict]) -> None:
+def write_table(path: Path, header: dict, entries: list[dict], launches: dict | None = None) -> None:
     """The table, written beside and renamed."""
-    table = {"version": TABLE_VERSION, **header, "entries": entries}
+    table = {"version": TABLE_VERSION, **header, **({"launches": launches} if launches else {}), "entries": entries}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".json.partial")
     beside.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stf_kernels.ops import direct_launch, workspace
+from stf_kernels.tuning import launches
 
 
 class Kernel:
@@ -89,9 +90,21 @@ def test_a_descriptor_is_known_by_its_dtype_and_box(kernel):
 
 def test_it_is_not_the_default(kernel, monkeypatch):
     monkeypatch.delenv("STF_KERNELS_DIRECT_LAUNCH")
+    monkeypatch.setattr(launches, "_faster", lambda index: frozenset())
     launch(kernel)
     launch(kernel)
     assert len(kernel.bound) == 2
+
+
+def test_a_table_that_measured_it_makes_it_the_default_and_the_environment_has_the_last_word(kernel, monkeypatch):
+    monkeypatch.delenv("STF_KERNELS_DIRECT_LAUNCH")
+    monkeypatch.setattr(launches, "_faster", lambda index: frozenset(["direct"]))
+    launch(kernel)
+    launch(kernel)
+    assert (len(kernel.bound), len(kernel.direct)) == (1, 1)
+    monkeypatch.setenv("STF_KERNELS_DIRECT_LAUNCH", "0")
+    launch(kernel)
+    assert (len(kernel.bound), len(kernel.direct)) == (2, 1)
 
 
 def test_counters_start_at_zero_and_belong_to_a_stream(monkeypatch):

@@ -1,6 +1,7 @@
 """If these fail, the offline search measures what cannot run, forgets what it measured, or writes a wrong table."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from stf_kernels.ops.descriptors import layout_for
 from stf_kernels.problems import PROBLEMS
 from stf_kernels.tuning import GemmConfig, search
 from stf_kernels.tuning.__main__ import main
+from stf_kernels.tuning.launch_bench import LaunchBench
 from stf_kernels.tuning.lookup import parse_table
 from stf_kernels.tuning.search import Journal, Key, candidates, entry_for, forms_for, write_table
 
@@ -176,6 +178,32 @@ def test_a_second_search_keeps_what_the_first_found(tmp_path):
         write_table(path, HEADER, entries)
         assert search.entries_of(path, HEADER) == entries
     assert entries == [second, again]
+
+
+class Launches(LaunchBench):
+    """A chain whose result and times depend on the variable alone."""
+
+    def __init__(self, other_bits=False):
+        self.other_bits = other_bits
+
+    def _chain(self):
+        on = os.environ["STF_KERNELS_PDL"] == "1"
+        return torch.full((2,), 2.0 if on and self.other_bits else 1.0)
+
+    def _captured(self):
+        return 185.0 if os.environ["STF_KERNELS_PDL"] == "1" else 190.0
+
+
+def test_a_way_to_launch_is_measured_with_and_without_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("STF_KERNELS_PDL", "1")
+    times = Launches().measure("pdl")
+    assert times == {"us": 185.0, "rival_us": 190.0}
+    assert os.environ["STF_KERNELS_PDL"] == "1", "the user's own choice is put back"
+    write_table(tmp_path / "t.json", HEADER, [], {"pdl": times})
+    parse_table((tmp_path / "t.json").read_text(), "sm_90")
+    assert search.entries_of(tmp_path / "t.json", HEADER) == []
+    with pytest.raises(RuntimeError, match=r"launches\.pdl.*other bits"):
+        Launches(other_bits=True).measure("pdl")
 
 
 def test_a_table_of_other_versions_is_begun_anew(tmp_path, capsys):

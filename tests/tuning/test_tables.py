@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stf_kernels import tuning
-from stf_kernels.tuning import GemmConfig, default_config, lookup, smallest
+from stf_kernels.tuning import GemmConfig, default_config, launches, lookup, smallest
 from stf_kernels.tuning.heuristic import (
     SHARED_MEMORY_LIMIT,
     descriptor_tiles,
@@ -42,9 +42,13 @@ def device(tmp_path, monkeypatch):
     monkeypatch.setattr(lookup, "_too_large", set())
     lookup._table.cache_clear()
     lookup._choose.cache_clear()
+    launches._faster.cache_clear()
+    for variable in launches.VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
     yield tmp_path / "test-gpu.json"
     lookup._table.cache_clear()
     lookup._choose.cache_clear()
+    launches._faster.cache_clear()
 
 
 def choose(m: int, n: int = 4096, k: int = 8192, **options) -> GemmConfig | None:
@@ -206,6 +210,43 @@ def test_without_a_table_the_log_says_how_to_measure_one(device, caplog):
     assert [r.getMessage() for r in caplog.records if "python -m stf_kernels.tuning" in r.getMessage()] == [
         "no table for test-gpu (sm_90): the heuristic serves; `python -m stf_kernels.tuning` measures one"
     ]
+
+
+def measured(us, rival_us):
+    return {"us": us, "rival_us": rival_us}
+
+
+def test_a_way_to_launch_is_a_default_where_the_table_measured_it_to_be_faster(device, monkeypatch):
+    assert not launches.is_default("direct", 0), "no table, no default"
+    launches._faster.cache_clear()
+    lookup._table.cache_clear()
+    device.write_text(table(entry(), launches={"direct": measured(70.0, 150.0), "pdl": measured(191.0, 190.0)}))
+    assert launches.is_default("direct", 0)
+    assert not launches.is_default("pdl", 0), "measured, and slower"
+    assert choose(576) == CONFIG, "the entries serve as ever"
+    monkeypatch.setenv("STF_KERNELS_PDL", "1")
+    monkeypatch.setenv("STF_KERNELS_DIRECT_LAUNCH", "0")
+    assert launches.is_default("pdl", 0)
+    assert not launches.is_default("direct", 0)
+
+
+@pytest.mark.parametrize(
+    ("found", "arch", "named"),
+    [
+        ({"graph": measured(1, 2)}, "sm_90", "launches: .*graph"),
+        ([], "sm_90", "launches"),
+        ({"direct": 3}, "sm_90", "launches.direct"),
+        ({"direct": {"us": 1}}, "sm_90", "launches.direct"),
+        ({"direct": measured(-1, 2)}, "sm_90", "launches.direct"),
+        ({"direct": measured("1", 2)}, "sm_90", "launches.direct"),
+        ({"pdl": measured(1, 2)}, "sm_80", "launches.pdl.*sm_80"),
+    ],
+)
+def test_launches_that_are_wrong_are_refused_with_their_table(device, monkeypatch, found, arch, named):
+    monkeypatch.setattr(lookup, "device_identity", lambda index: ("test-gpu", arch))
+    device.write_text(table(arch=arch, launches=found))
+    with pytest.warns(UserWarning, match=named):
+        assert not launches.is_default("direct", 0)
 
 
 def test_every_shipped_table_is_valid():
