@@ -218,7 +218,7 @@ def test_a_table_of_other_versions_is_begun_anew(tmp_path, capsys):
 
 def test_a_tile_that_the_compiler_refuses_is_one_that_does_not_run(monkeypatch, capsys):
     bench = search.Bench.__new__(search.Bench)
-    bench._problem, bench._blocks, bench._weight, bench._bias = CONCAT, [], None, None
+    bench._problem, bench._blocks, bench._weight, bench._bias, bench._g = CONCAT, [], None, None, None
 
     def fail(*_, **__):
         raise RuntimeError(message)
