@@ -1,12 +1,9 @@
 """concat_linear: y = act(concat(blocks, -1) @ W^T + b), one stage of M segments.  (MBTF, first layer)"""
 
-import functools
-
 from .registration import ChainOperator, Plan
 from .stage import Stage
 
 
-@functools.cache
 def _plan(activation: str | None, skip_tokens: int) -> Plan:
     return Plan((Stage(activation),), skip_tokens)
 

@@ -10,10 +10,10 @@ the geometry. `needs` says of each tensor in that order whether its gradient wil
 
 Through the dispatcher a call costs tens of microseconds on the host; outside torch.compile and without tensor
 subclasses it goes straight to the implementation, or to a plain autograd.Function where a gradient is wanted. Under
-torch.func's transforms and forward-mode differentiation plain torch computes (composite.py); transforms inside
-torch.compile are not supported.
+torch.func's transforms and forward-mode differentiation plain torch computes (composite.py), inside torch.compile too.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -86,7 +86,8 @@ class ChainOperator:
 
     def __init__(self, name: str, tensors: str, static: str, plan: Callable[..., Plan]) -> None:
         """tensors and static are their parts of the schema; plan maps the static arguments to a Plan."""
-        self._plan = plan
+        self.plan = functools.cache(plan)
+        self._traced_plan = plan  # torch.compile does not see through a cache
         self._forward_op = define(name, f"{tensors}, {static}, bool[] needs", "Tensor[]", self._forward, self._fake)
         self._backward_op = define(
             f"{name}_bwd",
@@ -107,25 +108,25 @@ class ChainOperator:
         needs = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
         if True not in needs:
             needs = []
+        if _is_transformed() and is_ordinary(tensors):
+            return composite(self._traced_plan(*static), *groups)
         if torch.compiler.is_compiling() or not is_ordinary(tensors) or is_recorded(tensors[0]):
             return self._forward_op(blocks, weights, biases, *static, needs)[0]
-        plan = self._plan(*static)
-        if _is_transformed():
-            return composite(plan, *groups)
+        plan = self.plan(*static)
         if needs:
             return _Eager.apply(plan, (len(groups[0]), len(groups[1])), needs, *tensors)
         return run_plan(plan, *groups)[0]
 
     def _forward(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
         *static, needs = static_and_needs
-        plan, groups = self._plan(*static), [_as_list(group) for group in (blocks, weights, biases)]
+        plan, groups = self.plan(*static), [_as_list(group) for group in (blocks, weights, biases)]
         keep = Needs.of(needs, len(groups[0]), len(groups[1])).keeps(plan.stages) if needs else ()
         y, saved = run_plan(plan, *groups, keep=keep)
         return [y, *saved]
 
     def _fake(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
         *static, needs = static_and_needs
-        stages, skip = self._plan(*static)
+        stages, skip = self.plan(*static)
         blocks, weights = _as_list(blocks), _as_list(weights)
         keep = Needs.of(needs, len(blocks), len(weights)).keeps(stages) if needs else [False] * len(stages)
         block = blocks[0][:, skip:]
@@ -164,12 +165,12 @@ class ChainOperator:
 
     def _backward(self, grad, kept, num_blocks, block, widths, *static_and_needs) -> list[Tensor]:
         *static, kept_for, needs = static_and_needs
-        grads = _run_backward(self._plan(*static), Sizes(num_blocks, block, widths), grad, list(kept), kept_for, needs)
+        grads = _run_backward(self.plan(*static), Sizes(num_blocks, block, widths), grad, list(kept), kept_for, needs)
         return [g for g, need in zip(grads, needs, strict=True) if need]
 
     def _fake_backward(self, grad, kept, num_blocks, block, widths, *static_and_needs) -> list[Tensor]:
         *static, _, needs = static_and_needs
-        weights = Sizes(num_blocks, block, widths).weights(self._plan(*static).stages)
+        weights = Sizes(num_blocks, block, widths).weights(self.plan(*static).stages)
         shapes = [*[block] * num_blocks, *weights, *[(n,) for n in widths]]
         return [grad.new_empty(shape) for shape, need in zip(shapes, needs, strict=False) if need]
 
@@ -278,7 +279,9 @@ def is_recorded(x: Tensor) -> bool:
 
 def _is_transformed() -> bool:
     """Inside torch.func's grad, vjp, jvp, vmap, or at a level of forward-mode differentiation."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    # isinstance: a tracer of torch.compile takes an absent interpreter for an object that is not None
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return isinstance(interpreter, torch._C._functorch.CInterpreter) or forward_ad._current_level >= 0
 
 
 def _refuse_double_backward() -> None:

@@ -1,12 +1,9 @@
 """spatial_merge_linear: y = act(merge_rxr(x) @ W^T + b), one stage of r*r segments.  (STF, first layer)"""
 
-import functools
-
 from .registration import ChainOperator, Plan
 from .stage import Stage
 
 
-@functools.cache
 def _plan(activation: str | None, skip_tokens: int, merge_size: int, grid_h: int, grid_w: int) -> Plan:
     return Plan((Stage(activation, gather=merge_size, grid=(grid_h, grid_w)),), skip_tokens)
 

@@ -5,20 +5,16 @@ STF         act(merge(x) W3 + b3) W4 + b4                                       
 projector   STF(MBTF(blocks)): W2's GEMM writes its rows merged, W3's reads them dense   4 stages
 """
 
-import functools
-
 import torch
 
 from .registration import ChainOperator, Plan, define, is_ordinary, is_recorded, run_plan
 from .stage import Stage
 
 
-@functools.cache
 def _two_layers(activation: str | None, skip_tokens: int, merge_size: int, grid_h: int, grid_w: int) -> Plan:
     return Plan((Stage(activation, gather=merge_size, grid=(grid_h, grid_w)), Stage()), skip_tokens)
 
 
-@functools.cache
 def _four_layers(activation: str | None, skip_tokens: int, merge_size: int, grid_h: int, grid_w: int) -> Plan:
     merged = Stage(scatter=merge_size, grid=(grid_h, grid_w))
     return Plan((Stage(activation), merged, Stage(activation), Stage()), skip_tokens)
@@ -33,7 +29,7 @@ compact_token_projector = ChainOperator("compact_token_projector", _TENSORS, _ST
 
 def _project_into(blocks, weights, biases, *static_out_rows) -> None:
     *static, out, rows = static_out_rows
-    run_plan(_four_layers(*static), blocks, weights, biases, out=out, rows=rows)
+    run_plan(compact_token_projector.plan(*static), blocks, weights, biases, out=out, rows=rows)
 
 
 def _fake_project_into(blocks, weights, biases, *static_out_rows) -> None:

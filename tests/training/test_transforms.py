@@ -80,3 +80,17 @@ def test_per_sample_gradients_of_the_projector():
     found, expected = gradients(ours), gradients(theirs)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
+
+
+COMPILED = {
+    "grad": lambda f, operands: grad(lambda *t: f(*t).square().sum(), argnums=(0, 1, 2))(*operands),
+    "jvp": lambda f, operands: jvp(f, operands, tuple(torch.ones_like(t) for t in operands)),
+    "vmap": lambda f, operands: vmap(f)(*(torch.stack([t, t + 1]) for t in operands)),
+}
+
+
+@pytest.mark.parametrize("transform", COMPILED.values(), ids=COMPILED)
+def test_a_transform_inside_torch_compile(transform, pair):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda operands: transform(pair[0], operands), backend="aot_eager", fullgraph=True)
+    same(lambda f, operands: compiled(operands) if f is pair[0] else transform(f, operands), pair)
