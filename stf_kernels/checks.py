@@ -124,7 +124,7 @@ def check_skip(skip_tokens: object, tokens: int) -> None:
 def resolve_grid(grid: Sequence[int] | None, tokens: int, merge_size: int, truncate: bool) -> tuple[int, int]:
     """(H, W) of `tokens` tokens, checked against the merge size; None means a square."""
     if grid is None:
-        side = math.isqrt(int(tokens))  # int: torch.compile may trace a second resolution as a symbol
+        side = math.isqrt(len(range(tokens)))  # a plain int, of what torch.compile may trace as a symbol
         if side * side != tokens:
             raise ValueError(f"grid: {tokens} tokens are not a square; pass grid=(H, W)")
         grid = (side, side)

@@ -80,7 +80,7 @@ class FrozenRelayout:
         self._kept: tuple | None = None  # (key, weak reference to the weight, its copy), replaced as one
 
     def get(self, weight: Tensor, relayout, training: bool) -> Tensor:
-        if training or weight.requires_grad or weight.is_inference() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or training or weight.requires_grad or weight.is_inference():
             return relayout(weight)
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return relayout(weight)  # a copy made in a capture holds nothing before the graph's first replay

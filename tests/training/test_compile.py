@@ -156,3 +156,28 @@ def test_inductor_keeps_what_the_operator_is_given():
     module.requires_grad_(False)
     arguments = draw(2)
     torch.testing.assert_close(torch.compile(module, fullgraph=True)(*arguments), module(*arguments))
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["train", "inference"])
+def test_a_second_resolution(grad):
+    """A square grid is worked out from a number of tokens that torch.compile may hold as a symbol."""
+    module = stf_kernels.CompactTokenProjector(3, 8, 20)
+    for dynamic in (None, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for side, batch in ((4, 2), (6, 3), (8, 1)):
+            blocks = [torch.randn(batch, side**2, 8) for _ in range(3)]
+            with torch.set_grad_enabled(grad):
+                assert torch.equal(compiled(blocks), module(blocks))
+
+
+def test_a_frozen_channel_major_module():
+    """As the official weights are served; a change of the weights is seen, whatever copy is kept of them."""
+    module, draw = build("CompactTokenProjector", feature_order="channel_major")
+    module.eval().requires_grad_(False)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    arguments = draw(2)
+    for _ in range(2):
+        assert torch.equal(compiled(*arguments), module(*arguments))
+        for parameter in module.parameters():
+            parameter.mul_(2)
