@@ -100,6 +100,7 @@ def check_linear(weight: object, bias: object, k: int, k_meaning: str, x_name: s
         return
     if not isinstance(bias, Tensor):
         raise TypeError(f"{layer}bias: expected a tensor [{weight.shape[0]}] or None, got {type(bias).__name__}")
+    refuse_dtensor(f"{layer}bias", bias)
     if tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"{layer}bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     check_same(f"{layer}bias", bias, x_name, x)
@@ -151,6 +152,8 @@ def check_out(out: object, rows: object, count: int, width: int, x: Tensor) -> N
     """The target of a scatter: out [R, width] of x's dtype and device, rows int64 [count] inside it."""
     if out is None or rows is None:
         raise ValueError(f"{'out' if out is None else 'rows'}: out and rows come together, got only the other")
+    for name, tensor in (("out", out), ("rows", rows)):
+        refuse_dtensor(name, tensor)
     if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] != width or not _rows_apart(out):
         got = f"{tuple(out.shape)} with strides {out.stride()}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(

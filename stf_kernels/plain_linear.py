@@ -60,9 +60,10 @@ def plain_layers(layers: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor
 
 
 def call_linear(name: str, module: nn.Module, x: Tensor) -> Tensor:
-    """Call a layer that is not to be read; a sharded weight without whatever gathers it gets a clear error."""
+    """Call a layer that is not to be read; a sharded parameter without whatever gathers it gets a clear error."""
     if is_untouched(module, nn.Linear):
-        checks.refuse_dtensor(f"weight ({name})", module.weight)
+        for kind in ("weight", "bias"):
+            checks.refuse_dtensor(f"{kind} ({name})", getattr(module, kind))
     return module(x)
 
 

@@ -7,6 +7,7 @@ import copy
 import datetime
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -174,6 +175,25 @@ def dtensor_function(rank, mesh):
     sharded = distribute_tensor(weight, mesh, [Shard(0)])
     expected = stf_kernels.concat_linear(blocks, weight)
     right_or_told_where(lambda: stf_kernels.concat_linear(blocks, sharded), expected)
+
+
+def dtensor_bias_alone(rank, mesh):
+    ours, _, blocks, _ = build()
+    spread = distribute_tensor(ours.stf.linear_1.bias.detach(), mesh, [Shard(0)])
+    ours.stf.linear_1.bias = nn.Parameter(spread)
+    told_where(lambda: ours(blocks))
+    told_where(lambda: stf_kernels.concat_linear(blocks, torch.randn(spread.shape[0], 24), spread))
+
+
+def dtensor_out(rank, mesh):
+    ours, _, blocks, _ = build()
+    out = distribute_tensor(torch.zeros(20, 20), mesh, [Replicate()])
+    told_where(lambda: ours.requires_grad_(False)(blocks, out=out, rows=torch.arange(4 * BATCH)))
+
+
+def told_where(call):
+    with pytest.raises(TypeError, match=r"DTensor.*fully_shard"):
+        call()
 
 
 def right_or_told_where(call, expected):

@@ -24,6 +24,8 @@ CASES = (
     "dtensor_replicated",
     "dtensor_weight_plain_blocks",
     "dtensor_function",
+    "dtensor_bias_alone",
+    "dtensor_out",
 )
 
 
