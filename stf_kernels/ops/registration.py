@@ -147,7 +147,7 @@ class ChainOperator:
         ctx.save_for_backward(*output[1:], *_read_of(blocks, weights, ctx.kept_for))
 
     def _autograd_backward(self, ctx, grads):
-        _refuse_double_backward()
+        _refuse_unsupported(grads[0])
         wanted = [
             need for form, flag in zip(ctx.forms, ctx.needs_input_grad, strict=False) for need in _flags(form, flag)
         ]
@@ -204,7 +204,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        _refuse_double_backward()
+        _refuse_unsupported(grad)
         kept = list(ctx.saved_tensors)
         # Without retain_graph the node lets go of what it saved, and the backward frees it piece by piece.
         ctx.maybe_clear_saved_tensors()
@@ -284,9 +284,15 @@ def _is_transformed() -> bool:
     return isinstance(interpreter, torch._C._functorch.CInterpreter) or forward_ad._current_level >= 0
 
 
-def _refuse_double_backward() -> None:
+def _refuse_unsupported(grad: Tensor) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "stf_kernels: double backward (create_graph=True) is not supported; "
             "compute higher derivatives with the modules of `reference`"
+        )
+    # by name: of the two kinds of batched tensors torch has an enumerator for one
+    if not torch.compiler.is_compiling() and "Batched" in repr(torch._C._dispatch_keys(grad)):
+        raise RuntimeError(
+            "stf_kernels: a batch of gradients (is_grads_batched=True, vectorize=True, vmap of autograd.grad) is not "
+            "supported; torch.func.jacrev is, and so is one gradient at a time"
         )

@@ -29,6 +29,19 @@ def test_double_backward_through_the_dispatcher():
 
 
 @NAMES
+@pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
+def test_a_batch_of_gradients(name, way):
+    module, blocks, x = build(name)
+    y = module(x)
+    backward = {
+        "is_grads_batched": lambda dy: torch.autograd.grad(y, blocks[0], dy, is_grads_batched=True),
+        "vmap": torch.func.vmap(lambda dy: torch.autograd.grad(y, blocks[0], dy)[0]),
+    }[way]
+    with pytest.raises(RuntimeError, match=r"batch of gradients.*jacrev"):
+        backward(torch.randn(5, *y.shape))
+
+
+@NAMES
 @pytest.mark.parametrize("changed", ["block", "weight"])
 def test_in_place_change_of_a_saved_tensor(name, changed):
     module, blocks, x = build(name)
