@@ -85,12 +85,13 @@ def with_contiguous_last(x: Tensor) -> Tensor:
 def launch_activation_bwd(
     dy: Tensor, pre: Tensor, activation: str, *, overwrite: bool, write_act: bool, sum_rows: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dy, pre [M, N] contiguous -> (dpre, act(pre) or None, fp32 column sums of dpre [N] or None).
+    """dy [M, N] contiguous, pre [M, N] -> (dpre, act(pre) or None, fp32 column sums of dpre [N] or None).
 
     overwrite: dpre takes dy's memory.
     """
     from ..kernels.activation_bwd import _activation_bwd_kernel
 
+    pre = pre.contiguous()  # a saved-tensor hook may give back another layout than it was given
     m, n = pre.shape
     store_dtype = torch.float32 if interpreting() else pre.dtype
     dpre = dy if overwrite and dy.dtype == store_dtype else torch.empty_like(pre, dtype=store_dtype)

@@ -76,6 +76,17 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_saved_tensors_that_come_back_in_another_layout():
+    """As a hook that compresses or offloads them may return them: same values, other strides."""
+    module = stf_kernels.CompactTokenProjector(2, 8, 20)
+    blocks, parameters = [torch.randn(2, 16, 8) for _ in range(2)], list(module.parameters())
+    expected = torch.autograd.grad(module(blocks).square().sum(), parameters)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().mT.contiguous(), lambda t: t.mT):
+        y = module(blocks)
+    for mine, exact in zip(torch.autograd.grad(y.square().sum(), parameters), expected, strict=True):
+        torch.testing.assert_close(mine, exact)
+
+
 def test_the_kernels_really_ran(monkeypatch):
     """Else every comparison here would be torch with torch: the chain is four launches, and two in its backward."""
     from stf_kernels.ops import launch
