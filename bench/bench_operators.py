@@ -18,6 +18,7 @@ from bench.problems import (
     LLAVA,
     SMALL,
     build_projector,
+    can_compile,
     eager_chain,
     eager_stage,
     random_blocks,
@@ -54,7 +55,7 @@ def time_one(benchmark, provider: str, ours: Callable, eager: Callable, exact: C
     expected = exact()
     allowed = 2 * relative_error(eager(), expected) + 1e-6
     assert relative_error(ours(), expected) <= allowed
-    call = synchronised(ours if provider == "stf" else eager)
+    call = synchronised(eager if provider == "eager" else ours)
     call()
     benchmark.extra_info.update(device=DEVICE, provider=provider)
     benchmark(call)
@@ -111,9 +112,9 @@ def test_projector(benchmark, provider, dtype, batch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("provider", ["stf", "eager"])
+@pytest.mark.parametrize("provider", ["stf", "eager", "compile"] if can_compile(DEVICE) else ["stf", "eager"])
 def test_projector_forward_backward(benchmark, provider, dtype):
-    """Training with a frozen tower: gradients of the projector's parameters only."""
+    """Training with a frozen tower: gradients of the projector's parameters only. compile: torch.compile of eager."""
     batch = BATCHES[-1]
     projector, blocks, parameters = operands(dtype, batch)
     projector.requires_grad_(True)
@@ -130,7 +131,7 @@ def test_projector_forward_backward(benchmark, provider, dtype):
         leaves = [p for pair in doubles.values() for p in pair]
         return torch.cat([g.flatten() for g in torch.autograd.grad(y.square().mean(), leaves)])
 
-    time_one(
-        benchmark, provider, gradients(lambda: projector(blocks)),
-        gradients(lambda: eager_chain(blocks, parameters, SIZES)), exact,
-    )  # fmt: skip
+    torch.compiler.reset()
+    compiled = torch.compile(eager_chain, dynamic=False)
+    ours = (lambda: compiled(blocks, parameters, SIZES)) if provider == "compile" else lambda: projector(blocks)
+    time_one(benchmark, provider, gradients(ours), gradients(lambda: eager_chain(blocks, parameters, SIZES)), exact)

@@ -10,6 +10,7 @@ The blocks carry a CLS token that no stage reads: their rows are strided, as the
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,6 +57,10 @@ class Sizes:
         """The least a stage can move: its operands and its result, each once."""
         m, n, k = self.gemm(stage, batch)
         return item * (m * k + n * k + m * n)
+
+    def copied_bytes(self, batch: int, item: int) -> int:
+        """The concatenation and the unfolded copy, which the eager form makes and a fused chain does not."""
+        return item * batch * (self.tokens * self.blocks * self.dim + self.merged * self.merge**2 * self.dim)
 
     def chain_bytes(self, batch: int, item: int) -> int:
         """The least the whole projector can move: the blocks and weights in, the tokens out, nothing between."""
@@ -109,6 +114,11 @@ def eager_chain(blocks: list[Tensor], parameters: dict[str, tuple[Tensor, Tensor
     for stage in STAGES:
         x = eager_stage(stage, x, *parameters[stage], sizes)
     return x
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile can build the kernels of an eager form: on a CPU they are C++."""
+    return device.startswith("cuda") or any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 def stage_parameters(projector: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
