@@ -41,6 +41,9 @@ def _switched(backend: str) -> Iterator[None]:
 def use_backend(backend: str):
     """Context manager: run the operators of this thread on "auto", "triton" or "torch".
 
+    A backward takes the path of its forward, wherever it is called. Not one that torch.compile made: on a GPU autograd
+    runs it in a thread of its own, where STF_KERNELS_BACKEND decides.
+
     Raises ValueError for another name, at once rather than on entry.
     """
     return _switched(_validated(backend, "backend"))

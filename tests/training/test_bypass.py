@@ -6,6 +6,7 @@ from support.recording import Recorder
 
 import stf_kernels
 from stf_kernels import ops
+from stf_kernels.ops import registration
 
 
 class Subclass(torch.Tensor):
@@ -68,3 +69,17 @@ def test_both_ways_give_the_same_bits(case):
         assert torch.equal(mine, other)
     with torch.no_grad():
         assert torch.equal(module(blocks), eager)
+
+
+@pytest.mark.parametrize("way", ["bypass", "dispatcher"])
+def test_the_backward_takes_the_path_of_its_forward(case, way, monkeypatch):
+    """It may run elsewhere: outside the block, or in a thread that the block does not reach."""
+    module, blocks = case
+    monkeypatch.setenv("STF_KERNELS_BACKEND", "triton")  # an error for CPU tensors
+    if way == "dispatcher":
+        monkeypatch.setattr(registration, "is_ordinary", lambda tensors: False)
+    with stf_kernels.use_backend("torch"):
+        y = module(blocks).sum()
+    y.backward()
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        module(blocks)
