@@ -5,6 +5,8 @@ import torch
 
 import reference
 import stf_kernels
+from bench.memory import peak_bytes
+from bench.problems import Sizes, random_blocks
 from stf_kernels.ops import registration
 
 BATCH, COUNT, DIM, OUT = 2, 3, 8, 20
@@ -83,3 +85,22 @@ def test_part_of_what_was_kept_for():
     for i, leaf in enumerate(leaves):
         [alone] = torch.autograd.grad(module(blocks).square().sum(), leaf)
         assert torch.equal(alone, whole[i])
+
+
+def test_the_peak_of_a_training_step():
+    """Narrow and with many tokens, so that activations are nearly all of it; the tower is frozen."""
+    sizes, batch = Sizes(dim=32, out_dim=64), 8
+    blocks = random_blocks(sizes, batch, device="cpu", dtype=torch.float32, seed=1)
+    peaks = {}
+    for package in (stf_kernels, reference):
+        module = package.CompactTokenProjector(sizes.blocks, sizes.dim, sizes.out_dim, skip_tokens=1)
+
+        def step(module=module):
+            return torch.autograd.grad(module(blocks).square().mean(), list(module.parameters()))
+
+        step()
+        peaks[package.__name__] = peak_bytes(step, "cpu")[1]
+        if package is stf_kernels:
+            _, forward = peak_bytes(lambda module=module: module(blocks), "cpu")
+    assert peaks["reference"] - peaks["stf_kernels"] >= sizes.copied_bytes(batch, 4)
+    assert peaks["stf_kernels"] <= 1.05 * forward  # the backward frees what it has passed before it takes more
