@@ -87,6 +87,7 @@ class ChainOperator:
     def __init__(self, name: str, tensors: str, static: str, plan: Callable[..., Plan]) -> None:
         """tensors and static are their parts of the schema; plan maps the static arguments to a Plan."""
         self.plan = functools.cache(plan)
+        self._kept = functools.cache(self._what_is_kept)  # the same in every step of a training
         self._traced_plan = plan  # torch.compile does not see through a cache
         self._forward_op = define(name, f"{tensors}, {static}, bool[] needs", "Tensor[]", self._forward, self._fake)
         self._backward_op = define(
@@ -114,8 +115,14 @@ class ChainOperator:
             return self._forward_op(blocks, weights, biases, *static, needs)[0]
         plan = self.plan(*static)
         if needs:
-            return _Eager.apply(plan, (len(groups[0]), len(groups[1])), needs, *tensors)
+            lengths = len(groups[0]), len(groups[1])
+            return _Eager.apply(plan, lengths, needs, self._kept(static, lengths, tuple(needs)), *tensors)
         return run_plan(plan, *groups)[0]
+
+    def _what_is_kept(self, static: tuple, lengths: tuple[int, int], needs: tuple) -> tuple[list[bool], list[int]]:
+        """For a backward: of which stages (Needs.keeps), and which of [*blocks, *weights]."""
+        found = Needs.of(needs, *lengths)
+        return found.keeps(self.plan(*static).stages), [i for i, read in enumerate(found.reads()) if read]
 
     def _forward(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
         *static, needs = static_and_needs
@@ -144,7 +151,9 @@ class ChainOperator:
         ctx.backend = current_backend()
         blocks, weights = _as_list(inputs[0]), _as_list(inputs[1])
         ctx.sizes = Sizes.of(blocks, weights)
-        ctx.save_for_backward(*output[1:], *_read_of(blocks, weights, ctx.kept_for))
+        operands = [*blocks, *weights]
+        kept = self._what_is_kept(ctx.static, (len(blocks), len(weights)), ctx.kept_for)[1] if ctx.kept_for else ()
+        ctx.save_for_backward(*output[1:], *[operands[i] for i in kept])
 
     def _autograd_backward(self, ctx, grads):
         _refuse_unsupported(grads[0])
@@ -188,18 +197,18 @@ class ChainOperator:
 
 
 class _Eager(torch.autograd.Function):
-    """The same formulas without the dispatcher: apply(plan, (number of blocks, of weights), needs, *tensors) -> y.
+    """The same without the dispatcher: apply(plan, (number of blocks, of weights), needs, kept, *tensors) -> y.
 
-    It keeps only what the gradients that are wanted will read.
+    kept: `_what_is_kept` of the needs, so only what the gradients that are wanted will read.
     """
 
     @staticmethod
-    def forward(ctx, plan: Plan, lengths: tuple[int, int], needs: list[bool], *tensors: Tensor) -> Tensor:
+    def forward(ctx, plan: Plan, lengths: tuple[int, int], needs: list[bool], kept: tuple, *tensors: Tensor) -> Tensor:
         groups = _split(tensors, (*lengths, len(tensors) - sum(lengths)))
-        y, saved = run_plan(plan, *groups, keep=Needs.of(needs, *lengths).keeps(plan.stages))
+        y, saved = run_plan(plan, *groups, keep=kept[0])
         ctx.plan, ctx.sizes, ctx.kept_for = plan, Sizes.of(*groups[:2]), needs
         ctx.backend = current_backend()  # the backward runs in a thread of its own, where `use_backend` is not seen
-        ctx.save_for_backward(*saved, *_read_of(*groups[:2], needs))
+        ctx.save_for_backward(*saved, *[tensors[i] for i in kept[1]])
         return y
 
     @staticmethod
@@ -209,8 +218,8 @@ class _Eager(torch.autograd.Function):
         # Without retain_graph the node lets go of what it saved, and the backward frees it piece by piece.
         ctx.maybe_clear_saved_tensors()
         with use_backend(ctx.backend):
-            grads = _run_backward(ctx.plan, ctx.sizes, grad, kept, ctx.kept_for, ctx.needs_input_grad[3:])
-        return (None, None, None, *grads)
+            grads = _run_backward(ctx.plan, ctx.sizes, grad, kept, ctx.kept_for, ctx.needs_input_grad[4:])
+        return (None, None, None, None, *grads)
 
 
 def run_plan(
@@ -221,14 +230,6 @@ def run_plan(
     if skip:
         blocks = [block[:, skip:] for block in blocks]
     return chain_fwd(blocks, weights, biases or [None] * len(weights), stages, keep=keep, out=out, rows=rows)
-
-
-def _read_of(blocks: list[Tensor], weights: list[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    """Of blocks and weights those that the backward reads."""
-    if not needs:
-        return []
-    reads = Needs.of(needs, len(blocks), len(weights)).reads()
-    return [tensor for tensor, read in zip([*blocks, *weights], reads, strict=True) if read]
 
 
 def _run_backward(
