@@ -17,6 +17,7 @@ from stf_kernels import CompactTokenProjector
 
 from .configuration import LlavaStfConfig, prefix_tokens, projector_activation, resolve_layers, vision_grid
 from .placement import check_token_count, image_rows, is_captured
+from .saving import ModuleNames
 from .vision_tower import image_chunks, to_device_of, tower_hidden_states
 
 
@@ -44,7 +45,7 @@ def _without_projector(plan: dict) -> dict:
     return {name: dtype for name, dtype in plan.items() if not name.endswith("multi_modal_projector")}
 
 
-class LlavaStfModel(LlavaModel):
+class LlavaStfModel(ModuleNames, LlavaModel):
     """Vision tower, compact projector and language model, without the language modeling head."""
 
     config: LlavaStfConfig
@@ -245,7 +246,7 @@ class LlavaStfModel(LlavaModel):
                 check_token_count(mask, 0, per_image, self._token_id)
 
 
-class LlavaStfForConditionalGeneration(LlavaForConditionalGeneration):
+class LlavaStfForConditionalGeneration(ModuleNames, LlavaForConditionalGeneration):
     """LLaVA-STF with its language modeling head; `generate()` and every mode of it as for the stock LLaVA."""
 
     config: LlavaStfConfig

@@ -17,7 +17,16 @@ MODULE = PREFIX + "auto"
 LOADER_FILE = MODULE + ".py"
 
 # Flat, and with relative imports only: transformers copies files of one folder.
-COPIED = ("configuration", "modeling", "placement", "plain_projector", "processing", "register", "vision_tower")
+COPIED = (
+    "configuration",
+    "modeling",
+    "placement",
+    "plain_projector",
+    "processing",
+    "register",
+    "saving",
+    "vision_tower",
+)
 KERNELS, PLAIN = "from stf_kernels import CompactTokenProjector", "from .plain_projector import CompactTokenProjector"
 
 LOADER = '''"""LLaVA-STF for trust_remote_code=True: from the stf-kernels package if installed, else in plain torch."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 import llava_integration as li
 
@@ -49,6 +49,24 @@ def test_the_projector_learns_with_all_else_frozen(build, batch, start, checkpoi
     assert losses[-1] < 0.95 * losses[0], losses
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) != name.startswith("model.multi_modal_projector."), name
+
+
+def test_a_trainer_resumes_where_it_was(build, batch, tmp_path):
+    """Steps 3 and 4 after a restart are those of the run that went through, weights and optimiser."""
+    pytest.importorskip("accelerate")
+
+    def run(**options):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=4, save_steps=2, logging_steps=1, learning_rate=1e-3, report_to=[],
+            use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(build.stf(torch.float32), arguments, lambda _: batch, train_dataset=list(range(32)))
+        trainer.train(**options)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = run()
+    assert whole[3] < whole[2] < whole[0]
+    assert run(resume_from_checkpoint=str(tmp_path / "checkpoint-2")) == whole
 
 
 def test_checkpointing_recomputes_tower_and_language_model(build, batch):
