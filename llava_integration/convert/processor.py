@@ -41,14 +41,19 @@ def read_tokenizer(folders: Sequence[Path], report: Report) -> PreTrainedTokeniz
         return None
     if not (folder / "tokenizer.json").is_file():
         with blamed_on(f"{folder}: tokenizer_config.json or added_tokens.json", "get the files again"):
-            return separate(read_llama_tokenizer(folder))
+            return _tried(separate(read_llama_tokenizer(folder)))
     errors = []
     for kind in (AutoTokenizer, PreTrainedTokenizerFast):
         try:
-            return separate(kind.from_pretrained(folder, local_files_only=True))
+            return _tried(separate(kind.from_pretrained(folder, local_files_only=True)))
         except Exception as error:  # the tokenizers library raises bare Exception
             errors.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
     raise ConversionError(f"{folder / 'tokenizer.json'}: expected a tokenizer, got {errors[0]}; get the files again")
+
+
+def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    tokenizer.encode(IMAGE_TOKEN)  # settings of a wrong type break it only now
+    return tokenizer
 
 
 def separate(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -115,7 +120,8 @@ def make_processor(
     image_token: str = IMAGE_TOKEN,
 ) -> LlavaStfProcessor:
     """The processor of a model of `config`; ConversionError when the tokenizer has no room for the image token."""
-    tokenizer.padding_side = "left"  # what generation needs; a trainer sets its own
+    # What generation needs; a trainer sets its own. Only what is among init_kwargs is saved.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     try:
         processor = LlavaStfProcessor(
             images,

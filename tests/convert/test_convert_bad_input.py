@@ -272,6 +272,11 @@ class TestTokenizer:
         (src / "tokenizer.json").write_text("{}")
         refused(r"tokenizer\.json: expected a tokenizer", src, dst)
 
+    def test_settings_of_another_type(self, src, dst):
+        settings = json.loads((src / "tokenizer_config.json").read_text())
+        ck.write_json(src / "tokenizer_config.json", settings | {"model_max_length": []})
+        refused(r"tokenizer\.json: expected a tokenizer", src, dst)
+
     def test_model_file_that_is_none(self, src, dst):
         (src / "tokenizer.json").unlink()
         (src / "tokenizer.model").write_bytes(b"\xff" * 50)

@@ -141,6 +141,18 @@ class TestProcessor:
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stf")
         assert (model.config.image_token_index, model.config.text_config.vocab_size) == (ck.ROWS, 64)
 
+    @pytest.mark.parametrize("side", [None, "right"])
+    def test_a_batch_is_padded_on_the_left(self, tmp_path, side):
+        """What generation needs; padding on the right would be answered, and wrongly."""
+        src = ck.make_official(tmp_path)
+        if side:
+            settings = json.loads((src / "tokenizer_config.json").read_text())
+            ck.write_json(src / "tokenizer_config.json", settings | {"padding_side": side})
+        convert_official(src, tmp_path / "stf")
+        processor = AutoProcessor.from_pretrained(tmp_path / "stf")
+        inputs = processor(text=["USER: what", "USER: what is in the picture"], padding=True, return_tensors="pt")
+        assert inputs["attention_mask"].tolist() == [[0] * 4 + [1] * 2, [1] * 6]
+
     def test_token_counts_are_the_models(self, converted):
         processor = AutoProcessor.from_pretrained(converted)
         inputs = processor(images=Image.new("RGB", (70, 40)), text="USER: <image> what", return_tensors="pt")

@@ -134,6 +134,7 @@ def test_processor_comes_along(stock, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stf")
     assert processor.image_token_id == model.config.image_token_index
     assert (processor.patch_size, processor.spatial_merge_size) == (ck.PATCH, 2)
+    assert processor.tokenizer.padding_side == "left"
 
 
 def refused(match, src, dst, **options):
