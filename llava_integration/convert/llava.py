@@ -24,10 +24,11 @@ from .folder import Conversion, check_options, write_folder
 from .plan import match, on_meta, rename, shapes_of
 from .processor import image_processor, make_processor, read_image_settings, read_tokenizer
 from .report import Report
+from .tied import settle
 from .tower import tower_name
+from .vocabulary import EMBEDDINGS
 
 PROJECTOR = "model.multi_modal_projector."
-EMBEDDINGS = "model.language_model.embed_tokens.weight"
 CONFIG = "SRC: config.json"
 OPTIONS = {"blocks": "--blocks", "merge_size": "--merge-size", "truncate": "--truncate", "model": "SRC"}
 SEED = 0
@@ -58,9 +59,11 @@ def convert_llava(
     check_options(src, dst, dtype, max_shard_bytes, {})
     report = Report()
     stock_config = _read_config(src)
+    entries, sources = rename(open_weights(src), module_name)
+    if not settle(entries, sources, stock_config.tie_word_embeddings, report):
+        stock_config.tie_word_embeddings = stock_config.text_config.tie_word_embeddings = False
     with blamed_on(CONFIG, "get the file again"):
         stock = on_meta(lambda: LlavaForConditionalGeneration(stock_config)).eval()
-    entries, sources = rename(open_weights(src), module_name)
     entries = match(shapes_of(stock), entries, sources, computed, report)
     dtype = dtype or entries[EMBEDDINGS].dtype
 

@@ -33,6 +33,7 @@ from .plan import match, on_meta, rename, shapes_of
 from .processor import image_processor, make_processor, read_image_settings, read_tokenizer
 from .report import Report
 from .template import VICUNA_V1
+from .tied import settle
 from .tower import PREFIX as TOWER
 from .tower import Tower, find_tower, tower_name
 from .vocabulary import EMBEDDINGS, add_tokens, resize, without_tokenizer
@@ -81,6 +82,7 @@ def convert_official(
         sources |= {name: f"{tower.name}: {name.removeprefix(TOWER)}" for name in weights}
     else:
         geometry = derive(entries, tower.config.hidden_size)
+    tied = settle(entries, sources, bool(parts.config.get("tie_word_embeddings")), report)
     if EMBEDDINGS not in entries or len(entries[EMBEDDINGS].shape) != 2:
         got = f"shape {list(entries[EMBEDDINGS].shape)}" if EMBEDDINGS in entries else "none"
         raise ConversionError(
@@ -91,7 +93,7 @@ def convert_official(
     tokenizer = read_tokenizer(parts.folders, report)
     vocabulary = without_tokenizer(rows) if tokenizer is None else add_tokens(tokenizer, rows)
     text = text_config(parts.config, vocabulary.rows)
-    text.pad_token_id = vocabulary.pad_token_id
+    text.pad_token_id, text.tie_word_embeddings = vocabulary.pad_token_id, tied
     _has_head(tower.config, entries)
     config = _config(geometry, tower, text, parts.config, blocks, vocabulary.image_token_id)
     if config.spatial_merge_truncate:
@@ -174,7 +176,7 @@ def _config(
             image_token_index=image_token,
             projector_hidden_act="gelu",
             multimodal_projector_bias=geometry.bias,
-            tie_word_embeddings=bool(text.tie_word_embeddings),
+            tie_word_embeddings=text.tie_word_embeddings,
             vision_feature_layer=layers,
             spatial_merge_size=geometry.merge_size,
             spatial_merge_truncate=bool(height % geometry.merge_size or width % geometry.merge_size),

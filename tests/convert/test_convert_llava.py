@@ -116,6 +116,26 @@ def test_a_head_tied_to_the_embeddings(tmp_path):
     assert converted.lm_head.weight is converted.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("held", ["head alone", "both, equal", "both, different"])
+def test_a_tied_head_as_the_stock_model_reads_it(tmp_path, held):
+    """safetensors drops one of two equal tensors; a head that was trained apart stays apart, as in transformers."""
+    src = tmp_path / "llava"
+    ck.make_stock(src, tie_word_embeddings=True)
+    tensors = load_file(src / "model.safetensors")
+    (embeddings,) = (name for name in tensors if name.endswith("embed_tokens.weight"))
+    head = tensors[embeddings].clone() if held != "both, different" else torch.randn_like(tensors[embeddings])
+    if held == "head alone":
+        del tensors[embeddings]
+    save_file(tensors | {"language_model.lm_head.weight": head}, src / "model.safetensors", metadata={"format": "pt"})
+    report = convert_llava(src, tmp_path / "stf")
+    converted = AutoModelForImageTextToText.from_pretrained(tmp_path / "stf")
+    assert same_state(converted, in_memory(LlavaForConditionalGeneration.from_pretrained(src)))
+    tied = held != "both, different"
+    assert (converted.lm_head.weight is converted.get_input_embeddings().weight) == tied
+    assert converted.config.tie_word_embeddings == tied
+    assert any("kept apart" in note for note in report.notes) != tied
+
+
 def test_a_projector_of_another_width(tmp_path):
     """13B: the stock projector's hidden width sets stf_hidden_size."""
     model = ck.make_stock(tmp_path / "llava", text={"hidden_size": 64})

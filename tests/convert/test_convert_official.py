@@ -52,6 +52,21 @@ def test_the_language_model_is_the_same(converted):
     assert model.config.text_config.rms_norm_eps == 1e-5
 
 
+@pytest.mark.parametrize("held", ["embeddings", "head", "both, different"])
+def test_a_head_that_config_json_ties(tmp_path, held):
+    src = ck.make_official(tmp_path, tie_word_embeddings=True)
+    tensors, apart = ck.whole_tensors(), held == "both, different"
+    embeddings, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+    if not apart:
+        del tensors["lm_head.weight" if held == "embeddings" else "model.embed_tokens.weight"]
+    ck.write_bin(src, tensors, shards=2)
+    convert_official(src, tmp_path / "stf")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stf")
+    assert torch.equal(model.lm_head.weight, embeddings if held == "embeddings" else head)
+    assert torch.equal(model.get_input_embeddings().weight, head if held == "head" else embeddings)
+    assert model.config.tie_word_embeddings != apart
+
+
 def test_vocabulary(converted):
     """As transformers' LLaVA checkpoints: the image token behind the tokenizer's own, rows to a multiple of 64."""
     model = AutoModelForImageTextToText.from_pretrained(converted)
