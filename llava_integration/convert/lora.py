@@ -10,11 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from .checkpoint import Entries, Entry, open_file, read_json
-from .errors import ConversionError
+from .errors import ConversionError, blamed_on
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 OTHERS_FILE = "non_lora_trainables.bin"
+# Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ move part of it into the factors.
+KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 
 
@@ -56,6 +58,8 @@ def merge(folder: Path, base: Entries) -> Entries:
 def _config(folder: Path) -> dict:
     config = read_json(folder / CONFIG_FILE)
     unsupported = [name for name in ("use_dora", "lora_bias") if config.get(name)]
+    if (start := config.get("init_lora_weights")) not in KEEP_THE_BASE:
+        unsupported.append(f"init_lora_weights {start!r}, which changes the base")
     if config.get("peft_type") != "LORA" or unsupported:
         got = ", ".join(unsupported) or f"peft_type {config.get('peft_type')!r}"
         raise ConversionError(
@@ -78,7 +82,8 @@ def _merged(module: str, pair: dict[str, Entry], base: Entries, config: dict, fi
             f"{file}: the factors of {module}, {list(first.shape)} and {list(second.shape)}, do not fit the base's "
             f"{list(target.shape)}; name the right base with --base"
         )
-    scale = _scale(module, first.shape[0], config)
+    with blamed_on(f"SRC: {CONFIG_FILE}", "get the file again"):
+        scale = float(_scale(module, first.shape[0], config))
 
     def read() -> Tensor:
         delta = second.read().float() @ first.read().float()

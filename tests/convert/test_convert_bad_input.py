@@ -321,6 +321,21 @@ class TestLora:
         ck.write_json(lora / "adapter_config.json", {"peft_type": "IA3"})
         refused(r"expected plain LoRA, got peft_type 'IA3'", lora, dst, base=src)
 
+    @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
+    def test_factors_that_hold_a_part_of_the_base(self, lora, src, dst, start):
+        ck.write_json(lora / "adapter_config.json", {"peft_type": "LORA", "init_lora_weights": start})
+        self.write(lora, "model.layers.0.self_attn.q_proj")
+        refused(
+            rf"expected plain LoRA, got init_lora_weights '{start}'.* merge the adapter with PEFT", lora, dst, base=src
+        )
+
+    @pytest.mark.parametrize(
+        "changes", [{"lora_alpha": "x"}, {"alpha_pattern": {"(": 2}}, {"alpha_pattern": [1]}], ids=str
+    )
+    def test_settings_of_another_type(self, lora, src, dst, changes):
+        ck.write_json(lora / "adapter_config.json", {"peft_type": "LORA"} | changes)
+        refused(r"^SRC: adapter_config\.json: expected valid values", lora, dst, base=src)
+
     def test_no_weights(self, lora, src, dst):
         (lora / "adapter_model.bin").unlink()
         refused(r"expected adapter_model\.safetensors or adapter_model\.bin", lora, dst, base=src)
