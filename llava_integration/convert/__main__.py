@@ -15,7 +15,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the half-written folder goes then too
+    for stop in (signal.SIGTERM, signal.SIGHUP):  # the half-written folder goes then too; nohup ignores SIGHUP
+        if signal.getsignal(stop) is not signal.SIG_IGN:
+            signal.signal(stop, lambda number, _: sys.exit(128 + number))
     from transformers.utils import logging
 
     from . import convert_llava, convert_official

@@ -429,9 +429,11 @@ def test_values_that_float16_cannot_hold(src, dst):
 class TestCommandLine:
     @pytest.fixture(autouse=True)
     def restore(self):
-        handler, verbosity = signal.getsignal(signal.SIGTERM), logging.get_verbosity()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        verbosity = logging.get_verbosity()
         yield
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         logging.set_verbosity(verbosity)
 
     def test_report(self, src, dst, capsys):
@@ -456,9 +458,10 @@ class TestCommandLine:
             main(arguments)
         assert caught.value.code == 2
 
-    @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
     def test_stopped_half_way(self, src, dst, monkeypatch, sent, code):
         """The folder beside DST goes then too."""
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         beside = set(dst.parent.iterdir())
 
         def write(file, data):
@@ -473,3 +476,8 @@ class TestCommandLine:
             got = error.code
         assert got == code
         assert set(dst.parent.iterdir()) == beside
+
+    def test_a_closed_terminal_does_not_stop_what_nohup_started(self, src, dst):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert main(["official", str(src), str(dst)]) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
