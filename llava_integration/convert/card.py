@@ -27,13 +27,17 @@ class Source:
     tower: str = ""
 
 
-def model_card(config: LlavaStfConfig, source: Source, report: Report, auto_map: bool = False) -> str:
-    """The card's text; folders appear by their names, never with a path."""
+PROCESSOR = '\nprocessor = AutoProcessor.from_pretrained("this folder")'
+
+
+def model_card(config: LlavaStfConfig, source: Source, report: Report, *, processor: bool, auto_map: bool) -> str:
+    """The card's text; folders appear by their names, never with a path. `processor`, `auto_map`: what is there."""
     licence, licences = _licences(source)
     layers = ", ".join(map(str, config.vision_feature_layer))
     counts = "\n".join(f"* {kind}: {len(report.tensors[kind])}" for kind in KINDS if report.tensors.get(kind))
     warnings = "".join(f"* warning: {line}\n" for line in report.warnings)
     remote = REMOTE if auto_map else ""
+    imported, made = (", AutoProcessor", PROCESSOR) if processor else ("", "")
     tower = f", vision tower {source.tower}" if source.tower else ""
     window = config.spatial_merge_size
     return f"""---
@@ -52,7 +56,7 @@ tags:
 ## Source
 
 `{_name(source.folder)}`, {source.form}{tower}; converted with `python -m llava_integration.convert {source.command}`.
-{_origin(source)}
+{_origin(source, report)}
 
 ## Licences
 
@@ -72,10 +76,9 @@ tags:
 
 ```python
 import llava_integration  # from the stf-kernels package; registers the model
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText{imported}
 
-model = AutoModelForImageTextToText.from_pretrained("this folder")
-processor = AutoProcessor.from_pretrained("this folder")
+model = AutoModelForImageTextToText.from_pretrained("this folder"){made}
 ```
 {remote}"""
 
@@ -84,12 +87,16 @@ def _name(folder: Path) -> str:
     return folder.resolve().name
 
 
-def _origin(source: Source) -> str:
+def _origin(source: Source, report: Report) -> str:
     if source.command == "official":
-        return (
-            "`mm_projector.0.weight` was channel-major there (`c * r * r + dy * r + dx`) and was relaid out once; the "
-            "image token and rows up to a multiple of 64 were added to the vocabulary, each the mean of the others."
-        )
+        said = ["The image token was given an id in the vocabulary."]
+        if report.tensors.get("relaid out"):
+            said.append(
+                "`mm_projector.0.weight` was channel-major there (`c * r * r + dy * r + dx`) and was relaid out once."
+            )
+        if report.tensors.get("resized"):
+            said.append("Rows up to a multiple of 64 were added to the embeddings, each the mean of the others.")
+        return " ".join(said)
     return (
         "The projector was made, not trained: its output is the average of the source's image tokens over each window, "
         "exactly in real arithmetic. It is a starting point for fine-tuning."

@@ -70,11 +70,13 @@ def write_folder(dst: Path, conversion: Conversion, max_shard_bytes: int | None,
             write_shards(folder, outputs, dtype, max_shard_bytes or MAX_SHARD_BYTES, bar.update)
         config.save_pretrained(folder)
         _write_json(folder / "generation_config.json", conversion.generation)
-        if conversion.processor is not None:
-            conversion.processor.save_pretrained(folder)
+        processor = conversion.processor
+        if processor is not None:
+            processor.save_pretrained(folder)
         if conversion.auto_map:
             write_auto_map(folder)
-        card = model_card(config, conversion.source, report, conversion.auto_map)
+        has = {"processor": processor is not None, "auto_map": conversion.auto_map}
+        card = model_card(config, conversion.source, report, **has)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         _write_json(folder / REPORT_FILE, report.as_dict())
     report.notes.append(f"{dst}: {len(outputs)} tensors, {size / 1e9:.2f} GB, {str(dtype).removeprefix('torch.')}")

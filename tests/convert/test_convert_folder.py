@@ -204,6 +204,19 @@ class TestCard:
             assert part in card
         assert str(converted.parent) not in card, "no machine's paths"
         assert "trust_remote_code=True" in card
+        assert "added to the embeddings" not in card, "there was room"
+        assert "\nprocessor = AutoProcessor.from_pretrained" in card
+
+    @pytest.mark.parametrize("window", [1, 2])
+    def test_says_only_what_was_done(self, tmp_path, window):
+        """Without a tokenizer rows are added and there is no processor; a window of one token has one order."""
+        src = ck.make_official(tmp_path, tokenizer=False)
+        ck.write_bin(src, ck.official_tensors(ck.make_tower(), ck.make_language(), ck.make_projector(window=window)), 2)
+        convert_official(src, tmp_path / "stf")
+        card = (tmp_path / "stf" / "README.md").read_text()
+        assert ("channel-major" in card) == (window == 2)
+        assert "added to the embeddings" in card
+        assert "AutoProcessor" not in card
 
     def test_llava_carries_the_declared_licence_over(self, stock, tmp_path):
         from llava_integration.convert import convert_llava
