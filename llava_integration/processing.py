@@ -42,7 +42,8 @@ class LlavaStfProcessor(LlavaProcessor):
     ):
         for name, value in (("patch_size", patch_size), ("spatial_merge_size", spatial_merge_size)):
             if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+                hint = "; set it to model.config.vision_config.patch_size" if name == "patch_size" else ""
+                raise ValueError(f"{name}: expected a positive int, got {value!r}{hint}")
         if tokenizer is None or image_processor is None:
             missing = "tokenizer" if tokenizer is None else "image_processor"
             raise ValueError(f"{missing}: expected one, got None")

@@ -164,6 +164,11 @@ def test_from_the_stock_processor(build, processor):
     assert counts(ours, ours(images=build.image(), text="<image>", return_tensors="pt")) == [4]
     with pytest.raises(TypeError, match="processor: expected a LlavaProcessor, got NoneType"):
         li.LlavaStfProcessor.from_llava(None)
+    stock.patch_size = None  # as in checkpoints of 2023
+    with pytest.raises(
+        ValueError, match=r"patch_size: .* got None; set it to model\.config\.vision_config\.patch_size"
+    ):
+        li.LlavaStfProcessor.from_llava(stock)
 
 
 def test_chat_template(build, processor):
