@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from .configuration import resolve_layers
 from .modeling import LlavaStfForConditionalGeneration
 from .placement import check_token_count, image_rows
-from .vision_tower import tower_hidden_states
+from .vision_tower import check_pixels, tower_hidden_states
 
 WARM_UP_RUNS = 3
 
@@ -53,7 +53,8 @@ class PrefillRunner:
     with each number of images N. `.cache` is then a StaticCache of length S; the next call overwrites it. Token counts
     are checked for ids on the CPU; ids on the GPU are trusted, because reading them would wait for the device.
 
-    Raises TypeError for another model, ValueError for a shape that is not the runner's and for sliding-window layers.
+    Raises TypeError for another model and for ids or pixels of another type, ValueError for a shape that is not the
+    runner's and for sliding-window layers.
     """
 
     def __init__(
@@ -89,8 +90,8 @@ class PrefillRunner:
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
         """input_ids [B, S] int64, pixel_values [N, 3, h, w] or None -> logits [B, vocab]; fills `.cache`."""
+        self._check(input_ids, pixel_values)
         images = 0 if pixel_values is None else len(pixel_values)
-        self._check(input_ids, pixel_values, images)
         self._ids.copy_(input_ids, non_blocking=True)
         if images:
             if images not in self._pixels:
@@ -153,7 +154,7 @@ class PrefillRunner:
     def _pixel_dtype(self) -> torch.dtype:
         return self.model.model.vision_tower.dtype
 
-    def _check(self, input_ids: Tensor, pixel_values: Tensor | None, images: int) -> None:
+    def _check(self, input_ids: Tensor, pixel_values: Tensor | None) -> None:
         expected = (self.batch, self.seq_len)
         if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.long:
             got = getattr(input_ids, "dtype", type(input_ids).__name__)
@@ -163,12 +164,10 @@ class PrefillRunner:
                 f"input_ids: expected shape {list(expected)}, got {list(input_ids.shape)}; "
                 "a PrefillRunner serves one shape"
             )
-        vision = self.model.config.vision_config
-        shape = (images, vision.num_channels, vision.image_size, vision.image_size)
-        if pixel_values is not None and tuple(pixel_values.shape) != shape:
-            raise ValueError(f"pixel_values: expected {list(shape)}, got {list(pixel_values.shape)}")
+        if pixel_values is not None:
+            check_pixels(self.model.model.vision_tower, pixel_values)
         if input_ids.device.type == "cpu" and isinstance(self.model, LlavaStfForConditionalGeneration):
-            token = self.model.config.image_token_id
+            token, images = self.model.config.image_token_id, 0 if pixel_values is None else len(pixel_values)
             check_token_count(input_ids == token, images, self.model.config.image_seq_length, token)
 
 
