@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import ProcessorMixin
+from transformers import GenerationConfig, ProcessorMixin
 
 from ..configuration import LlavaStfConfig
 from ..modeling import LlavaStfForConditionalGeneration
@@ -16,7 +16,7 @@ from .atomic import check_destination, check_space, whole_folder
 from .auto_map import write_auto_map
 from .card import CARD_FILE, Source, model_card
 from .checkpoint import Entry
-from .errors import ConversionError
+from .errors import ConversionError, blamed_on
 from .report import Report
 from .writer import DTYPE_NAMES, MAX_SHARD_BYTES, Output, write_shards
 
@@ -62,6 +62,8 @@ def write_folder(dst: Path, conversion: Conversion, max_shard_bytes: int | None,
     dtype = conversion.dtype if conversion.dtype in DTYPE_NAMES else torch.float32
     config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
     config.architectures = [LlavaStfForConditionalGeneration.__name__]
+    with blamed_on("SRC: generation_config.json", "correct the file or remove it"):
+        GenerationConfig(**conversion.generation)
     outputs = [Output(name, entry.shape, entry.read) for name, entry in conversion.entries.items()]
     size = sum(output.numel for output in outputs) * dtype.itemsize
     check_space(dst, size + SMALL_FILES)

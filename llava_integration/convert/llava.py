@@ -152,6 +152,7 @@ def _warm_start(
 def _by_option(message: str) -> str:
     """An error of `from_llava` under the command's names; what is about none of them is about the configuration."""
     name, _, rest = message.partition(": ")
+    rest = rest.replace("truncate=True", "--truncate")
     return f"{OPTIONS[name]}: {rest}" if name in OPTIONS else f"{CONFIG}: {message}"
 
 

@@ -171,7 +171,7 @@ class TestBadInput:
         [
             ({"blocks": [3, 2]}, r"^--blocks: expected layer 5 among them.*got \[3, 2\]"),
             ({"blocks": [5, 9]}, r"^--blocks: expected layers from -7 to 6.*got 9"),
-            ({"merge_size": 3}, r"^--merge-size: expected a divisor of the 4x4 grid, got 3"),
+            ({"merge_size": 3}, r"^--merge-size: expected a divisor of the 4x4 grid, got 3; --truncate drops"),
             ({"merge_size": 0}, r"^--merge-size: "),
             ({"truncate": 1}, r"^--truncate: expected a bool, got 1"),
             ({"max_shard_bytes": 0}, r"^max_shard_bytes: expected a positive int"),
@@ -217,6 +217,11 @@ class TestBadInput:
             (src / file.name).unlink()
             save_file(tensors, src / file.name)
         refused(match, src, tmp_path / "stf")
+
+    def test_generation_settings_that_would_not_load(self, tmp_path):
+        ck.make_stock(tmp_path / "llava", tokenizer=False)
+        ck.write_json(tmp_path / "llava" / "generation_config.json", {"pad_token_id": []})
+        refused(r"^SRC: generation_config\.json: expected valid values", tmp_path / "llava", tmp_path / "stf")
 
     def test_a_tokenizer_without_the_image_token(self, tmp_path):
         ck.make_stock(tmp_path / "llava", tokenizer=False)
