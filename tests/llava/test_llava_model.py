@@ -297,6 +297,18 @@ class TestGenerate:
         expected = run(stf, ids, build.pixels(3), mask).logits[:, -1]
         assert torch.allclose(first, expected[:, None].to(first).expand_as(first), atol=1e-6)
 
+    @pytest.mark.parametrize("images", [1, 0])
+    def test_a_second_turn_on_the_cache_of_the_first(self, build, stf, images):
+        """The whole conversation as ids, and the pixels of the new turn only, as generate takes them with a cache."""
+        (ids, mask), pixels = build.prompt([2]), build.pixels(2 + images)
+        first = generate(stf, ids, mask, pixels[:2], return_dict_in_generate=True)
+        turn = build.prompt([images])[0]
+        both = torch.cat([first.sequences, turn], dim=1)
+        mask = torch.ones_like(both)
+        own = pixels[2:] if images else None
+        second = generate(stf, both, mask, own, past_key_values=first.past_key_values)
+        assert torch.equal(second, generate(stf, both, mask, pixels))
+
     @pytest.mark.parametrize("images", [[2], [0]], ids=str)
     @pytest.mark.parametrize("draft", ["self", "copy"])
     def test_assisted_by_a_draft_model_that_sees_the_images(self, build, stf, images, draft):

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    pipeline,
+)
 
 import llava_integration as li
 
@@ -25,7 +32,8 @@ def same_state(one, other):
 def test_bit_for_bit_through_the_auto_classes(build, tmp_path, dtype):
     stf = build.stf(dtype)
     stf.save_pretrained(tmp_path)
-    for loader in (AutoModelForImageTextToText, li.LlavaStfForConditionalGeneration):
+    loaders = (AutoModelForImageTextToText, AutoModelForMultimodalLM, li.LlavaStfForConditionalGeneration)
+    for loader in loaders:
         loaded, report = loader.from_pretrained(tmp_path, output_loading_info=True)
         assert type(loaded) is li.LlavaStfForConditionalGeneration
         assert loaded.dtype == dtype

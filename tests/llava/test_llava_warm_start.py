@@ -84,6 +84,14 @@ def test_whole_model_runs_on_it(build, stock):
     assert torch.isfinite(logits).all()
 
 
+def test_it_generates_with_the_stock_models_settings(build, stock):
+    stock.generation_config.update(eos_token_id=[3, 7], max_new_tokens=5)
+    stf = li.from_llava(stock)
+    assert stf.generation_config.to_dict() == stock.generation_config.to_dict()
+    stf.generation_config.max_new_tokens = 9
+    assert stock.generation_config.max_new_tokens == 5
+
+
 def test_logits_are_those_of_the_stock_model_with_pooled_tokens(build, stock):
     """The language model behind it is the stock one: feed it the pooled tokens by hand."""
     stf = li.from_llava(stock)
