@@ -84,7 +84,12 @@ model = AutoModelForImageTextToText.from_pretrained("this folder"){made}
 
 
 def _name(folder: Path) -> str:
-    return folder.resolve().name
+    """The folder's name; in the hub's cache, models--OWNER--NAME/snapshots/COMMIT, OWNER/NAME at COMMIT."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return f"{repository.removeprefix('models--').replace('--', '/')} at {folder.name}"
+    return folder.name
 
 
 def _origin(source: Source, report: Report) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import llava_integration as li
-from llava_integration.convert import convert_official
+from llava_integration.convert import convert_llava, convert_official
 from llava_integration.convert.template import SYSTEM
 from tests.convert import checkpoints as ck
 from tests.support.processes import python
@@ -218,16 +218,34 @@ class TestCard:
         assert "added to the embeddings" in card
         assert "AutoProcessor" not in card
 
-    def test_llava_carries_the_declared_licence_over(self, stock, tmp_path):
-        from llava_integration.convert import convert_llava
-
-        src = tmp_path / "llava"
-        src.mkdir()
-        for file in stock[0].iterdir():
-            (src / file.name).symlink_to(file)
-        (src / "README.md").write_text("---\nlicense: llama2\n---\n# A model\n")
+    @pytest.mark.parametrize(
+        ("theirs", "licence"),
+        [
+            ("---\nlicense: llama2\n---\n# A model\n", "llama2"),
+            ("---\nlicense: [unclosed\n---\n", "other"),
+            ("# A model\n", "other"),
+            (None, "other"),
+        ],
+        ids=["declared", "damaged", "not declared", "no card"],
+    )
+    def test_llava_carries_the_declared_licence_over(self, stock, tmp_path, theirs, licence):
+        src = linked(stock[0], tmp_path / "llava")
+        if theirs is not None:
+            (src / "README.md").write_text(theirs)
         convert_llava(src, tmp_path / "stf")
-        assert (tmp_path / "stf" / "README.md").read_text().startswith("---\nlicense: llama2\n")
+        assert (tmp_path / "stf" / "README.md").read_text().startswith(f"---\nlicense: {licence}\n")
+
+    def test_a_source_in_the_hubs_cache_has_its_name(self, stock, tmp_path):
+        src = linked(stock[0], tmp_path / "models--an--llava-1.5" / "snapshots" / "0a1b")
+        convert_llava(src, tmp_path / "stf")
+        assert "# LLaVA-STF from an/llava-1.5 at 0a1b\n" in (tmp_path / "stf" / "README.md").read_text()
+
+
+def linked(folder, copy):
+    copy.mkdir(parents=True)
+    for file in folder.iterdir():
+        (copy / file.name).symlink_to(file)
+    return copy
 
 
 def test_no_machine_path_anywhere(official, converted):
