@@ -85,6 +85,14 @@ class TestVideo:
         images = processor(images=frames, return_tensors="pt")
         assert torch.equal(video["pixel_values"], images["pixel_values"]), "frames in order, two videos in order"
 
+    @pytest.mark.parametrize("per_frame", [1, 4], ids=["one per frame", "expanded"])
+    def test_prompts_with_more_than_one_token_a_video(self, build, processor, per_frame):
+        frames = [build.image(i) for i in range(3)]
+        text = "USER : " + "<image>" * 3 * per_frame + " what"
+        inputs = processor(videos=[frames], text=text, return_tensors="pt")
+        assert counts(processor, inputs) == [12]
+        assert len(inputs["pixel_values"]) == 3
+
     def test_one_video_as_an_array(self, build, processor):
         frames = torch.randint(0, 256, (3, 60, 80, 3), dtype=torch.uint8)
         inputs = processor(videos=frames.numpy(), text="<image> what is", return_tensors="pt")

@@ -141,10 +141,14 @@ def test_tied_embeddings_stay_tied_in_a_copy(build):
     assert stf.lm_head.weight is not stock.lm_head.weight
 
 
-def test_dtype_and_mode_follow_the_stock_model(build):
-    stf = li.from_llava(build.stock(torch.bfloat16).train())
+@pytest.mark.parametrize("training", [True, False])
+def test_dtype_mode_and_attention_follow_the_stock_model(build, training):
+    stock = build.stock(torch.bfloat16).train(training)
+    stock.set_attn_implementation("eager")
+    stf = li.from_llava(stock)
     assert {p.dtype for p in stf.parameters()} == {torch.bfloat16}
-    assert stf.training
+    assert {module.training for module in stf.modules()} == {training}
+    assert stf.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(
