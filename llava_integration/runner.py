@@ -3,13 +3,18 @@
     ids [B, S], pixels [N, 3, S', S'] -> tower loop -> projector -> inputs_embeds -> language model -> logits [B, vocab]
 
 During prefill attention reads the fresh keys and values, not the longer static buffers they are stored in, so the
-causal mask needs no tensor and the flash kernels apply. Works for LLaVA-STF and, as its baseline, for the stock LLaVA.
+causal mask needs no tensor and the flash kernels apply, under capture too. Works for LLaVA-STF and, as its baseline,
+for the stock LLaVA.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, StaticCache
+from transformers import AttentionInterface, LlavaForConditionalGeneration, PreTrainedConfig, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .configuration import resolve_layers
 from .modeling import LlavaStfForConditionalGeneration
@@ -17,6 +22,9 @@ from .placement import check_token_count, image_rows
 from .vision_tower import check_pixels, tower_hidden_states
 
 WARM_UP_RUNS = 3
+# A name with an attention and no mask function: transformers then makes no mask, and sdpa is causal by its own flag.
+UNMASKED_SDPA = "stf_unmasked_sdpa"
+AttentionInterface.register(UNMASKED_SDPA, sdpa_attention_forward)
 
 
 class _PrefillLayer(StaticLayer):
@@ -122,9 +130,10 @@ class PrefillRunner:
         embeds = model.get_input_embeddings()(self._ids)
         if images:
             self._place_images(embeds.view(-1, embeds.shape[-1]), self._pixels[images])
-        hidden = model.language_model(
-            inputs_embeds=embeds, position_ids=self._positions, past_key_values=self._prefill_cache, use_cache=True
-        ).last_hidden_state
+        with _unmasked(model.language_model.config):
+            hidden = model.language_model(
+                inputs_embeds=embeds, position_ids=self._positions, past_key_values=self._prefill_cache, use_cache=True
+            ).last_hidden_state
         return self.model.lm_head(hidden[:, -1])
 
     def _place_images(self, flat: Tensor, pixels: Tensor) -> None:
@@ -169,6 +178,18 @@ class PrefillRunner:
         if input_ids.device.type == "cpu" and isinstance(self.model, LlavaStfForConditionalGeneration):
             token, images = self.model.config.image_token_id, 0 if pixel_values is None else len(pixel_values)
             check_token_count(input_ids == token, images, self.model.config.image_seq_length, token)
+
+
+@contextlib.contextmanager
+def _unmasked(config: PreTrainedConfig) -> Iterator[None]:
+    """No mask tensor for sdpa: transformers 5.17 makes one when a stream is captured, and flash kernels take none."""
+    given = config._attn_implementation
+    if given == "sdpa":
+        config._attn_implementation = UNMASKED_SDPA
+    try:
+        yield
+    finally:
+        config._attn_implementation = given
 
 
 def _static_cache(model: LlavaForConditionalGeneration, batch: int, length: int) -> StaticCache:

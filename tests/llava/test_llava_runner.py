@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import masking_utils
 
 import llava_integration as li
 
@@ -82,6 +84,25 @@ def test_attention_reads_the_prompt_only(build, stf):
     )
     li.PrefillRunner(stf, *ids.shape, max_new_tokens=50)(ids, pixels)
     assert seen == [None]
+
+
+def test_no_mask_is_made_under_capture_either(build, model, monkeypatch):
+    """transformers 5.17 makes one for every captured stream, and with a mask sdpa has no flash kernel."""
+    ids, pixels = prompt(build, model)
+    expected = eager(model, ids, pixels).logits[:, -1]
+    masks, seen = [], []
+    layer = model.model.language_model.layers[0].self_attn
+    layer.register_forward_pre_hook(lambda *call: seen.append(call[2]["attention_mask"]), with_kwargs=True)
+    made = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(
+        masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", lambda *a, **k: masks.append(1) or made(*a, **k)
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    logits = li.PrefillRunner(model, *ids.shape)(ids, pixels)
+    assert seen == [None]
+    assert masks == []
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-12)
+    assert model.model.language_model.config._attn_implementation == "sdpa"
 
 
 def test_tower_layers_that_run(build, stock):
@@ -171,6 +192,17 @@ class TestGraph:
             ours = model(input_ids=token, past_key_values=runner.cache, use_cache=True).logits
             theirs = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True).logits
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("kind", ["stf", "stock"])
+    def test_the_flash_kernels_serve_it(self, build, kind):
+        """With no other kernel to choose from, a mask would be an error."""
+        vision = build.clip(hidden_size=128, num_attention_heads=4, intermediate_size=256)
+        text = build.text(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, intermediate_size=256)
+        model = getattr(build, kind)(torch.float32, vision=vision, text=text).to("cuda", torch.bfloat16)
+        ids, pixels = (t.cuda() for t in prompt(build, model))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            logits = li.PrefillRunner(model, *ids.shape)(ids, pixels.bfloat16())
+        assert logits.isfinite().all()
 
     def test_the_image_path_of_the_eager_forward_does_not_wait_under_capture(self, build):
         model = build.stf(torch.float32).cuda()
