@@ -147,9 +147,15 @@ class Group:
                 )
             self.checks.append(agreement.compare(f"logits, {pair}", ours.logits, theirs.logits, agreement.LOGITS))
         for name, output in outputs.items():
-            if self.mode != "eager" and name in eager:
-                title = f"logits, {name} against its eager run, {where}"
-                self.checks.append(agreement.compare(title, output.logits, eager[name].logits, agreement.LOGITS))
+            if self.mode == "eager" or name not in eager:
+                continue
+            title = f"{name} against its eager run, {where}"
+            if output.features is not None and eager[name].features is not None:
+                features = output.features, eager[name].features
+                self.checks.append(agreement.compare(f"image features, {title}", *features, agreement.ACROSS))
+            self.checks.append(
+                agreement.compare(f"logits, {title}", output.logits, eager[name].logits, agreement.LOGITS)
+            )
         return self.checks
 
     def round(self, index: int) -> None:

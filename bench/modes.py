@@ -11,24 +11,41 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .memory import peak_bytes
 from .models import Inputs, Row
-from .stages import ORDER, STAGES, Stopwatch, cache_bytes, first_token, measure, watched
+from .stages import ORDER, STAGES, Stopwatch, cache_bytes, first_token, inserted, measure, watched
 
 MODES = ("eager", "graph", "compile")
 
 
 @dataclass
 class Output:
-    """What a run leaves for the checks and the memory columns."""
+    """What a run leaves for the checks and the memory columns. features: as the language model gets them, in place."""
 
     logits: Tensor
     features: Tensor | None
     tokens: list[int]
     kv_bytes: int | None
     peak_bytes: int
+
+
+class Embeds:
+    """The inputs_embeds that a language model was given last. Under capture: the graph's own, new after each replay."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.model, self.inputs = model, inputs
+        self.last: Tensor | None = None
+
+    def keep(self, embeds: Tensor | None) -> None:
+        self.last = embeds
+
+    def images(self) -> Tensor | None:
+        """A copy of the rows that stand where the prompt has image tokens, [image tokens of the batch, D]."""
+        if self.last is None:
+            return None
+        return self.last[self.inputs.input_ids == self.model.config.image_token_id]
 
 
 @dataclass
@@ -42,12 +59,12 @@ class Eager:
 
     def output(self) -> Output:
         model = self.row.activate()
-        (output, tokens), peak = peak_bytes(
-            lambda: first_token(model, self.inputs.keywords(), lambda name: None), self.device
-        )
-        features = output.image_hidden_states
-        features = None if features is None else torch.as_tensor(features).flatten(0, -2)
-        return Output(output.logits[:, -1], features, tokens, cache_bytes(output.past_key_values), peak)
+        embeds = Embeds(model, self.inputs)
+        with inserted(model, embeds.keep):
+            (output, tokens), peak = peak_bytes(
+                lambda: first_token(model, self.inputs.keywords(), lambda name: None), self.device
+            )
+        return Output(output.logits[:, -1], embeds.images(), tokens, cache_bytes(output.past_key_values), peak)
 
     def run(self) -> dict[str, float]:
         return measure(self.row.activate(), self.inputs.keywords(), self.device)
@@ -106,6 +123,7 @@ class Captured:
         self.row, self.inputs, self.device = row, inputs, device
         self.events: dict[str, torch.cuda.Event] = {}
         model = row.activate()
+        self.embeds = Embeds(model, inputs)
 
         def capture() -> None:
             # Rows keep the tower layer that they run for nothing, except those whose saving it is to skip it.
@@ -115,13 +133,14 @@ class Captured:
 
         # A replay allocates nothing: the memory of a captured prefill is what its capture took.
         try:
-            with watched(model, self._mark):
+            with watched(model, self._mark), inserted(model, self.embeds.keep):
                 _, self.peak = peak_bytes(capture, device)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # a driver that cannot record events inside a graph: the total is worth having alone
             self.events.clear()
-            _, self.peak = peak_bytes(capture, device)
+            with inserted(model, self.embeds.keep):
+                _, self.peak = peak_bytes(capture, device)
 
     def _mark(self, name: str) -> None:
         event = self.events[name] = torch.cuda.Event(enable_timing=True, external=True)
@@ -132,7 +151,8 @@ class Captured:
 
     def output(self) -> Output:
         logits = self._call()
-        return Output(logits.clone(), None, logits.argmax(-1).tolist(), cache_bytes(self.runner.cache), self.peak)
+        tokens, features = logits.argmax(-1).tolist(), self.embeds.images()
+        return Output(logits.clone(), features, tokens, cache_bytes(self.runner.cache), self.peak)
 
     def run(self) -> dict[str, float | None]:
         result: dict[str, float | None] = dict.fromkeys(STAGES)

@@ -89,6 +89,22 @@ def watched(model: nn.Module, mark: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def inserted(model: nn.Module, keep: Callable[[Tensor | None], None]) -> Iterator[None]:
+    """Within the block `keep` gets the inputs_embeds of the language model, and None where the next ones are begun."""
+    hooks = [
+        model.get_input_embeddings().register_forward_pre_hook(lambda *_: keep(None)),
+        model.model.language_model.register_forward_pre_hook(
+            lambda _, args, kwargs: keep(kwargs["inputs_embeds"]), with_kwargs=True
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def vision_entry(tower: nn.Module) -> nn.Module:
     """The tower's embeddings: the first thing that both the stock forward and a shortened loop call."""
     for name, module in tower.named_modules():
