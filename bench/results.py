@@ -13,44 +13,42 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .shape import Above, problem
+
 SCHEMA = 1
-COMMON = {"device": str, "torch": str, "commit": str, "rows": list}
-_MEASURED = (float, None)
-# kind -> (fields of the file, fields of each row); None may stand where a stage does not exist in a mode.
-KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "prefill": (
-        {
-            **COMMON, "dtype": str, "triton": (str, None), "transformers": str, "speedup": dict, "checks": list,
-            "comparisons": list, "notes": list, "refused": (str, None),
-        },
-        {
-            "model": str, "projector": str, "batch": int, "image_tokens": int, "text_tokens": int, "mode": str,
-            **dict.fromkeys(("preprocess_ms", "vision_ms", "projector_ms", "insert_ms", "prefill_ms"), _MEASURED),
-            **dict.fromkeys(("first_token_ms", "total_ms", "decode_ms_per_token", "projector_share"), _MEASURED),
-            **dict.fromkeys(("spread_percent", "peak_mb", "kv_mb"), _MEASURED),
-            "floor_ratio": dict, "samples": dict, "failed": (str, None),
-        },
-    ),
-    "kernels": (
-        {**COMMON, "triton": (str, None), "clock_mhz": (float, None)},
-        {
-            "stage": str, "batch": int, "dtype": str, "provider": str, "us": (float, None), "us_eager": (float, None),
-            "floor_us": float, "rel_error": (float, None),
-        },
-    ),
-    "tests": ({"device": str, "torch": str, "commit": str, "passed": int, "failed": int, "skipped": int}, {}),
+_TIME = (float, None)  # None may stand where a stage does not exist in a mode
+_TOTAL = (Above(0), None)  # ratios divide by it
+_STAGES = ("vision_ms", "projector_ms", "insert_ms", "prefill_ms", "first_token_ms")
+_FILE = {"device": str, "torch": str, "commit": str, "complete?": bool, "clock_mhz?": _TIME, "notes?": [str]}
+_PLACE = {"batch": int, "text_tokens": int, "images?": int, "mode": str}
+_PREFILL = {
+    **_FILE, "dtype": str, "triton": (str, None), "transformers": str, "preset?": str, "speedup": {...: float},
+    "refused": (str, None), "notes": [str], "clocks_mhz?": [_TIME], "savings_mean?": {...: str},
+    "decode_tokens?": int, "ceilings?": {"flops": float, "bandwidth": float, "source": str}, "flags?": dict,
+    "rows": [{
+        **_PLACE, "model": str, "projector": str, "image_tokens": int, "savings?": [str], "failed": (str, None),
+        **dict.fromkeys(("preprocess_ms", *_STAGES, "decode_ms_per_token", "projector_share"), _TIME),
+        **dict.fromkeys(("spread_percent", "peak_mb", "kv_mb"), _TIME),
+        "total_ms": _TOTAL, "floor_ratio": {...: _TIME}, "shares?": {...: _TIME}, "rounds?": int,
+        "samples": {**{f"{stage}?": [_TIME] for stage in _STAGES}, "total_ms": [_TOTAL]},
+        "wall_samples?": {name: [_TIME] for name in (*_STAGES, "total_ms")},
+    }],
+    "comparisons": [{
+        **_PLACE, "row": str, "baseline_mode": str, "beyond_noise?": (bool, None),
+        **dict.fromkeys(("ratio", "low", "high"), float),
+    }],
+    "targets?": [{"name": str, "value": float, "target": Above(0), "reached": bool, "why": (str, None)}],
+    "checks": [{"name": str, "error": _TIME, "bound": float, "agrees": bool}],
 }  # fmt: skip
-# What older files lack, and what they must be where they are.
-OPTIONAL = {"images": int, "savings": list, "shares": dict, "wall_samples": dict}
-LISTED = {
-    "comparisons": {
-        "row": str, "batch": int, "text_tokens": int, "mode": str, "baseline_mode": str, "ratio": float, "low": float,
-        "high": float,
-    },
-    "targets": {"name": str, "value": float, "target": float, "reached": bool, "why": (str, None)},
-    "checks": {"name": str, "error": (float, None), "bound": float, "agrees": bool},
+_KERNELS = {
+    **_FILE, "triton": (str, None), "clock_mhz": _TIME, "sizes?": str,
+    "rows": [{
+        "stage": str, "pass?": str, "batch": int, "dtype": str, "provider": str, "us": _TOTAL, "us_eager": _TOTAL,
+        "floor_us": Above(0), "rel_error": _TIME, "failed?": (str, None), "samples?": [_TOTAL],
+    }],
 }  # fmt: skip
-_IN_ROWS = {"floor_ratio": _MEASURED, "shares": _MEASURED, "samples": list, "wall_samples": list}
+_TESTS = {**_FILE, "passed": int, "failed": int, "skipped": int, "failures?": [str]}
+KINDS = {"prefill": _PREFILL, "kernels": _KERNELS, "tests": _TESTS}
 
 
 class ResultError(ValueError):
@@ -82,7 +80,7 @@ def read(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultError(f"{path}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of integers with thousands of digits
         raise ResultError(f"{path}: not JSON, perhaps cut short ({error}); measure again") from None
     check(result, str(path))
     return result
@@ -93,47 +91,9 @@ def check(result: Any, name: str) -> None:
     if not isinstance(result, dict):
         raise ResultError(f"{name}: expected an object, got {type(result).__name__}")
     kind = result.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ResultError(f"{name}: kind: expected one of {sorted(KINDS)}, got {kind!r}")
     if result.get("schema") != SCHEMA:
         raise ResultError(f"{name}: schema: expected {SCHEMA}, got {result.get('schema')!r}; measure again")
-    file_fields, row_fields = KINDS[kind]
-    _check_fields(result, file_fields, name)
-    for index, row in enumerate(result.get("rows", [])):
-        place = f"{name}: rows[{index}]"
-        _check_object(row, row_fields, place)
-        if kind == "prefill":
-            _check_fields(row, {field: type_ for field, type_ in OPTIONAL.items() if field in row}, place)
-            for field, type_ in _IN_ROWS.items():
-                inner = row.get(field, {})
-                _check_fields(inner, dict.fromkeys(inner, type_), f"{place}: {field}")
-            for stage, series in (*row["samples"].items(), *row.get("wall_samples", {}).items()):
-                _check_fields(
-                    dict(enumerate(series)), dict.fromkeys(range(len(series)), _MEASURED), f"{place}: {stage}"
-                )
-    for field, fields in LISTED.items() if kind == "prefill" else ():
-        for index, entry in enumerate(result.get(field, [])):
-            _check_object(entry, fields, f"{name}: {field}[{index}]")
-
-
-def _check_object(value: Any, fields: dict[str, Any], name: str) -> None:
-    if not isinstance(value, dict):
-        raise ResultError(f"{name}: expected an object, got {type(value).__name__}")
-    _check_fields(value, fields, name)
-
-
-def _check_fields(values: dict[str, Any], fields: dict[str, Any], name: str) -> None:
-    for field, expected in fields.items():
-        kinds = expected if isinstance(expected, tuple) else (expected,)
-        if field not in values:
-            raise ResultError(f"{name}: {field}: missing")
-        value = values[field]
-        fits = any(
-            value is None if kind is None
-            else isinstance(value, (int, float)) and not isinstance(value, bool) if kind is float
-            else isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-            for kind in kinds
-        )  # fmt: skip
-        if not fits:
-            wanted = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
-            raise ResultError(f"{name}: {field}: expected {wanted}, got {value!r}")
+    if found := problem(result, KINDS[kind], name):
+        raise ResultError(found)

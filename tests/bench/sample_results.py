@@ -25,7 +25,7 @@ def prefill_result():
     return {
         "schema": 1, "kind": "prefill", "complete": True, "device": "GPU <1>", "dtype": "bfloat16", "torch": "2",
         "triton": "3", "transformers": "5", "commit": "abc", "preset": "7b", "speedup": {}, "refused": None,
-        "notes": [], "savings_mean": SAVINGS,
+        "notes": [], "savings_mean": dict(SAVINGS),
         "checks": [{"name": "features", "error": 1e-6, "bound": 1e-5, "agrees": True}],
         "rows": [
             prefill_row("llava-1.5", "mlp2x", 1, 123.25, [120.0, 123.25, 123.25, 125.0]),

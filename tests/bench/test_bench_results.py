@@ -24,7 +24,14 @@ KERNELS = {
         (lambda r: r["rows"][0].pop("floor_ratio"), "floor_ratio: missing"),
         (lambda r: r["rows"][0]["floor_ratio"].update(vision_ms="a"), "floor_ratio: vision_ms: expected float"),
         (lambda r: r["rows"][0]["samples"].update(total_ms="abc"), "samples: total_ms: expected list"),
-        (lambda r: r["rows"][0]["samples"].update(total_ms=["a"]), "total_ms: 0: expected float"),
+        (lambda r: r["rows"][0]["samples"].update(total_ms=[0.0]), r"total_ms\[0\]: expected a number above 0 or null"),
+        (lambda r: r["rows"][0]["wall_samples"].pop("vision_ms"), "wall_samples: vision_ms: missing"),
+        (lambda r: r["rows"][0].update(vision_ms=float("nan")), "vision_ms: expected float or null, got nan"),
+        (lambda r: r["rows"][0].update(vision_ms=10**400), "vision_ms: expected float or null, got 1000"),
+        (lambda r: r["savings_mean"].update(x=1), "savings_mean: x: expected str"),
+        (lambda r: r.update(clocks_mhz=3), "clocks_mhz: expected list"),
+        (lambda r: r["comparisons"][0].update(images=[1]), r"comparisons\[0\]: images: expected int"),
+        (lambda r: r["rows"][0]["samples"].update(total_ms=["a"]), r"total_ms\[0\]: expected a number above 0 or null"),
         (lambda r: r["rows"][0].update(savings=7), "savings: expected list"),
         (lambda r: r["comparisons"][0].update(ratio="a"), r"comparisons\[0\]: ratio: expected float"),
         (lambda r: r["checks"].append("fine"), r"checks\[1\]: expected an object"),
@@ -59,6 +66,10 @@ def test_a_file_cut_short_is_named(tmp_path):
     path.write_text(json.dumps(KERNELS)[:-20])
     with pytest.raises(ResultError, match=r"kernels\.json: not JSON, perhaps cut short"):
         read(path)
+    for foreign in ("[" * 100_000, "1" * 10_000, "\x00"):
+        path.write_text(foreign)
+        with pytest.raises(ResultError, match=r"kernels\.json: not JSON"):
+            read(path)
     with pytest.raises(ResultError, match=r"absent\.json: cannot be read"):
         read(tmp_path / "absent.json")
 
@@ -67,13 +78,17 @@ def test_a_file_cut_short_is_named(tmp_path):
     ("change", "message"),
     [
         (lambda r: r.update(kind="speed"), "kind"),
+        (lambda r: r.update(kind=["kernels"]), "kind: expected one of"),
+        (lambda r: r["rows"][0].update(floor_us=0), r"rows\[0\]: floor_us: expected a number above 0, got 0"),
+        (lambda r: r["rows"][0].update({"pass": 1}), r"rows\[0\]: pass: expected str, got 1"),
+        (lambda r: r["rows"][0].update(failed=[]), r"rows\[0\]: failed: expected str or null"),
         (lambda r: r.update(schema=7), "schema"),
         (lambda r: r.pop("commit"), "commit: missing"),
         (lambda r: r.update(torch=None), "torch: expected str"),
         (lambda r: r["rows"][0].pop("floor_us"), r"rows\[0\]: floor_us: missing"),
         (lambda r: r["rows"][0].update(batch="1"), r"rows\[0\]: batch: expected int"),
         (lambda r: r["rows"][0].update(batch=True), r"rows\[0\]: batch: expected int"),
-        (lambda r: r["rows"][0].update(us="fast"), r"rows\[0\]: us: expected float or null"),
+        (lambda r: r["rows"][0].update(us="fast"), r"rows\[0\]: us: expected a number above 0 or null"),
         (lambda r: r["rows"].append(3), r"rows\[1\]: expected an object"),
     ],
 )
