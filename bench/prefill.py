@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import entry
 from .arguments import llava_folder, photograph, positive_float, positive_int, writable_file, writable_folder
 from .presets import PRESETS, Preset
 
@@ -113,15 +114,15 @@ def main(argv: list[str] | None = None) -> int:
     except CheckpointError as error:
         return _bad_input(f"--model: {error}")
     save()
-    print(report(result))
-    written = [path]
+    written, note = [path], None
     if args.report or args.json is None:
         from .report import write_report
 
         page, note = write_report([path], args.report or path.parent)
         written.append(page)
-        if note:
-            print(f"\n{note}")
+    print(report(result))
+    if note:
+        print(f"\n{note}")
     print(f"\n{'  '.join(map(str, written))}   ({time.monotonic() - began:.0f} s)")
     return 1 if result["refused"] else 0
 
@@ -368,4 +369,4 @@ def conclude(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

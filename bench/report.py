@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import charts, page
+from . import charts, entry, page
 from .results import ResultError, read
 from .speedup import label, names_savings, where
 from .stats import median, percentile
@@ -31,20 +31,22 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.files and not args.compare:
         parser.error("give result FILEs or --compare A B")
+    said, note = [], None
     try:
         if args.compare:
-            print(compare(*args.compare))
+            said.append(compare(*args.compare))
         if args.files:
             path, note = write_report(args.files, args.out or args.files[0].parent)
-            print(path)
-            if note:
-                print(note, file=sys.stderr)
+            said.append(str(path))
     except ResultError as error:
         print(f"python -m bench.report: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"python -m bench.report: error: --out: {error}", file=sys.stderr)
         return 2
+    print("\n".join(said))
+    if note:
+        print(note, file=sys.stderr)
     return 0
 
 
@@ -166,4 +168,4 @@ def _difference(before: list[float], after: list[float]) -> tuple[str, str, str,
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from . import entry
 from .arguments import positive_float, positive_int
 from .presets import BLOCKS, PRESETS, Preset
 
@@ -257,4 +257,4 @@ def describe(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

@@ -1,5 +1,6 @@
 """If this fails, a bad option costs the user a model load before it is noticed, or ends in a traceback."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULT = "bench/results/intel-xeon-2-threads/prefill.json"
 # Exits with the program's own status, or 99 when torch was imported on the way to the error.
 RUN = """
 import sys
@@ -83,3 +85,21 @@ def test_a_file_that_cannot_be_written_is_named():
     assert done.returncode == 2, done.stderr
     assert "--json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["bench.roofline"], ["bench.report", "--compare", RESULT, RESULT]], ids=str)
+def test_a_reader_that_leaves_is_no_error(arguments):
+    """`... | head -1`, here a pipe that nobody reads from the start."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_an_interrupt_among_the_imports_has_no_traceback():
+    code = "from bench import entry\ndef main(): raise KeyboardInterrupt\nentry.run(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
