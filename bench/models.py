@@ -74,7 +74,8 @@ def build_stock(preset: Preset, *, device: str, dtype: torch.dtype, seed: int) -
         ),
         text_config=LlamaConfig(
             hidden_size=preset.dim, intermediate_size=preset.intermediate, num_hidden_layers=preset.layers,
-            num_attention_heads=preset.heads, num_key_value_heads=preset.heads, vocab_size=preset.vocabulary,
+            num_attention_heads=preset.heads, num_key_value_heads=preset.kv_heads or preset.heads,
+            head_dim=preset.head_dim or preset.dim // preset.heads, vocab_size=preset.vocabulary,
         ),
         image_token_id=preset.image_token_id, image_seq_length=preset.image_tokens(1),
         vision_feature_layer=-2, vision_feature_select_strategy="default", attn_implementation="sdpa",
@@ -105,12 +106,18 @@ def preset_of(folder: Path) -> Preset:
             f"the config.json of {str(folder)!r}: expected vision_feature_layer -2 and vision_feature_select_strategy "
             f"'default', got {layer} and {strategy!r}"
         )
+    if vision.image_size // vision.patch_size % 2:
+        raise CheckpointError(
+            f"the config.json of {str(folder)!r}: expected a grid that 2x2 windows divide, got an image "
+            f"of {vision.image_size} in patches of {vision.patch_size}"
+        )
     return Preset(
         folder.name, dim=text.hidden_size, intermediate=text.intermediate_size, layers=text.num_hidden_layers,
         heads=text.num_attention_heads, vocabulary=text.vocab_size, vision_dim=vision.hidden_size,
         vision_intermediate=vision.intermediate_size, vision_layers=vision.num_hidden_layers,
         vision_heads=vision.num_attention_heads, image_size=vision.image_size, patch_size=vision.patch_size,
-        image_token=config.image_token_id,
+        image_token=config.image_token_id, kv_heads=getattr(text, "num_key_value_heads", None),
+        head_dim=getattr(text, "head_dim", None),
     )  # fmt: skip
 
 

@@ -29,10 +29,22 @@ class Preset:
     batches: tuple[int, ...] = (1,)
     text_tokens: int = 64
     image_token: int | None = None  # of a checkpoint; a random model takes one of the last ids
+    kv_heads: int | None = None  # fewer than heads: grouped queries
+    head_dim: int | None = None  # where it is not dim / heads
 
     @property
     def image_token_id(self) -> int:
         return self.vocabulary - 8 if self.image_token is None else self.image_token
+
+    @property
+    def query_dim(self) -> int:
+        """Width of all queries of a token, and of what attention returns."""
+        return self.heads * self.head_dim if self.head_dim else self.dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all keys of a token, and of all values."""
+        return self.query_dim * (self.kv_heads or self.heads) // self.heads
 
     @property
     def grid(self) -> int:
@@ -48,7 +60,7 @@ class Preset:
 
     @property
     def language_parameters(self) -> int:
-        layer = 4 * self.dim**2 + 3 * self.dim * self.intermediate
+        layer = 2 * self.dim * (self.query_dim + self.kv_dim) + 3 * self.dim * self.intermediate
         return self.layers * layer + 2 * self.vocabulary * self.dim
 
     @property
@@ -59,7 +71,7 @@ class Preset:
         return {"mlp2x": c * d + d * d, "stf": len(BLOCKS) * c * 4 * c + 4 * c * c + 4 * c * hidden + hidden * d}
 
     def kv_bytes(self, tokens: int, batch: int, item: int) -> int:
-        return 2 * self.layers * tokens * self.dim * batch * item
+        return 2 * self.layers * tokens * self.kv_dim * batch * item
 
     def memory_bytes(self, batch: int, text_tokens: int, item: int, images: int = 1) -> int:
         """What a run of all rows holds at its peak: weights once (rows share them), a cache, the widest activations.

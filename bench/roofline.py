@@ -165,11 +165,11 @@ def _projector(preset: Preset, batch: int, model: str, item: int) -> list[Work]:
 
 
 def _language(preset: Preset, batch: int, tokens: int, length: int, item: int) -> list[Work]:
-    d, i = preset.dim, preset.intermediate
+    d, i, q, kv = preset.dim, preset.intermediate, preset.query_dim, preset.kv_dim
     # Causal attention reads half of the square.
-    attention = Work(2.0 * batch * length * length * d, item * 4.0 * tokens * d)
-    layer = [linear(tokens, d, 3 * d, item), attention, linear(tokens, d, d, item), linear(tokens, d, 2 * i, item),
-             linear(tokens, i, d, item)]  # fmt: skip
+    attention = Work(2.0 * batch * length * length * q, item * 2.0 * tokens * (q + kv))
+    layer = [linear(tokens, d, q + 2 * kv, item), attention, linear(tokens, q, d, item),
+             linear(tokens, d, 2 * i, item), linear(tokens, i, d, item)]  # fmt: skip
     return [*(layer * preset.layers), linear(batch, d, preset.vocabulary, item)]
 
 

@@ -2,14 +2,20 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench import models, stages
 from bench.presets import PRESETS
 from bench.problems import LLAVA, STAGES
 from bench.roofline import DEVICES, Ceilings, beaten, floors_ms, linear, main, plan_fleet, prefill_work
 
+aten = torch.ops.aten
 H200 = DEVICES["nvidia-h200"]
 
 
@@ -51,6 +57,35 @@ def test_parameters_are_those_of_the_models():
     assert preset.vision_parameters == pytest.approx(0.304e9, rel=0.02)
     assert preset.projector_parameters["stf"] / preset.projector_parameters["mlp2x"] == pytest.approx(8.2, rel=0.01)
     assert preset.kv_bytes(1, 1, 2) == 2 * 32 * 4096 * 2
+
+
+@pytest.mark.parametrize("heads", [{}, {"kv_heads": 2}, {"head_dim": 32}], ids=str)
+@pytest.mark.parametrize("images", [1, 2])
+def test_the_products_are_those_that_torch_counts_in_a_run(heads, images):
+    """FlopCounterMode over the model itself; attention, whose kernels it does not count on a CPU, by its formula."""
+    preset = replace(PRESETS["tiny"], **heads)
+    stock = models.build_stock(preset, device="cpu", dtype=torch.float32, seed=0)
+    for row in models.build_rows(stock, preset, full=True):
+        inputs = models.build_inputs(
+            preset, Image.new("RGB", (56, 56)), batch=2, text_tokens=5, image_tokens=row.image_tokens, images=images,
+            device="cpu", dtype=torch.float32, seed=0,
+        )  # fmt: skip
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            row.activate()(**inputs.keywords(), logits_to_keep=1)
+        counts = counter.get_flop_counts()["Global"]
+        counted = sum(counts.get(op, 0) for op in (aten.mm, aten.bmm, aten.addmm, aten.convolution))
+        layers = preset.vision_layers - ("unused-tower-layers" in row.savings("eager", "cpu"))
+        work = prefill_work(preset, model=row.model, batch=2, text_tokens=5, item=4, images=images, layers=layers)
+        tokens, length = 4**2 + 1, images * row.image_tokens + 5
+        attention = 4 * 2 * images * tokens**2 * preset.vision_dim * layers
+        attention += 2 * 2 * length**2 * preset.query_dim * preset.layers
+        ours = sum(piece.flops for pieces in work.values() for piece in pieces)
+        # transformers 5.17 multiplies angles of the rotary embedding as matrices, a few hundred operations
+        assert ours == pytest.approx(counted + attention, rel=1e-4), row.name
+        cache = stages.cache_bytes(row.module(**inputs.keywords(), logits_to_keep=1).past_key_values)
+        assert cache == preset.kv_bytes(length, 2, 4)
+        language = [p for name, p in stock.named_parameters() if "language_model" in name or "lm_head" in name]
+        assert preset.language_parameters == sum(p.numel() for p in language if p.ndim == 2)
 
 
 def test_a_fleet_grows_with_load_and_shrinks_with_tokens():

@@ -1,5 +1,6 @@
 """If this fails, `make prefill`, the kernel table or `make gpu` does not run, or reports what it should refuse."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from bench import gpu, gpu_tests, group, kernels, prefill, processes, report, results
-from bench.models import build_stock
+from bench.models import build_stock, preset_of
 from bench.modes import Eager
 from bench.presets import PRESETS
 from bench.roofline import Ceilings
@@ -92,7 +93,8 @@ def test_every_row_has_times_memory_and_its_samples(full_run):
 
 
 def test_a_checkpoint_takes_the_place_of_a_preset(tmp_path):
-    stock = build_stock(PRESETS["tiny"], device="cpu", dtype=torch.float32, seed=5)
+    sizes = dataclasses.replace(PRESETS["tiny"], kv_heads=2, head_dim=8)
+    stock = build_stock(sizes, device="cpu", dtype=torch.float32, seed=5)
     stock.save_pretrained(tmp_path / "small-llava")
     arguments = ["--model", str(tmp_path / "small-llava"), "--device", "cpu", "--rounds", "1", "--text", "5"]
     assert prefill.main([*arguments, "--json", str(tmp_path / "x.json"), "--report", str(tmp_path)]) == 0
@@ -101,6 +103,8 @@ def test_a_checkpoint_takes_the_place_of_a_preset(tmp_path):
     assert {row["text_tokens"] for row in result["rows"]} == {5}
     assert len(result["speedup"]) == 2
     assert "small-llava" in (tmp_path / "report.html").read_text()
+    found = preset_of(tmp_path / "small-llava")
+    assert dataclasses.replace(found, name="tiny", text_tokens=8, image_token=None) == sizes
 
 
 @pytest.mark.parametrize(
@@ -109,6 +113,7 @@ def test_a_checkpoint_takes_the_place_of_a_preset(tmp_path):
         ({"vision_feature_layer": [-2, -5]}, "expected vision_feature_layer -2"),
         ({"vision_feature_select_strategy": "full"}, "expected vision_feature_layer -2"),
         ({"text_config": 3}, "text_config"),
+        ({"vision_config": {"image_size": 70, "patch_size": 14}}, "a grid that 2x2 windows divide"),
         (None, "cannot be loaded"),
     ],
 )
