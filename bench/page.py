@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import side_by_side
-from .speedup import label, names_savings, where
+from .speedup import doubts, label, names_savings, where
 from .stats import median
 from .table import number
 from .targets import sentence
@@ -85,6 +85,12 @@ def _section(name: str, result: dict[str, Any], drawn: dict[str, bytes]) -> str:
     )}  # fmt: skip
     if clocks := [clock for clock in result.get("clocks_mhz", []) if clock]:
         facts["clock_mhz"] = f"{min(clocks):.0f} to {max(clocks):.0f} behind the rounds"
+    if ceilings := result.get("ceilings"):
+        facts["ceilings"] = (
+            f"{ceilings['flops'] / 1e12:.3g} TFLOP/s, {ceilings['bandwidth'] / 1e9:.0f} GB/s, {ceilings['source']}"
+        )
+    if flags := result.get("flags"):
+        facts["flags"] = ", ".join(f"{name} {value}" for name, value in flags.items())
     listed = "".join(
         f"<dt>{html.escape(key.replace('_', ' '))}</dt><dd>{html.escape(str(value))}</dd>"
         for key, value in facts.items()
@@ -95,6 +101,8 @@ def _section(name: str, result: dict[str, Any], drawn: dict[str, bytes]) -> str:
         warnings.append("This run is incomplete: it was interrupted or ran out of time.")
     if result.get("refused"):
         warnings.append(f"No speed-up is reported: {result['refused']}")
+    if result["kind"] == "prefill":
+        warnings += [f"Note: {text}" for text in doubts(result)]
     warnings += [f"Note: {text}" for text in result.get("notes", [])]
     if result["kind"] == "prefill" and not names_savings(result):
         warnings.append(
@@ -159,13 +167,15 @@ def _prefill(result: dict[str, Any], images: str) -> str:
         ratio = f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else "-"
         shares = row.get("shares") or {"projector_ms": row["projector_share"]}
         name = (label(row), row["mode"], str(row["batch"]), str(row["text_tokens"]), str(row["image_tokens"]))
-        totals.append((*name[:3], number(row["total_ms"], 2), ratio, number(row["spread_percent"]), *name[3:],
+        totals.append((*name[:3], number(row["total_ms"], 2), ratio, number(row["spread_percent"]),
+                       str(row.get("rounds", len(row["samples"]["total_ms"]))), *name[3:],
                        number(row["decode_ms_per_token"], 2), number(row["peak_mb"], 0), number(row["kv_mb"]),
                        row["failed"] or ""))  # fmt: skip
-        stages.append((*name, number(row["preprocess_ms"], 2),
-                       *(_with_share(row[f"{s}_ms"], shares.get(f"{s}_ms")) for s in _STAGES)))  # fmt: skip
+        # Of a narrow screen the first columns are seen at once.
+        stages.append((*name[:3], *(_with_share(row[f"{s}_ms"], shares.get(f"{s}_ms")) for s in _STAGES),
+                       number(row["preprocess_ms"], 2), *name[3:]))  # fmt: skip
         ratios = row["floor_ratio"]
-        floors.append((*name, *(number(ratios.get(f"{s}_ms"), 2) for s in (*_STAGES[:-1], "total"))))
+        floors.append((*name[:3], *(number(ratios.get(f"{s}_ms"), 2) for s in (*_STAGES[:-1], "total")), *name[3:]))
         if row["projector"] == "fused":
             own.append(index)
     places = [(where(row), row["mode"]) for row in result["rows"]]
@@ -176,21 +186,47 @@ def _prefill(result: dict[str, Any], images: str) -> str:
     ]
     parts = [
         "<h3>To the first token</h3>",
-        _table("totals", (*name[:3], "total ms", "speed-up [p10, p90]", "spread %", *name[3:], "decode ms / token",
-                          "peak MB", "KV MB", ""), totals, 2, own, 11, new),
+        _table("totals", (*name[:3], "total ms", "speed-up [p10, p90]", "spread %", "rounds", *name[3:],
+                          "decode ms / token", "peak MB", "KV MB", ""), totals, 2, own, 12, new),
+        _reading(result),
         _savings(result),
         _targets(result),
         images,
         "<h3>Where the time goes, ms (share of the total)</h3>",
-        _table("stages", (*name, "preprocess", "vision", "projector", "insert", "prefill", "first token"), stages, 2,
-               own, new=new),
+        _table("stages", (*name[:3], "vision", "projector", "insert", "prefill", "first token", "preprocess",
+                          *name[3:]), stages, 2, own, new=new),
         _wall(result),
         "<h3>Measured over floor</h3>",
-        _table("floors", (*name, "vision", "projector", "insert", "prefill", "total"), floors, 2, own, new=new),
+        _table("floors", (*name[:3], "vision", "projector", "insert", "prefill", "total", *name[3:]), floors, 2, own,
+               new=new),
         "<h3>Checked before timing</h3>",
         _table("checks", ("outputs", "difference", "allowed", "agree"), checks, 1, wrap=0),
     ]  # fmt: skip
     return "".join(parts)
+
+
+_ROWS = {
+    "llava-1.5/mlp2x": "LLaVA-1.5 as transformers runs it, the baseline of every speed-up",
+    "llava-1.5-skip/mlp2x": "the same without the tower layer whose output nobody reads",
+    "llava-1.5-pool/mlp2x": "the same, its image tokens averaged 2x2 behind the projector",
+    "llava-stf/reference": "LLaVA-STF, its projector in plain PyTorch",
+    "llava-stf/fused": "LLaVA-STF, the same projector with the fused operators of this library",
+    "llava-stf/fused+savings": "the same with everything else that this library saves, listed below",
+}
+_READING = (
+    "Total: from pixel values on the device to the first token on the host; preprocessing is not in it. Times are "
+    "medians of interleaved rounds, spread is (p90 - p10) / median. A speed-up is the median over rounds of the total "
+    "of LLaVA-1.5 over the row's in the same round and mode, with its p10 and p90. A floor is the least time that the "
+    "operations and bytes of a stage take at the ceilings above. All rows have the same photograph, text, attention, "
+    "dtype and output length. The method in full: bench/METHOD.md."
+)
+
+
+def _reading(result: dict[str, Any]) -> str:
+    """What the rows are and what the numbers mean, for a reader who has this page alone."""
+    present = dict.fromkeys(label(row) for row in result["rows"])
+    listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{_ROWS[name]}</dd>" for name in present if name in _ROWS)
+    return f'<dl id="rows">{listed}</dl><p>{_READING}</p>'
 
 
 def _savings(result: dict[str, Any]) -> str:

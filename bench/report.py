@@ -19,7 +19,7 @@ from typing import Any
 from . import charts, entry, page
 from .results import ResultError, read
 from .speedup import label, names_savings, where
-from .stats import median, percentile
+from .stats import ENOUGH_ROUNDS, median, percentile
 from .table import number, render
 
 
@@ -70,8 +70,6 @@ def write_report(files: list[Path], out: Path) -> tuple[Path, str | None]:
     return path, note
 
 
-# Two samples of n of one and the same thing lie apart with probability 2 / C(2n, n): 1 in 10 for 3, 1 in 35 for 4.
-ENOUGH_ROUNDS = 4
 _KEYS = {
     "prefill": ("model", "projector", "mode", "batch", "text_tokens", "images"),
     "kernels": ("stage", "pass", "provider", "dtype", "batch"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .stats import median, paired_ratio
+from .stats import ENOUGH_ROUNDS, median, paired_ratio
 
 BASELINE = ("llava-1.5", "mlp2x")
 
@@ -58,8 +58,20 @@ def _comparison(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]
     return {
         "row": label(row), "baseline": label(baseline), "batch": row["batch"], "text_tokens": row["text_tokens"],
         "images": row.get("images", 1), "mode": row["mode"], "baseline_mode": baseline["mode"], **ratio,
-        "beyond_noise": ratio["low"] > 1 or ratio["high"] < 1,
+        "beyond_noise": None if min(len(ours), len(theirs)) < ENOUGH_ROUNDS else ratio["low"] > 1 or ratio["high"] < 1,
     }  # fmt: skip
+
+
+def doubts(result: dict[str, Any]) -> list[str]:
+    """A sentence for each speed-up over the same mode that may be nothing but noise."""
+    said = []
+    for c in result["comparisons"]:
+        if c["mode"] == c["baseline_mode"] and not c.get("beyond_noise", True):
+            few = c["beyond_noise"] is None
+            why = f"fewer than {ENOUGH_ROUNDS} rounds cannot tell it from noise" if few else "within its rounds' noise"
+            name = f"{c['row']} {c['mode']}, {point(c)}"
+            said.append(f"{name}: {c['ratio']:.2f}x [{c['low']:.2f}, {c['high']:.2f}]: {why}")
+    return said
 
 
 def speedup_field(comparisons: list[dict[str, Any]]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .speedup import label, point, where
+from .speedup import doubts, label, point, where
 from .table import number, render
 from .targets import sentence
 
@@ -53,7 +53,7 @@ def report(result: dict[str, Any]) -> str:
         for row in result["rows"] if row["mode"] == "compile" and row.get("warm_up_s")
     ]  # fmt: skip
     out += [f"target: {sentence(target)}" for target in result["targets"]]
-    out += [f"note: {note}" for note in result["notes"]]
+    out += [f"note: {note}" for note in (*doubts(result), *result["notes"])]
     out += ["checked: " + _sentence(check) for check in result["checks"]]
     if result["refused"]:
         out += ["", f"NO SPEED-UP IS REPORTED: {result['refused']}"]

@@ -76,6 +76,26 @@ def test_charts_are_embedded_as_written_or_their_absence_is_said(files, tmp_path
     assert list((tmp_path / "without").iterdir()) == [path]
 
 
+def test_the_page_alone_says_what_its_rows_and_numbers_are(tmp_path):
+    result = prefill_result() | {
+        "flags": {"threads": 3, "tf32": False},
+        "ceilings": {"flops": 2e14, "bandwidth": 3e12, "source": "measured in this run"},
+    }
+    result["comparisons"][0]["beyond_noise"] = None
+    write(tmp_path / "prefill.json", result)
+    text = report.write_report([tmp_path / "prefill.json"], tmp_path)[0].read_text()
+    for said in (
+        "threads 3, tf32 False", "200 TFLOP/s, 3000 GB/s, measured in this run", "preprocessing is not in it",
+        "<dt>llava-stf/fused</dt><dd>LLaVA-STF, the same projector", "fewer than 4 rounds cannot tell it from noise",
+    ):  # fmt: skip
+        assert said in text
+    assert "<dt>llava-1.5-pool" not in text  # no such row
+    header = re.search(r'id="totals"><thead><tr>(.*?)</tr>', text).group(1)
+    rounds = re.findall(r"<th[^>]*>(.*?)</th>", header).index("rounds")
+    first = re.search(r'id="totals">.*?<tbody><tr>(.*?)</tr>', text).group(1)
+    assert re.findall(r"<td[^>]*>(.*?)</td>", first)[rounds] == "4"
+
+
 def test_an_incomplete_or_refused_run_is_marked(tmp_path):
     result = {**prefill_result(), "complete": False, "refused": "logits differ", "comparisons": []}
     write(tmp_path / "prefill.json", result)
