@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import side_by_side
-from .speedup import doubts, label, names_savings, where
+from .speedup import doubt, label, names_savings, where
 from .stats import median
 from .table import number
 from .targets import sentence
@@ -101,8 +101,6 @@ def _section(name: str, result: dict[str, Any], drawn: dict[str, bytes]) -> str:
         warnings.append("This run is incomplete: it was interrupted or ran out of time.")
     if result.get("refused"):
         warnings.append(f"No speed-up is reported: {result['refused']}")
-    if result["kind"] == "prefill":
-        warnings += [f"Note: {text}" for text in doubts(result)]
     warnings += [f"Note: {text}" for text in result.get("notes", [])]
     if result["kind"] == "prefill" and not names_savings(result):
         warnings.append(
@@ -170,7 +168,7 @@ def _prefill(result: dict[str, Any], images: str) -> str:
         totals.append((*name[:3], number(row["total_ms"], 2), ratio, number(row["spread_percent"]),
                        str(row.get("rounds", len(row["samples"]["total_ms"]))), *name[3:],
                        number(row["decode_ms_per_token"], 2), number(row["peak_mb"], 0), number(row["kv_mb"]),
-                       row["failed"] or ""))  # fmt: skip
+                       row["failed"] or (found and doubt(found)) or ""))  # fmt: skip
         # Of a narrow screen the first columns are seen at once.
         stages.append((*name[:3], *(_with_share(row[f"{s}_ms"], shares.get(f"{s}_ms")) for s in _STAGES),
                        number(row["preprocess_ms"], 2), *name[3:]))  # fmt: skip

@@ -62,16 +62,12 @@ def _comparison(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]
     }  # fmt: skip
 
 
-def doubts(result: dict[str, Any]) -> list[str]:
-    """A sentence for each speed-up over the same mode that may be nothing but noise."""
-    said = []
-    for c in result["comparisons"]:
-        if c["mode"] == c["baseline_mode"] and not c.get("beyond_noise", True):
-            few = c["beyond_noise"] is None
-            why = f"fewer than {ENOUGH_ROUNDS} rounds cannot tell it from noise" if few else "within its rounds' noise"
-            name = f"{c['row']} {c['mode']}, {point(c)}"
-            said.append(f"{name}: {c['ratio']:.2f}x [{c['low']:.2f}, {c['high']:.2f}]: {why}")
-    return said
+def doubt(comparison: dict[str, Any]) -> str | None:
+    """Why a speed-up may be nothing but noise; None where it is more, and in files that do not say."""
+    beyond = comparison.get("beyond_noise", True)
+    if beyond is None:
+        return f"fewer than {ENOUGH_ROUNDS} rounds cannot tell it from noise"
+    return None if beyond else "within its rounds' noise"
 
 
 def speedup_field(comparisons: list[dict[str, Any]]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .speedup import doubts, label, point, where
+from .speedup import doubt, label, point, where
 from .table import number, render
 from .targets import sentence
 
@@ -53,7 +53,7 @@ def report(result: dict[str, Any]) -> str:
         for row in result["rows"] if row["mode"] == "compile" and row.get("warm_up_s")
     ]  # fmt: skip
     out += [f"target: {sentence(target)}" for target in result["targets"]]
-    out += [f"note: {note}" for note in (*doubts(result), *result["notes"])]
+    out += [f"note: {note}" for note in (*_doubts(result), *result["notes"])]
     out += ["checked: " + _sentence(check) for check in result["checks"]]
     if result["refused"]:
         out += ["", f"NO SPEED-UP IS REPORTED: {result['refused']}"]
@@ -69,6 +69,17 @@ def _savings(result: dict[str, Any]) -> list[str]:
     """What +savings stands for."""
     used = [name for row in result["rows"] if row["model"] == "llava-stf" for name in row["savings"]]
     return [f"+savings, {name}: {what}." for name, what in result["savings_mean"].items() if name in used]
+
+
+def _doubts(result: dict[str, Any]) -> list[str]:
+    """One sentence for all speed-ups over the same mode that may be noise for the same reason."""
+    named: dict[str, list[str]] = {}
+    for c in result["comparisons"]:
+        why = doubt(c)
+        if why and c["mode"] == c["baseline_mode"]:
+            ratio = f"{c['ratio']:.2f}x [{c['low']:.2f}, {c['high']:.2f}]"
+            named.setdefault(why, []).append(f"{c['row']} {c['mode']}, {point(c)} {ratio}")
+    return [f"{why}: {'; '.join(names)}" for why, names in named.items()]
 
 
 def _floors(result: dict[str, Any]) -> list[str]:

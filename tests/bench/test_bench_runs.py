@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_tests, group, kernels, prefill, processes, report, results
+from bench import gpu, gpu_tests, group, kernels, prefill, processes, report, results, terminal
 from bench.models import build_stock, preset_of
 from bench.modes import Eager
 from bench.presets import PRESETS
@@ -215,6 +215,13 @@ def test_a_row_that_does_not_fit_says_so_and_the_rest_goes_on(monkeypatch, tmp_p
     assert second["total_ms"] > 0
     assert third["total_ms"] > 0
     assert results.read(path)["speedup"] == {}  # nothing to compare with
+
+
+def test_the_terminal_names_the_speed_ups_that_may_be_noise(full_run):
+    printed = terminal.report(full_run[1])  # of three rounds
+    notes = [line for line in printed.splitlines() if line.startswith("note: fewer than 4 rounds")]
+    assert len(notes) == 1
+    assert all(f"{label(row)} eager" in notes[0] for row in full_run[1]["rows"][1:])
 
 
 def test_a_size_that_cannot_fit_is_refused_from_its_numbers(monkeypatch, capsys):
