@@ -14,6 +14,7 @@ from bench.modes import Eager
 from bench.presets import PRESETS
 from bench.roofline import Ceilings
 from bench.speedup import label
+from bench.stages import STAGES
 from llava_integration.modeling import LlavaStfModel
 
 TINY = ["--preset", "tiny", "--device", "cpu", "--batch", "1"]
@@ -84,7 +85,8 @@ def test_every_row_has_times_memory_and_its_samples(full_run):
         assert row["peak_mb"] == pytest.approx(row["weights_mb"] + row["activations_mb"])
         assert 0 < row["projector_share"] < 1
         assert row["shares"]["projector_ms"] == row["projector_share"]
-        assert 0.5 < sum(row["shares"].values()) < 1.5  # medians of stages over the median of totals
+        # Medians of stages over the median of totals: on a busy machine their sum need not be near 1.
+        assert row["shares"] == {stage: row[stage] / row["total_ms"] for stage in STAGES}
         assert row["floor_ms"]["total_ms"] > 0
     kv = {row["image_tokens"]: row["kv_mb"] for row in full_run[1]["rows"]}
     # 2 (keys, values) * 2 layers * tokens * 64 channels * 4 bytes
