@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ TWINS = {
     "llava-stf/fused+savings": "llava-stf/fused",
     "llava-1.5-skip/mlp2x": "llava-1.5/mlp2x",
 }
+_BROKEN = "does not work here"
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -90,6 +92,11 @@ class Cell:
         return result
 
 
+def is_broken(row: dict[str, Any]) -> bool:
+    """Whether a row of a result ended in an error that it should not. torch.compile is a mode where it works."""
+    return row["mode"] != "compile" and _BROKEN in (row["failed"] or "")
+
+
 class Group:
     """Warm up and check every row, then take rounds."""
 
@@ -121,10 +128,9 @@ class Group:
             cell.warm_up_s = time.monotonic() - start
         except _OUT_OF_MEMORY as error:
             self._give_up(cell, f"does not fit into memory ({_first_line(error)})")
-        except Exception as error:
-            if self.mode == "eager":
-                raise
-            self._give_up(cell, f"{self.mode} does not work here ({type(error).__name__}: {_first_line(error)})")
+        except Exception as error:  # a defect of one row must not cost the others'
+            traceback.print_exc()
+            self._give_up(cell, f"{self.mode} {_BROKEN} ({type(error).__name__}: {_first_line(error)})")
 
     def _give_up(self, cell: Cell, why: str) -> None:
         cell.failed = why

@@ -7,14 +7,13 @@
 Several values of one option are measured with every value of the others. `--sweep` changes one at a time instead,
 around the first values: batch 1 to 32, 64 to 1024 text tokens, 1 to 16 images (frames) of a sequence.
 
-How it measures is in METHOD.md. Exit codes: 0 measured, 1 outputs that should agree do not (no speed-up is printed),
-2 bad input, 130 interrupted (the file keeps what was measured and says `"complete": false`).
+How it measures is in METHOD.md. Exit codes: 0 measured, 1 outputs that should agree do not (no speed-up is printed) or
+a row ended in an error, 2 bad input, 130 interrupted (the file keeps what was measured and says `"complete": false`).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import os
 import sys
@@ -25,12 +24,11 @@ from typing import Any
 
 from . import entry
 from .arguments import llava_folder, photograph, positive_float, positive_int, writable_file, writable_folder
+from .points import Point, memory_problem, point_problem, points
 from .presets import PRESETS, Preset
 
 PHOTOGRAPH = Path(__file__).parent / "assets" / "rocket.jpg"
 SEED = 0
-SWEEP = {"batch": (1, 2, 4, 8, 16, 32), "text": (64, 256, 1024), "images": (1, 4, 16)}
-Point = tuple[int, int, int]  # batch, text tokens, images of a sequence
 FLAGS = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages for torch's CPU tensors; see METHOD.md
 NOISY = ("torchao", "torch.utils._pytree")  # transformers imports torchao where it is, which warns of what it lacks
 
@@ -94,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         return _bad_input(problem)
 
     from . import environment, results
+    from .group import is_broken
     from .terminal import report
 
     path = args.json or environment.results_folder(device) / "prefill.json"
@@ -124,52 +123,12 @@ def main(argv: list[str] | None = None) -> int:
     if note:
         print(f"\n{note}")
     print(f"\n{'  '.join(map(str, written))}   ({time.monotonic() - began:.0f} s)")
-    return 1 if result["refused"] else 0
+    return 1 if result["refused"] or any(map(is_broken, result["rows"])) else 0
 
 
 def _bad_input(message: str) -> int:
     print(f"python -m bench.prefill: error: {message}", file=sys.stderr)
     return 2
-
-
-def points(args: argparse.Namespace) -> list[Point]:
-    """(batch, text tokens, images) in the order they are measured: of a sweep, the first point is part of each line."""
-    batches, texts = args.batch or list(args.preset.batches), args.text or [args.preset.text_tokens]
-    images = args.images or [1]
-    if not args.sweep:
-        return list(itertools.product(batches, texts, images))
-    lines = [(b, texts[0], images[0]) for b in args.batch or SWEEP["batch"]]
-    lines += [(batches[0], t, images[0]) for t in args.text or SWEEP["text"]]
-    lines += [(batches[0], texts[0], i) for i in args.images or SWEEP["images"]]
-    return list(dict.fromkeys(lines))
-
-
-def memory_problem(preset: Preset, wanted: list[Point], device: str, option: str = "--preset") -> str | None:
-    """Why not even the smallest point fits, from the sizes alone; None when it does."""
-    from .memory import available_bytes
-
-    item = 2 if device == "cuda" else 4
-    need, smallest = min((preset.memory_bytes(batch, text, item, images), (batch, text, images))
-                         for batch, text, images in wanted)  # fmt: skip
-    available = available_bytes(device)
-    if available is None or need <= available:
-        return None
-    return (
-        f"{option}: {preset.name!r} at batch {smallest[0]} needs about {need / 2**30:.1f} GiB on "
-        f"{device} and {available / 2**30:.1f} GiB are free; use a smaller preset or a larger device"
-    )
-
-
-def point_problem(preset: Preset, point: Point, device: str) -> str | None:
-    """Why a point is not tried beside the loaded weights. Only on a CPU: there running out ends the process."""
-    from .memory import available_bytes
-
-    available = available_bytes(device)
-    batch, text, images = point
-    need = preset.activation_bytes(batch, text, 4, images)
-    if device == "cuda" or available is None or need <= available:
-        return None
-    return f"does not fit into memory (about {need / 2**30:.1f} GiB needed, {available / 2**30:.1f} GiB free)"
 
 
 def run(

@@ -219,6 +219,25 @@ def test_a_row_that_does_not_fit_says_so_and_the_rest_goes_on(monkeypatch, tmp_p
     assert results.read(path)["speedup"] == {}  # nothing to compare with
 
 
+def test_a_row_that_breaks_costs_only_itself_and_the_exit_code(monkeypatch, tmp_path, capsys):
+    """An operator that fails on a new GPU must not take the baseline's figures with it, nor pass for success."""
+    output = Eager.output
+
+    def broken(self):
+        if self.row.name == "llava-stf/fused":
+            raise RuntimeError("an illegal instruction")
+        return output(self)
+
+    monkeypatch.setattr(Eager, "output", broken)
+    path = tmp_path / "prefill.json"
+    assert prefill.main([*TINY, "--rounds", "1", "--json", str(path)]) == 1
+    rows = {(row["model"], row["projector"]): row for row in results.read(path)["rows"]}
+    assert rows["llava-stf", "fused"]["failed"].startswith("eager does not work here (RuntimeError: an illegal")
+    assert rows["llava-1.5", "mlp2x"]["total_ms"] > 0
+    assert rows["llava-stf", "reference"]["total_ms"] > 0
+    assert "an illegal instruction" in capsys.readouterr().err
+
+
 def test_the_terminal_names_the_speed_ups_that_may_be_noise(full_run):
     printed = terminal.report(full_run[1])  # of three rounds
     notes = [line for line in printed.splitlines() if line.startswith("note: fewer than 4 rounds")]
