@@ -181,3 +181,22 @@ def test_a_frozen_channel_major_module():
         assert torch.equal(compiled(*arguments), module(*arguments))
         for parameter in module.parameters():
             parameter.mul_(2)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_computes_and_trains(strict):
+    """strict keeps the operator; the default writes the layers out, for runtimes without this library."""
+    module, draw = build("CompactTokenProjector")
+    arguments = draw(2)
+    program = torch.export.export(module, arguments, strict=strict)
+    operators = [node for node in program.graph.nodes if "stf_kernels" in str(node.target)]
+    assert len(operators) == (1 if strict else 0)
+    exported = program.module()
+    y, expected = exported(*arguments), module(*arguments)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    names, leaves = zip(*module.named_parameters(), strict=True)
+    own = dict(exported.named_parameters())
+    assert own.keys() == set(names)
+    found = torch.autograd.grad(y.square().sum(), [own[name] for name in names])
+    for mine, exact in zip(found, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4)
