@@ -214,6 +214,15 @@ def test_a_weight_tied_to_something_plain(name, layer):
     assert_called(module, blocks, plain)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_forward_put_into_the_class(name, monkeypatch):
+    """How some tools reach every linear layer of a process."""
+    module, blocks = build(name)
+    plain, original = run(module, blocks).detach(), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * original(self, x))
+    assert_called(module, blocks, plain)
+
+
 def test_a_child_of_another_class():
     class Doubled(stf_kernels.MultiBlockTokenFusion):
         def forward(self, blocks):
