@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import processes
+from . import entry, processes
 from .arguments import positive_float
 from .processes import ROOT
 
@@ -128,4 +128,4 @@ def _measured(name: str, command: list[str], folder: Path, seconds: float) -> Pa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

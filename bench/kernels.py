@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import entry
 from .arguments import positive_float, positive_int, writable_file
 from .plan import STAGES, Step, plan
 
@@ -266,4 +267,4 @@ def report(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

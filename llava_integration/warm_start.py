@@ -180,9 +180,12 @@ def _check_model(model: LlavaForConditionalGeneration) -> None:
             "its projector reads a concatenation that no average of tokens reproduces"
         )
     if config.vision_feature_select_strategy != "default":
+        reason = "tokens outside the patch grid cannot be merged"
+        if not prefix_tokens(config.vision_config):
+            reason = "the warm start is for towers with a CLS token; `convert official` takes trained weights of others"
         raise ValueError(
             "model: expected vision_feature_select_strategy='default', got "
-            f"{config.vision_feature_select_strategy!r}; tokens outside the patch grid cannot be merged"
+            f"{config.vision_feature_select_strategy!r}; {reason}"
         )
     if not prefix_tokens(config.vision_config):
         raise ValueError(

@@ -140,7 +140,9 @@ def device_identity(index: int) -> tuple[str, str]:
 def _table(slug: str, arch: str) -> Table:
     path = table_path(slug)
     if not path.exists():
-        _log.info("no table for %s (%s): the heuristic serves; `python -m stf_kernels.tuning` measures one", slug, arch)
+        _log.warning(
+            "no table for %s (%s): a heuristic serves; `python -m stf_kernels.tuning` measures one", slug, arch
+        )
         return {}
     try:
         return parse_table(path.read_text(encoding="utf-8"), arch)

@@ -314,5 +314,5 @@ class Bench:
         if self._expected is None:
             self._expected = self._run(None)
         error = (found.double() - self._expected.double()).norm() / self._expected.double().norm()
-        if not error < 0.02:
+        if not error < (0.02 if found.dtype != torch.float32 else 2e-3):  # some roundings of 16 bit, of tf32
             raise RuntimeError(f"{self._problem.name}: the kernel differs from the torch path by {float(error):.3g}")
