@@ -11,8 +11,8 @@ few rows by its nature (K split, operands swapped). `provider` is "triton", or "
 plain torch is faster. `us`, `rival` and `rival_us` are the measurement that justifies the entry: cold-cache
 microseconds of it and of the best rival.
 
-A table may also name ways to launch, see launches.py. Where a device has no table, one line in the log (level INFO)
-says how to measure one.
+A table may also name ways to launch, see launches.py. Where a device has no table, one line in the log says
+so, once, and how to measure one.
 """
 
 import functools
