@@ -150,8 +150,8 @@ def _predicted(operands: Operands) -> list[Provider]:
     from stf_kernels.ops.launch import launch_stage
     from stf_kernels.ops.stage import Stage
     from stf_kernels.problems import PROBLEMS
+    from stf_kernels.tuning.candidates import candidates, forms_for
     from stf_kernels.tuning.lookup import device_identity
-    from stf_kernels.tuning.search import candidates, forms_for
 
     index = torch.cuda.current_device()
     arch, processors = device_identity(index)[1], torch.cuda.get_device_properties(index).multi_processor_count

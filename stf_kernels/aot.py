@@ -25,9 +25,9 @@ from .ops.forms import stage_constants
 from .ops.weight_grad import wgrad_constants
 from .problems import PROBLEMS
 from .tuning import SHARED_MEMORY_LIMIT, GemmConfig
+from .tuning.candidates import forms_for
 from .tuning.heuristic import descriptor_tiles, has_descriptor_forms, split_tiles, swapped_tiles, tiles, wgrad_tiles
 from .tuning.lookup import DTYPES, shipped_configs
-from .tuning.search import forms_for
 
 _TRITON_TYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 

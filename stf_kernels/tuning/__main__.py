@@ -9,10 +9,12 @@ import torch
 
 from ..backend import triton_serves
 from ..problems import PROBLEMS
+from .candidates import candidates, forms_for
 from .launch_bench import LaunchBench
 from .launches import VARIABLES, has_dependent_launches
 from .lookup import DTYPES, device_identity, table_path
-from .search import Bench, Journal, Key, candidates, entries_of, entry_for, forms_for, with_entry, write_table
+from .problem_bench import ProblemBench
+from .search import Journal, Key, entries_of, entry_for, with_entry, write_table
 
 _TUNED = ("concat", "linear_merge", "linear", "merge", "linear_scatter", "concat_wgrad", "merge_wgrad")
 
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             for batch in sorted(options.batch):
                 began = time.monotonic()
                 key = Key(name, dtype, batch * problem.tokens)
-                bench = Bench(problem, getattr(torch, dtype), batch)
+                bench = ProblemBench(problem, getattr(torch, dtype), batch)
                 configs = candidates(
                     *problem.product(key.m), DTYPES[dtype],
                     shared_limit=limit, multiprocessors=properties.multi_processor_count,
