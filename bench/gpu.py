@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=positive_float, default=1.0, metavar="F", help="multiply every time budget")
     args = parser.parse_args(argv)
     until = time.monotonic() + SECONDS * args.scale
+    # Parts are stopped by SIGINT, and inherit from a shell's background job that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         import torch
     except ImportError:

@@ -1,6 +1,8 @@
 """A folder that appears whole or not at all: written beside its place, synced, then renamed."""
 
 import contextlib
+import glob
+import logging
 import os
 import shutil
 import uuid
@@ -8,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .errors import ConversionError
+
+_log = logging.getLogger(__name__)
 
 
 def check_destination(dst: Path, sources: Sequence[Path]) -> None:
@@ -36,7 +40,12 @@ def check_space(dst: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def whole_folder(dst: Path) -> Iterator[Path]:
-    """A new folder beside `dst` to write into; it becomes `dst` when the block ends, and vanishes when it fails."""
+    """A new folder beside `dst` to write into; it becomes `dst` when the block ends, and vanishes when it fails.
+
+    What a killed run has left is named, and not touched: it may be that of a run at work.
+    """
+    for left in sorted(dst.parent.glob(f".{glob.escape(dst.name)}.*.partial")):
+        _log.warning("convert: %s was left by another run; remove it unless that one is still at work", left)
     partial = dst.parent / f".{dst.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         partial.mkdir()

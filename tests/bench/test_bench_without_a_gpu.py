@@ -1,6 +1,7 @@
 """If this fails, the time on a borrowed GPU is spent on finding a mistake that no GPU is needed to find."""
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -276,11 +277,22 @@ def test_what_a_part_leaves_running_is_ended(capfd):
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
 
 
-def test_a_stopped_measurement_writes_more_than_a_pipe_holds(capfd):
+def test_a_stopped_measurement_writes_more_than_a_pipe_holds(capfd, monkeypatch):
+    """Also where this program is a shell's background job, whose children would ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        assert gpu.main([]) == 2
+        status, output = stopped_while_it_saves()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert status is None
+    assert output.rstrip().endswith("saved")
+
+
+def stopped_while_it_saves():
     code = (
         "import sys, time\nprint('on', flush=True)\n"
         "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('x' * 500_000); print('saved'); sys.exit(130)"
     )
-    status, output = processes.run_limited([sys.executable, "-c", code], 1.5)
-    assert status is None
-    assert output.rstrip().endswith("saved")
+    return processes.run_limited([sys.executable, "-c", code], 1.5)

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import llava_integration as li
 from llava_integration.convert import convert_llava, convert_official
+from llava_integration.convert.atomic import whole_folder
 from llava_integration.convert.template import SYSTEM
 from tests.convert import checkpoints as ck
 from tests.support.processes import python
@@ -268,3 +269,17 @@ def test_config_is_ours(converted):
     assert config["architectures"] == ["LlavaStfForConditionalGeneration"]
     assert config["dtype"] == "float32"
     assert torch.float32 == AutoModelForImageTextToText.from_pretrained(converted).dtype
+
+
+def test_what_a_killed_run_has_left_is_named_and_not_touched(tmp_path, caplog):
+    """kill -9 leaves the half-written folder beside DST, hidden: gigabytes that nobody would find."""
+    left = tmp_path / ".stf.0badcafe.partial"
+    left.mkdir()
+    with whole_folder(tmp_path / "stf"):
+        pass
+    with whole_folder(tmp_path / "other"):
+        pass
+    assert [record.getMessage() for record in caplog.records] == [
+        f"convert: {left} was left by another run; remove it unless that one is still at work"
+    ]
+    assert left.is_dir()
