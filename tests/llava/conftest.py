@@ -15,6 +15,8 @@ from transformers import (
 )
 
 import llava_integration as li
+import reference
+from llava_integration import modeling
 
 WORDS = ["USER", "ASSISTANT", "what", "is", "in", "the", "picture", "a", "cat", "and", "dog", ":"]
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
@@ -92,6 +94,26 @@ def make_stf(dtype=torch.float64, vision=None, text=None, **changes):
     return model
 
 
+def run(model, ids, pixels, mask=None, grad=False):
+    with torch.set_grad_enabled(grad):
+        return model(input_ids=ids, pixel_values=pixels, attention_mask=mask)
+
+
+def with_reference(model, monkeypatch):
+    """The same model and weights with the projector of reference/."""
+    monkeypatch.setattr(modeling, "CompactTokenProjector", reference.CompactTokenProjector)
+    other = type(model)(model.config).eval().to(model.dtype)
+    other.load_state_dict(model.state_dict())
+    assert type(other.model.multi_modal_projector) is reference.CompactTokenProjector
+    return other
+
+
+def generate(model, ids, mask, pixels, **options):
+    torch.manual_seed(3)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | options
+    return model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, **options)
+
+
 @pytest.fixture(autouse=True, scope="package")
 def one_thread():
     """Models this small run ten times slower when two threads wait for each other."""
@@ -113,7 +135,7 @@ def stf():
 
 @pytest.fixture
 def build():
-    """The factories, for tests that choose their own sizes."""
+    """The factories, for tests that choose their own sizes, and the calls of what they made."""
 
     class Build:
         stock = staticmethod(make_stock)
@@ -125,6 +147,9 @@ def build():
         prompt = staticmethod(make_prompt)
         tokenizer = staticmethod(make_tokenizer)
         image = staticmethod(make_image)
+        run = staticmethod(run)
+        generate = staticmethod(generate)
+        with_reference = staticmethod(with_reference)
         image_token = IMAGE_TOKEN
 
     return Build
