@@ -5,6 +5,7 @@ The official format is written from the names and shapes of its tensors; nothing
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -251,3 +252,11 @@ def make_pixels(images: int = 2) -> Tensor:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """`folder` with its tensors changed by `change`, in one file."""
+    tensors = whole_tensors()
+    change(tensors)
+    (folder / "pytorch_model.bin.index.json").unlink(missing_ok=True)
+    write_bin(folder, tensors)

@@ -1,4 +1,6 @@
-"""One thread, no network, and checkpoints that are made once for the tests that only read them."""
+"""One thread, no network, checkpoints that are made once for the tests that only read them, and what a refusal is."""
+
+import shutil
 
 import pytest
 import torch
@@ -36,3 +38,33 @@ def stock(tmp_path_factory):
     """(folder, model) of a LLaVA-1.5 of transformers."""
     folder = tmp_path_factory.mktemp("stock") / "llava"
     return folder, ck.make_stock(folder)
+
+
+@pytest.fixture
+def src(official, tmp_path):
+    """A copy of `official` and its tower, for a test to damage."""
+    for folder in ("official", "tower"):
+        shutil.copytree(official.parent / folder, tmp_path / folder)
+    return tmp_path / "official"
+
+
+@pytest.fixture
+def dst(tmp_path):
+    return tmp_path / "stf"
+
+
+@pytest.fixture
+def refused():
+    """Converts what must end in one line that names what is wrong, nothing at DST or beside it, and SRC as it was."""
+    from llava_integration.convert import ConversionError, convert_official
+
+    def check(match, src, dst, **options):
+        before = ck.snapshot(src) if src.is_dir() else {}
+        beside = set(dst.parent.iterdir())
+        with pytest.raises(ConversionError, match=match) as caught:
+            convert_official(src, dst, **options)
+        assert "\n" not in str(caught.value)
+        assert set(dst.parent.iterdir()) == beside, "nothing at DST, nothing beside it"
+        assert not src.is_dir() or ck.snapshot(src) == before
+
+    return check

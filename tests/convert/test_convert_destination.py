@@ -1,0 +1,133 @@
+"""Broken if this fails: a place that is taken, a full disk or a signal half way leaves half a folder behind."""
+
+import errno
+import json
+import os
+import signal
+
+import pytest
+from transformers.utils import logging
+
+from llava_integration.convert import ConversionError, convert_official, writer
+from llava_integration.convert.__main__ import main
+from tests.convert import checkpoints as ck
+
+
+class TestDestination:
+    @pytest.mark.parametrize("kind", ["empty folder", "folder", "file", "dangling link"])
+    def test_exists(self, refused, src, dst, kind):
+        if kind == "file":
+            dst.write_text("mine")
+        elif kind == "dangling link":
+            dst.symlink_to("nowhere")
+        else:
+            dst.mkdir()
+            if kind == "folder":
+                (dst / "mine").write_text("mine")
+        refused(r"^DST: expected a path where nothing is, got .*which exists", src, dst)
+        if kind in ("file", "folder"):
+            assert (dst if kind == "file" else dst / "mine").read_text() == "mine"
+
+    def test_appears_meanwhile(self, src, dst, monkeypatch):
+        def write(file, data):
+            dst.mkdir(exist_ok=True)
+            (dst / "mine").write_text("mine")
+            file.write(data)
+
+        monkeypatch.setattr(writer, "write", write)
+        with pytest.raises(ConversionError, match="which exists"):
+            convert_official(src, dst)
+        assert ck.snapshot(dst) == {"mine": b"mine"}
+
+    def test_in_the_source(self, refused, src):
+        refused(r"^DST: expected a place outside", src, src / "stf")
+
+    def test_parent_is_missing(self, src, tmp_path):
+        with pytest.raises(ConversionError, match=r"^DST: expected its parent to be a folder"):
+            convert_official(src, tmp_path / "no" / "stf")
+
+    def test_source_is_missing(self, refused, dst, tmp_path):
+        refused(r"^SRC: expected a local folder, got .*nowhere", tmp_path / "nowhere", dst)
+
+
+class TestDisk:
+    @pytest.mark.parametrize("after", [0, 30, 400])
+    def test_full_half_way(self, refused, src, dst, monkeypatch, after):
+        written = []
+
+        def write(file, data):
+            if len(written) == after:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written.append(file.write(data))
+
+        monkeypatch.setattr(writer, "write", write)
+        refused(r"^DST: could not write .*: No space left on device; nothing is left there", src, dst)
+        assert len(written) == after
+
+    def test_too_small_from_the_start(self, refused, src, dst, monkeypatch):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+        refused(r"^DST: expected 0\.0\d GB free", src, dst)
+
+    def test_full_at_the_small_files(self, refused, src, dst, monkeypatch):
+        def fail(*_args, **_options):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("llava_integration.convert.folder.model_card", fail)
+        refused(r"No space left", src, dst)
+
+
+class TestCommandLine:
+    @pytest.fixture(autouse=True)
+    def restore(self):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        verbosity = logging.get_verbosity()
+        yield
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        logging.set_verbosity(verbosity)
+
+    def test_report(self, src, dst, capsys):
+        assert main(["official", str(src), str(dst), "--dtype", "bfloat16"]) == 0
+        out = capsys.readouterr().out
+        assert "relaid out: 1" in out
+        assert "GB, bfloat16" in out
+        assert json.loads((dst / "config.json").read_text())["dtype"] == "bfloat16"
+
+    def test_one_line_and_exit_code_2(self, src, dst, capsys):
+        dst.mkdir()
+        assert main(["official", str(src), str(dst)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("convert: DST: expected a path where nothing is")
+        assert error.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        "arguments", [[], ["official"], ["llava", "a", "b", "--blocks", "x"], ["official", "a", "b", "--dtype", "int8"]]
+    )
+    def test_usage(self, arguments):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+
+    @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+    def test_stopped_half_way(self, src, dst, monkeypatch, sent, code):
+        """The folder beside DST goes then too."""
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        beside = set(dst.parent.iterdir())
+
+        def write(file, data):
+            file.write(data)
+            assert set(dst.parent.iterdir()) != beside
+            os.kill(os.getpid(), sent)
+
+        monkeypatch.setattr(writer, "write", write)
+        try:
+            got = main(["official", str(src), str(dst)])
+        except SystemExit as error:
+            got = error.code
+        assert got == code
+        assert set(dst.parent.iterdir()) == beside
+
+    def test_a_closed_terminal_does_not_stop_what_nohup_started(self, src, dst):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert main(["official", str(src), str(dst)]) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
