@@ -2,10 +2,12 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 from sample_results import prefill_result
 
+from bench import gpu
 from bench.results import ResultError, check, read, write
 
 KERNELS = {
@@ -98,3 +100,9 @@ def test_a_file_of_another_schema_is_refused_by_field(change, message):
     change(result)
     with pytest.raises(ResultError, match=message):
         check(result, "file")
+
+
+def test_every_file_under_results_is_one_that_can_be_read():
+    for path in sorted((Path(gpu.ROOT) / "bench" / "results").rglob("*.json")):
+        assert json.loads(path.read_text())["commit"]
+        read(path)
