@@ -112,6 +112,7 @@ class TestCommandLine:
     def test_stopped_half_way(self, src, dst, monkeypatch, sent, code):
         """The folder beside DST goes then too."""
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
         beside = set(dst.parent.iterdir())
 
         def write(file, data):
