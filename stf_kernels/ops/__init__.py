@@ -1,15 +1,16 @@
-"""One file per operator, on a shared core:
+"""One file per operator, on a shared core. From an operator down to its kernel:
 
-stage.py         what one segmented GEMM computes: geometry, shapes, where its rows come from and go
-launch.py        the Triton launcher: takes a configuration, never searches
-compile_ahead.py many kernels compiled at once, before they are measured
-direct_launch.py past the JIT's argument binding
-workspace.py     what split-K needs beside its operands
-torch_path.py    the same stage in plain torch
+concat_linear.py, spatial_merge_linear.py, token_fusion.py   the operators
+registration.py  torch.library: schema, fake, autograd, autocast, and the eager bypass
 chain.py         stages in a row, and the rule of what is kept for the backward
 backward.py      the gradients of a chain; weight_grad.py the one over operands that are not materialised
-registration.py  torch.library: schema, fake, autograd, autocast, and the eager bypass
-concat_linear.py, spatial_merge_linear.py, token_fusion.py   the operators
+stage.py         what one segmented GEMM computes: geometry, shapes, where its rows come from and go
+torch_path.py    a stage in plain torch; composite.py a whole chain, for torch.func
+launch.py        a stage in Triton: takes a configuration, never searches
+forms.py         which kernel a configuration names, and its arguments
+descriptors.py   when operands can be named to TMA; workspace.py what split-K needs beside its operands
+direct_launch.py how a kernel is started: by the JIT, or past its argument binding; pdl.py whether it may start early
+compile_ahead.py many kernels compiled at once, before they are measured
 """
 
 from .concat_linear import concat_linear
