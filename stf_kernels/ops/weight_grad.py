@@ -29,7 +29,7 @@ def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int],
         try:
             return launch_segmented_wgrad(g, blocks, stage, config)
         except launch.does_not_run() as error:
-            tuning.reject(g.device, g.dtype, config, error)
+            tuning.reject(g.device, g.dtype, config, error, wgrad=True)
     return by_library(g, blocks, shape, stage)
 
 

@@ -43,7 +43,7 @@ _TABLES = Path(__file__).with_name("tables")
 _TOP = {"version", "device", "arch", "commit", "torch", "triton", "entries"}
 _ENTRY = {"stage", "dtype", "n", "k", "m_max", "provider", "config", "us", "rival", "rival_us"}
 
-
+# (slug, itemsize, configuration) that did not run in this process.
 _too_large: set[tuple[str, int, GemmConfig | None]] = set()
 INTERPRETER_CONFIG = GemmConfig(block_m=32, block_n=32, block_k=32, group_m=2)
 
@@ -208,14 +208,20 @@ def choose_wgrad(
     return None if (slug, dtype.itemsize, config) in _too_large else config
 
 
-def reject(device: torch.device, dtype: torch.dtype, config: GemmConfig, reason: object) -> None:
-    """Remember that a configuration does not run on a device; `choose` then gives the smallest. Warns once for each."""
+def reject(
+    device: torch.device, dtype: torch.dtype, config: GemmConfig, reason: object, *, wgrad: bool = False
+) -> None:
+    """Remember that a configuration does not run on a device, and warn, once for each.
+
+    `choose` then gives the smallest one, `choose_wgrad` the library GEMM; wgrad: the warning names that.
+    """
     slug, arch = device_identity(torch.cuda.current_device() if device.index is None else device.index)
     if (slug, dtype.itemsize, config) in _too_large:
         return
     _too_large.add((slug, dtype.itemsize, config))
+    instead = "the library GEMM" if wgrad else smallest(dtype.itemsize)
     warnings.warn(
-        f"stf_kernels: {config} does not run on {slug} ({arch}): {reason}. {smallest(dtype.itemsize)} serves instead; "
+        f"stf_kernels: {config} does not run on {slug} ({arch}): {reason}. {instead} serves instead; "
         "`python -m stf_kernels.tuning` finds better ones",
         stacklevel=2,
     )
