@@ -20,12 +20,14 @@ SHARED_MEMORY_LIMIT = {
 
 _MANY_TILES = 96  # roughly the multiprocessors of a data-centre GPU
 
-# Per family of architectures: tiles from large to small. 16-bit operands; fp32 below.
+# Tiles of a family (see _family), from large to small: the first is left out where an epilogue would make it spill.
+# 16-bit operands; fp32 below.
 _HALF = {
     # 228 KB of shared memory, warpgroup products: wide tiles, 64 columns a step
     "sm_90": (GemmConfig(128, 256, 64, 8, 8, 3), GemmConfig(128, 128, 64, 8, 8, 4), GemmConfig(64, 128, 64, 8, 4, 4)),
+    # 163 KB of shared memory
     "sm_80": (GemmConfig(128, 256, 32, 8, 8, 4), GemmConfig(128, 128, 32, 8, 8, 4), GemmConfig(64, 128, 64, 8, 4, 4)),
-    # 99 KB of shared memory
+    # 99 KB of shared memory: sm_120 and unknown architectures, too
     "sm_89": (GemmConfig(128, 128, 32, 8, 8, 4), GemmConfig(128, 64, 64, 8, 4, 3), GemmConfig(64, 64, 64, 8, 4, 4)),
     # 64 KB of shared memory, wavefronts of 64 threads
     "gfx942": (GemmConfig(256, 128, 32, 8, 8, 2), GemmConfig(128, 128, 32, 8, 4, 2), GemmConfig(64, 128, 64, 8, 4, 2)),
@@ -57,7 +59,7 @@ def _family(arch: str) -> str:
 def tiles(arch: str, itemsize: int, *, save_pre: bool = False) -> tuple[GemmConfig, ...]:
     """The heuristic's configurations for an architecture ("sm_90", "gfx942", ...), largest tile first.
 
-    save_pre: for an epilogue that stores the pre-activation too. With the largest tiles it spills.
+    save_pre: for an epilogue that stores the pre-activation too. With the largest tile it spills.
     """
     if save_pre:
         return tiles(arch, itemsize)[1:]
