@@ -4,8 +4,8 @@ A warpgroup product takes its M axis in 64s and its N axis in 8s. One image is 1
 tiles of 128, 44 % of it padding; in place of N they are 128 + 16 and nothing is padding. So the rows of W take the
 place of M here, and a tile of y is BLOCK_N features by BLOCK_M + TAIL_M rows, with an accumulator for each part.
 
-With one tile of rows the features alone must fill the GPU: the 16384 of G3 are 128 tiles of 128, the 4096 of G4 only
-32. SPLIT_K shares the K axis out as in split_k.py.
+With one tile of rows the features alone must fill the GPU: the 16384 of STF's first layer are 128 tiles of 128, the
+4096 of its second only 32. SPLIT_K shares the K axis out as in split_k.py.
 
 Hopper and later only: tiles come through descriptors, as in descriptor.py. What lies past the last row, feature or
 column is zero by the hardware, so K need not be a multiple of BLOCK_K.

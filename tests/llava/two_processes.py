@@ -1,4 +1,4 @@
-"""One rank of a tensor-parallel run on CPUs; test_llava_parallel.py starts two of them.
+"""One rank of a tensor-parallel run on CPUs; test_llava_loading.py starts two of them.
 
 RANK=0 WORLD_SIZE=2 ... python tests/llava/two_processes.py FOLDER      prints one JSON line
 """
