@@ -188,7 +188,7 @@ class Bench:
     def error(self, provider: Any, exact: Any) -> float:
         from .agreement import relative_error
 
-        poison(exact.shape, self.device, exact.numel())
+        poison(self.device, exact.numel())
         return relative_error(provider.layout(provider.call()), exact)
 
     def row(self, step: Step, provider: Any, exact: Any, allowed: float) -> None:
@@ -230,7 +230,7 @@ class Bench:
         return {"floor_us": 1e6 * seconds}
 
 
-def poison(shape: Any, device: str, elements: int) -> None:
+def poison(device: str, elements: int) -> None:
     """Leave NaN in memory that the next allocation of this size is likely to get: what is not written shows."""
     import torch
 
