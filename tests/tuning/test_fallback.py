@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stf_kernels import backend
-from stf_kernels.ops import forms, launch
+from stf_kernels.ops import forms, launch, weight_grad
 from stf_kernels.ops.chain import run_stage
 from stf_kernels.ops.forms import Call, DescriptorRefused
 from stf_kernels.ops.stage import Stage
@@ -53,6 +53,24 @@ def test_it_falls_back_once_with_one_warning(launched):
         warnings.simplefilter("error")
         run_stage([x], weight, None, Stage())
     assert configs[2:] == [smallest(2)], "the second call starts with what runs"
+
+
+def test_a_weight_gradient_falls_back_to_the_library(launched, monkeypatch):
+    tried = []
+
+    def launch_segmented_wgrad(g, blocks, stage, config):
+        tried.append(config)
+        raise out_of_resources()
+
+    monkeypatch.setattr(weight_grad, "launch_segmented_wgrad", launch_segmented_wgrad)
+    g = torch.empty(2 * 64, 256, dtype=torch.bfloat16, device="meta")
+    cropped = torch.empty(2, 65, 128, dtype=torch.bfloat16, device="meta")[:, 1:]
+    with backend.use_backend("triton"):
+        with pytest.warns(UserWarning, match="shared memory.*the library GEMM serves instead"):
+            dw = weight_grad.first_weight_grad(g, [cropped], (256, 128), Stage())
+        assert dw.shape == (256, 128)
+        weight_grad.first_weight_grad(g, [cropped], (256, 128), Stage())
+    assert len(tried) == 1, "the second call starts with what runs"
 
 
 def test_another_error_is_the_users_to_see(launched):
