@@ -23,7 +23,7 @@ _MANY_TILES = 96  # roughly the multiprocessors of a data-centre GPU
 # Tiles of a family (see _family), from large to small: the first is left out where an epilogue would make it spill.
 # 16-bit operands; fp32 below.
 _HALF = {
-    # 228 KB of shared memory, warpgroup products: wide tiles, 64 columns a step
+    # 227 KB of shared memory, warpgroup products: wide tiles, 64 columns a step
     "sm_90": (GemmConfig(128, 256, 64, 8, 8, 3), GemmConfig(128, 128, 64, 8, 8, 4), GemmConfig(64, 128, 64, 8, 4, 4)),
     # 163 KB of shared memory
     "sm_80": (GemmConfig(128, 256, 32, 8, 8, 4), GemmConfig(128, 128, 32, 8, 8, 4), GemmConfig(64, 128, 64, 8, 4, 4)),
