@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -56,9 +55,11 @@ def device_name(device: str) -> str:
     return f"{cpu_name()}, {threads} thread{'' if threads == 1 else 's'}"
 
 
-def slug(name: str) -> str:
-    """A device's name as a folder: "NVIDIA H200" -> "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def folder_name(device: str) -> str:
+    """A device's folder of results, named as its tuning table is: "NVIDIA H200" -> "nvidia-h200"."""
+    from stf_kernels.tuning.lookup import device_slug
+
+    return device_slug(device_name(device))
 
 
 def clock_mhz() -> float | None:
@@ -88,4 +89,4 @@ def describe(device: str) -> dict[str, Any]:
 
 def results_folder(device: str) -> Path:
     """Where a run's files go unless it is told: inside the ignored `.work/`, so that no run dirties the checkout."""
-    return ROOT / ".work" / "results" / slug(device_name(device))
+    return ROOT / ".work" / "results" / folder_name(device)

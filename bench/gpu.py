@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     from . import environment
 
     out = os.environ.get("OUT")
-    folder = (Path(out) if out else ROOT / "bench" / "results") / environment.slug(environment.device_name("cuda"))
+    folder = (Path(out) if out else ROOT / "bench" / "results") / environment.folder_name("cuda")
     folder.mkdir(parents=True, exist_ok=True)
     runs = {"tests": run_tests, "kernels": run_kernels, "prefill": run_prefill}
     if environment.commit() == "unknown":

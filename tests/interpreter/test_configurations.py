@@ -8,7 +8,8 @@ from reference.functional import activate, spatial_merge
 from stf_kernels.ops import forms
 from stf_kernels.ops.launch import launch_stage
 from stf_kernels.ops.stage import Stage, merge_windows
-from stf_kernels.tuning import GemmConfig
+from stf_kernels.tuning import SHARED_MEMORY_LIMIT, GemmConfig
+from stf_kernels.tuning.heuristic import descriptor_tiles, split_tiles, swapped_tiles, tiles
 
 CONFIGS = [
     GemmConfig(16, 16, 16, group_m=1),
@@ -115,6 +116,22 @@ def test_rows_outside_out_are_not_written(config, dtype):
     assert bool((out[untouched] == 7).all())
     assert bool((memory[:10] == 7).all())
     assert bool((memory[30:] == 7).all())
+
+
+SHIPPED = {
+    config
+    for arch in SHARED_MEMORY_LIMIT
+    for itemsize in (2, 4)
+    for ways in (tiles, split_tiles, descriptor_tiles, swapped_tiles)
+    for config in ways(arch, itemsize)
+}
+
+
+@pytest.mark.parametrize("config", sorted(SHIPPED, key=str), ids=str)
+def test_every_shipped_tile(config):
+    """What the heuristic and the tuner launch on a GPU, on rows, features and channels that end inside a tile."""
+    blocks, weight, bias = operands(1 if config.form == "swapped" else 2, 1, 150, 72, 136)
+    compare(Stage("gelu"), config, torch.float16, blocks, weight, bias, lambda x: torch.cat(x, -1))
 
 
 SPLIT = [config for config in CONFIGS if config.split_k > 1]

@@ -12,7 +12,8 @@ import stf_kernels
 from reference.functional import spatial_merge
 from stf_kernels.ops import weight_grad
 from stf_kernels.ops.stage import Stage
-from stf_kernels.tuning import GemmConfig
+from stf_kernels.tuning import SHARED_MEMORY_LIMIT, GemmConfig
+from stf_kernels.tuning.heuristic import wgrad_tiles
 
 CONFIGS = [
     GemmConfig(16, 16, 16, group_m=1),
@@ -58,6 +59,14 @@ def test_gather(config, dtype, merge_size):
         [torch.randn(2, grid[0] * grid[1] + 1, 20)[:, 1:]], 37, Stage(gather=merge_size, grid=grid), config, dtype,
         lambda x: spatial_merge(x[0], grid, merge_size, "patch_major", True),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config", sorted({c for arch in SHARED_MEMORY_LIMIT for size in (2, 4) for c in wgrad_tiles(arch, size)}, key=str),
+    ids=str,
+)  # fmt: skip
+def test_every_shipped_tile(config):
+    check([torch.randn(2, 51, 72)[:, 1:] for _ in range(2)], 136, Stage(), config, torch.float16, joined)
 
 
 @EVERY
