@@ -205,6 +205,9 @@ class CompactTokenProjector(nn.Module):
         checks.check_int("skip_tokens", skip_tokens, 0)
         if not mbtf and num_blocks != 1:
             raise ValueError(f"num_blocks: expected 1 with mbtf=False, got {num_blocks}")
+        for name, width in (("mbtf_hidden_dim", mbtf_hidden_dim), ("stf_hidden_dim", stf_hidden_dim)):
+            if width is not None:  # the children know it as hidden_dim
+                checks.check_int(name, width, 1)
         self.num_blocks, self.dim, self.out_dim, self.skip_tokens = num_blocks, dim, out_dim, skip_tokens
         shared = {"activation": activation, "bias": bias, "device": device, "dtype": dtype}
         self.mbtf = (

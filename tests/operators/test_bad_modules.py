@@ -23,7 +23,8 @@ CONSTRUCTORS = [
     ("CompactTokenProjector", (0, 8, 5), {}, ValueError, r"num_blocks.*0"),
     ("CompactTokenProjector", (2, 8, 5), {"feature_order": None}, ValueError, r"feature_order.*None"),
     ("CompactTokenProjector", (2, 8, 5), {"skip_tokens": -2}, ValueError, r"skip_tokens.*-2"),
-    ("CompactTokenProjector", (2, 8, 5), {"stf_hidden_dim": 0}, ValueError, r"hidden_dim.*0"),
+    ("CompactTokenProjector", (2, 8, 5), {"stf_hidden_dim": 0}, ValueError, r"stf_hidden_dim.*0"),
+    ("CompactTokenProjector", (2, 8, 5), {"mbtf_hidden_dim": "2"}, TypeError, r"mbtf_hidden_dim.*int.*'2'"),
     ("CompactTokenProjector", (2, 8, 0), {}, ValueError, r"out_dim.*0"),
 ]
 
