@@ -3,6 +3,7 @@
 Every message names the argument (or dtype, or device), what was expected and what came.
 """
 
+import numpy as np
 import pytest
 import torch
 from support.recording import Recorder
@@ -72,6 +73,7 @@ CONCAT = {
     "activation": (lambda: {"activation": "relu"}, ValueError, r"activation.*gelu.*silu.*'relu'"),
     "activation object": (lambda: {"activation": torch.nn.GELU()}, ValueError, r"activation.*gelu.*GELU"),
     "activation in capitals": (lambda: {"activation": "GELU"}, ValueError, r"activation.*'GELU'"),
+    "activation an array": (lambda: {"activation": np.array(["gelu"])}, ValueError, r"activation.*gelu.*array"),
     "skip below zero": (lambda: {"skip_tokens": -1}, ValueError, r"skip_tokens.*at least 0.*-1"),
     "skip too many": (lambda: {"skip_tokens": 7}, ValueError, r"skip_tokens.*6.*7"),
     "skip a float": (lambda: {"skip_tokens": 1.0}, TypeError, r"skip_tokens.*int.*1\.0"),
