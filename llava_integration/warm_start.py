@@ -60,6 +60,8 @@ def from_llava(
             merge_size that does not divide the grid, mbtf_hidden_size below 2 * C.
     """
     _check_model(model)
+    if not isinstance(copy, bool):
+        raise TypeError(f"copy: expected a bool, got {copy!r}")
     config = _stf_config(model.config, blocks, merge_size, truncate, mbtf_hidden_size, _projector_width(model))
     stock = model.model.multi_modal_projector
     weight = stock.linear_1.weight
@@ -139,6 +141,8 @@ def _stf_config(
         raise TypeError(f"merge_size: expected an int, got {merge_size!r}")
     if not isinstance(truncate, bool):
         raise TypeError(f"truncate: expected a bool, got {truncate!r}")
+    if mbtf_hidden_size is not None and type(mbtf_hidden_size) is not int:
+        raise TypeError(f"mbtf_hidden_size: expected an int or None, got {mbtf_hidden_size!r}")
     side = stock.vision_config.image_size // stock.vision_config.patch_size
     if merge_size < 1 or (side % merge_size and not truncate) or merge_size > side:
         raise ValueError(

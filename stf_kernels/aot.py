@@ -21,6 +21,7 @@ from multiprocessing import get_context
 
 import torch
 
+from .backend import has_triton
 from .ops.forms import stage_constants
 from .ops.weight_grad import wgrad_constants
 from .problems import PROBLEMS
@@ -229,6 +230,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--defaults", action="store_true", help="only the default configurations")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {options.jobs}")
+    if not has_triton():
+        parser.error("triton is not installed, which compiles the kernels: pip install triton")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled; unset it")
     todo = [case for arch in options.target for case in cases(arch, defaults_only=options.defaults)]

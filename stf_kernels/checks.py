@@ -29,6 +29,18 @@ def check_int(name: str, value: object, minimum: int, maximum: int | None = None
         raise ValueError(f"{name}: expected {bounds}, got {value}")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Anything is true or false; "False" is true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_parameter_dtype(dtype: object) -> None:
+    """Of parameters to be made; None is torch's default."""
+    if dtype is not None and dtype not in _FLOATS:
+        raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype!r}")
+
+
 def check_tokens(name: str, x: object) -> None:
     """A batch of token features: floating [B, T, C]."""
     if not isinstance(x, Tensor):
@@ -124,6 +136,7 @@ def check_skip(skip_tokens: object, tokens: int) -> None:
 
 def resolve_grid(grid: Sequence[int] | None, tokens: int, merge_size: int, truncate: bool) -> tuple[int, int]:
     """(H, W) of `tokens` tokens, checked against the merge size; None means a square."""
+    check_bool("truncate", truncate)
     if grid is None:
         side = math.isqrt(len(range(tokens)))  # a plain int, of what torch.compile may trace as a symbol
         if side * side != tokens:

@@ -89,6 +89,8 @@ def spatial_merge_linear(
     checks.check_choice("feature_order", feature_order, checks.FEATURE_ORDERS)
     checks.check_int("merge_size", merge_size, 1, 16)
     checks.check_tokens("x", x)
+    if grid is None:
+        raise TypeError("grid: expected (H, W), got None; the modules take None for a square")
     (x,), (weight,), (bias,) = cast_operands((x,), (weight,), (bias,))
     checks.check_skip(skip_tokens, x.shape[1])
     height, width = checks.resolve_grid(grid, x.shape[1] - skip_tokens, merge_size, truncate)

@@ -32,6 +32,8 @@ class _TwoLayers(nn.Module):
         checks.check_choice("activation", activation, checks.ACTIVATIONS)
         checks.check_int("hidden_dim", hidden_dim, 1)
         checks.check_int("out_dim", out_dim, 1)
+        checks.check_bool("bias", bias)
+        checks.check_parameter_dtype(dtype)
         self.activation = activation
         self.linear_1 = nn.Linear(in_dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.linear_2 = nn.Linear(hidden_dim, out_dim, bias=bias, device=device, dtype=dtype)
@@ -118,6 +120,7 @@ class SpatialTokenFusion(_TwoLayers):
         checks.check_int("dim", dim, 1)
         checks.check_int("merge_size", merge_size, 1, 16)
         checks.check_choice("feature_order", feature_order, checks.FEATURE_ORDERS)
+        checks.check_bool("truncate", truncate)
         window = merge_size**2
         hidden_dim = 4 * window * dim if hidden_dim is None else hidden_dim
         super().__init__(window * dim, hidden_dim, out_dim, activation, bias, device, dtype)
@@ -203,6 +206,7 @@ class CompactTokenProjector(nn.Module):
         super().__init__()
         checks.check_int("num_blocks", num_blocks, 1, checks.MAX_BLOCKS)
         checks.check_int("skip_tokens", skip_tokens, 0)
+        checks.check_bool("mbtf", mbtf)
         if not mbtf and num_blocks != 1:
             raise ValueError(f"num_blocks: expected 1 with mbtf=False, got {num_blocks}")
         for name, width in (("mbtf_hidden_dim", mbtf_hidden_dim), ("stf_hidden_dim", stf_hidden_dim)):

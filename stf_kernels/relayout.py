@@ -17,7 +17,8 @@ def _windows(weight: Tensor, merge_size: int) -> int:
         raise TypeError(f"weight: expected a tensor [N, r*r*C], got {type(weight).__name__}")
     if weight.ndim != 2 or weight.shape[1] % window:
         raise ValueError(
-            f"weight: expected [N, r*r*C] with r*r = {window} dividing the second axis, got {tuple(weight.shape)}"
+            f"weight: expected [N, r*r*C] with r*r = {window} (merge_size={merge_size}) dividing the second axis, "
+            f"got {tuple(weight.shape)}"
         )
     return window
 

@@ -45,6 +45,14 @@ def test_interpreted_kernels_are_refused():
     assert "TRITON_INTERPRET" in done.stderr
 
 
+def test_without_triton_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(aot, "has_triton", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        aot.main(["--defaults"])
+    assert stopped.value.code == 2
+    assert "pip install triton" in capsys.readouterr().err
+
+
 def test_unknown_target_is_refused():
     done = run_aot("--target", "sm_75")
     assert done.returncode == 2

@@ -186,6 +186,13 @@ def test_refusals(build, changes, options, message):
         li.from_llava(build.stock(**changes), **options)
 
 
+@pytest.mark.parametrize("options", [{"copy": "no"}, {"truncate": 1}, {"mbtf_hidden_size": "64"}, {"merge_size": 2.0}])
+def test_options_of_another_type(stock, options):
+    [(name, value)] = options.items()
+    with pytest.raises(TypeError, match=f"{name}: expected .* got {value!r}"):
+        li.from_llava(stock, **options)
+
+
 def test_wrong_models_are_refused(build, stock, stf):
     for wrong in (stf, stock.model, None):
         with pytest.raises(TypeError, match="model: expected a stock transformers LlavaForConditionalGeneration, got"):

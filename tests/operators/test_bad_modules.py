@@ -26,6 +26,13 @@ CONSTRUCTORS = [
     ("CompactTokenProjector", (2, 8, 5), {"stf_hidden_dim": 0}, ValueError, r"stf_hidden_dim.*0"),
     ("CompactTokenProjector", (2, 8, 5), {"mbtf_hidden_dim": "2"}, TypeError, r"mbtf_hidden_dim.*int.*'2'"),
     ("CompactTokenProjector", (2, 8, 0), {}, ValueError, r"out_dim.*0"),
+    ("CompactTokenProjector", (1, 8, 5), {"mbtf": "no"}, TypeError, r"mbtf.*True or False.*'no'"),
+    ("CompactTokenProjector", (2, 8, 5), {"truncate": "False"}, TypeError, r"truncate.*'False'"),
+    ("SpatialTokenFusion", (8, 5), {"truncate": None}, TypeError, r"truncate.*None"),
+    ("MultiBlockTokenFusion", (2, 8), {"bias": 1}, TypeError, r"bias.*True or False.*1"),
+    ("MultiBlockTokenFusion", (2, 8), {"dtype": torch.int64}, TypeError, r"dtype.*bfloat16.*int64"),
+    ("MultiBlockTokenFusion", (2, 8), {"dtype": torch.float8_e4m3fn}, TypeError, r"dtype.*float8"),
+    ("MultiBlockTokenFusion", (2, 8), {"dtype": "bfloat16"}, TypeError, r"dtype.*'bfloat16'"),
 ]
 
 

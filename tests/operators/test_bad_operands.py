@@ -98,6 +98,8 @@ MERGE = {
     "zero side": (lambda: {"grid": (0, 6), "x": X[:, :0]}, ValueError, r"grid H.*at least 1.*0"),
     "below zero": (lambda: {"grid": (-4, -6)}, ValueError, r"grid H.*at least 1.*-4"),
     "text": (lambda: {"grid": "46"}, TypeError, r"grid.*\(H, W\).*'46'"),
+    "no grid": (lambda: {"grid": None}, TypeError, r"grid.*\(H, W\).*None"),
+    "truncate a word": (lambda: {"truncate": "False"}, TypeError, r"truncate.*True or False.*'False'"),
     "merge size zero": (lambda: {"merge_size": 0}, ValueError, r"merge_size.*1.*0"),
     "merge size a float": (lambda: {"merge_size": 2.0}, TypeError, r"merge_size.*int.*2\.0"),
     "merge size too large": (lambda: {"merge_size": 17}, ValueError, r"merge_size.*16.*17"),

@@ -54,6 +54,8 @@ def test_relayout_round_trip(merge_size, dtype):
     # by hand: column c*r*r + w goes to w*C + c
     expected = torch.stack([weight[:, c * merge_size**2 + w] for w in range(merge_size**2) for c in range(5)], 1)
     assert torch.equal(patch, expected)
+    assert torch.equal(patch, reference.channel_to_patch_major(weight, merge_size))
+    assert torch.equal(weight, reference.patch_to_channel_major(patch, merge_size))
 
 
 def test_relayout_keeps_the_gradient_and_takes_a_strided_weight():
