@@ -150,7 +150,7 @@ def run(
     wanted = points(args)
     modes = args.modes or (["eager", "graph", *(["compile"] if args.full else [])] if gpu else ["eager"])
     decode = args.decode or (8 if args.full else 0)
-    fewest, most = (args.rounds, args.rounds) if args.rounds else (2, 20 if gpu else 8)
+    fewest, most = (args.rounds, args.rounds) if args.rounds else (2, 20 if gpu else 6)
     # On a CPU torch.compile builds C++ for every layer of tower and language model: a minute a row, even of a toy.
     patience = 420.0 if gpu else 600.0 if "compile" in modes else 300.0 if args.full else 100.0
     until = began + (args.budget or patience)
