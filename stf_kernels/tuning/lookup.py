@@ -160,7 +160,8 @@ def _choose(slug: str, arch: str, stage: str, dtype: torch.dtype, m: int, n: int
     # Beyond the table: split K's workspace would grow with M, gigabytes for what a table of one image says.
     if choices and not (choices[-1][1] is not None and choices[-1][1].is_for_few_rows):
         return choices[-1][1]
-    return None if stage in WGRAD_STAGES else default_config(arch, dtype.itemsize, m, n)
+    # Of any stage's weight gradient, also of one that no table can name: a cropped linear layer's.
+    return None if stage.endswith("_wgrad") else default_config(arch, dtype.itemsize, m, n)
 
 
 def choose(

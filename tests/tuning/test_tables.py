@@ -85,15 +85,16 @@ def test_cublas_is_named_by_the_table_unless_triton_was_asked_for(device):
     assert choose(576, may_decline=False) == default_config("sm_90", 2, 576, 4096)
 
 
-def choose_wgrad(**options) -> GemmConfig | None:
-    return tuning.choose_wgrad(CUDA, "concat", torch.bfloat16, 1152, 4096, 8192, **options)
+def choose_wgrad(stage: str = "concat", **options) -> GemmConfig | None:
+    return tuning.choose_wgrad(CUDA, stage, torch.bfloat16, 1152, 4096, 8192, **options)
 
 
 def test_a_weight_gradient_is_the_librarys_until_a_table_names_the_kernel(device):
     """The kernel has run on no hardware: a silent table must not make it anyone's default."""
     device.write_text(table(entry()))
-    assert choose_wgrad() is None
-    assert choose_wgrad(may_decline=False) == wgrad_tiles("sm_90", 2)[0]
+    for stage in ("concat", "merge", "linear", "linear_merge"):
+        assert choose_wgrad(stage) is None
+        assert choose_wgrad(stage, may_decline=False) == wgrad_tiles("sm_90", 2)[0]
     device.write_text(table(entry(stage="concat_wgrad")))
     lookup._table.cache_clear()
     lookup._choose.cache_clear()
