@@ -43,8 +43,8 @@ _TABLES = Path(__file__).with_name("tables")
 _TOP = {"version", "device", "arch", "commit", "torch", "triton", "entries"}
 _ENTRY = {"stage", "dtype", "n", "k", "m_max", "provider", "config", "us", "rival", "rival_us"}
 
-# (slug, itemsize, configuration) that did not run in this process.
-_too_large: set[tuple[str, int, GemmConfig | None]] = set()
+# (slug, itemsize, of a weight gradient, configuration) that did not run in this process: the two kernels share tiles.
+_too_large: set[tuple[str, int, bool, GemmConfig | None]] = set()
 INTERPRETER_CONFIG = GemmConfig(block_m=32, block_n=32, block_k=32, group_m=2)
 
 # (stage, dtype, n, k) -> (m_max, configuration) in ascending order; None is cuBLAS.
@@ -190,7 +190,7 @@ def choose(
     too_large_to_train = config is not None and save_pre
     if not_to_decline or too_large_to_train:
         config = default_config(arch, dtype.itemsize, m, n, save_pre=save_pre)
-    return smallest(dtype.itemsize) if (slug, dtype.itemsize, config) in _too_large else config
+    return smallest(dtype.itemsize) if (slug, dtype.itemsize, False, config) in _too_large else config
 
 
 def choose_wgrad(
@@ -206,7 +206,7 @@ def choose_wgrad(
     config = _choose(slug, arch, f"{stage}_wgrad", dtype, m, n, k)
     if config is None and not may_decline:
         config = default_wgrad_config(arch, dtype.itemsize, n, k)
-    return None if (slug, dtype.itemsize, config) in _too_large else config
+    return None if (slug, dtype.itemsize, True, config) in _too_large else config
 
 
 def reject(
@@ -214,12 +214,13 @@ def reject(
 ) -> None:
     """Remember that a configuration does not run on a device, and warn, once for each.
 
-    `choose` then gives the smallest one, `choose_wgrad` the library GEMM; wgrad: the warning names that.
+    `choose` then gives the smallest one or, if wgrad, `choose_wgrad` the library GEMM.
     """
     slug, arch = device_identity(torch.cuda.current_device() if device.index is None else device.index)
-    if (slug, dtype.itemsize, config) in _too_large:
+    rejected = slug, dtype.itemsize, wgrad, config
+    if rejected in _too_large:
         return
-    _too_large.add((slug, dtype.itemsize, config))
+    _too_large.add(rejected)
     instead = "the library GEMM" if wgrad else smallest(dtype.itemsize)
     warnings.warn(
         f"stf_kernels: {config} does not run on {slug} ({arch}): {reason}. {instead} serves instead; "

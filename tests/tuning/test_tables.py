@@ -102,6 +102,7 @@ def test_a_weight_gradient_is_the_librarys_until_a_table_names_the_kernel(device
     with pytest.warns(UserWarning, match="does not run.*too large. the library GEMM serves instead"):
         tuning.reject(CUDA, torch.bfloat16, CONFIG, "too large", wgrad=True)
     assert choose_wgrad() is None
+    assert choose(1152) == CONFIG, "the forward's kernel of the same tile is another one"
 
 
 @pytest.mark.parametrize(
