@@ -46,7 +46,7 @@ def _configuration(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], st
 def has_one_row_stride(block: Tensor) -> bool:
     """Whether [B, T, C] is [B*T, C] without a copy."""
     batch, tokens = block.shape[:2]
-    return batch <= 1 or tokens == 0 or block.stride(0) == tokens * block.stride(1)
+    return batch <= 1 or tokens <= 1 or block.stride(0) == tokens * block.stride(1)
 
 
 def by_library(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], stage: Stage) -> Tensor:

@@ -85,6 +85,13 @@ def test_nothing_to_sum_is_zero():
         assert torch.equal(dw, torch.zeros(7, 4))
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (2, 3), (3, 0)], ids=str)
+def test_one_row_stride_is_what_flattens_without_a_copy(shape):
+    memory = torch.randn(4, 5, 8)
+    for block in (memory[: shape[0], 1 : 1 + shape[1]], torch.randn(*shape, 8), torch.randn(1, 1, 8).expand(*shape, 8)):
+        assert weight_grad.has_one_row_stride(block) == (block.flatten(0, 1).data_ptr() == block.data_ptr())
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """Shapes of the gradients that the kernel was launched for."""
