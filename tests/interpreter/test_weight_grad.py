@@ -3,6 +3,8 @@
 Sizes stand around the tiles: rows of an image that end inside a step, features and channels inside a tile.
 """
 
+import mmap
+
 import pytest
 import torch
 from support.rule import assert_within_rule
@@ -77,6 +79,31 @@ def test_strides_of_every_kind(config):
     blocks[3] = blocks[3][:1].expand(2, -1, -1)
     for g in (torch.randn(33, 18).t(), torch.randn(1, 33).expand(18, 33), torch.randn(18, 50)[:, 7:40]):
         check(blocks, 33, Stage(), config, torch.float32, joined, g)
+
+
+@pytest.fixture(scope="module")
+def far_apart():
+    """strided(shape, strides): fp16 with 2^31 elements before and behind it, and only what is written takes memory."""
+    size = 2**31
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.11 has no name for it
+    memory = mmap.mmap(-1, 2 * (2 * size + 2**10), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    whole = torch.frombuffer(memory, dtype=torch.float16)
+
+    def strided(shape, strides):
+        return whole.as_strided(shape, strides, size).copy_(torch.randn(shape))
+
+    return strided
+
+
+@pytest.mark.parametrize("operand", ["images", "tokens", "gradient"])
+def test_rows_beyond_what_32_bits_count(far_apart, operand):
+    """Row 2 is 2^31 elements away; an offset of 32 bits would find the zeros that far in front."""
+    shape, strides = {"images": ((3, 1, 20), (2**30, 20, 1)), "tokens": ((1, 3, 20), (60, 2**30, 1))}.get(
+        operand, ((1, 3, 20), (60, 20, 1))
+    )
+    block = torch.randn(shape) if operand == "gradient" else far_apart(shape, strides)
+    g = far_apart((3, 17), (2**30, 1)) if operand == "gradient" else None
+    check([block], 17, Stage(), CONFIGS[0], torch.float16, joined, g)
 
 
 def test_nothing_to_sum_is_zero():
