@@ -71,7 +71,7 @@ def _of_training(ours: dict[str, Any], rivals: list[dict[str, Any]], full_size: 
     words = [f"{ours['us']:.1f} us, {ratio:.2f}x over eager"]
     if batch in TRAINING:
         words.append(f"1.00x {_said(ratio >= 1)}, goal {TRAINING_GOAL}x {_said(ratio >= TRAINING_GOAL)}")
-    if full_size and batch >= MEMORY_FROM:
+    if full_size and batch >= MEMORY_FROM and eager["peak_mb"] and ours["peak_mb"]:
         saved, avoided = eager["peak_mb"] - ours["peak_mb"], avoided_mb(batch)
         words.append(
             f"peak {ours['peak_mb']:.0f} MB, eager {eager['peak_mb']:.0f}, less by {saved:.0f}; "

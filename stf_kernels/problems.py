@@ -35,6 +35,11 @@ class Problem:
         """(rows, columns) of the result for m rows of A, and the length of the sums."""
         return (self.n, self.k, m) if self.wgrad else (m, self.n, self.k)
 
+    def has_choice(self, batch: int) -> bool:
+        """Whether a kernel is asked at all: not for the weight gradient of one image's plain rows, which the library
+        takes without a copy (ops/weight_grad.py)."""
+        return not self.wgrad or self.stage.gather > 1 or batch > 1
+
     @property
     def source_tokens(self) -> int:
         """Tokens per image of the operand that is read."""

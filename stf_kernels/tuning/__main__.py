@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     for dtype in options.dtype:
         for name in options.problem:
             problem = PROBLEMS[name]
-            for batch in sorted(options.batch):
+            for batch in filter(problem.has_choice, sorted(options.batch)):
                 began = time.monotonic()
                 key = Key(name, dtype, batch * problem.tokens)
                 bench = ProblemBench(problem, getattr(torch, dtype), batch)

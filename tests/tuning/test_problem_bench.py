@@ -50,6 +50,7 @@ def test_a_weight_gradient_is_measured_against_the_library(name, monkeypatch):
     torch.testing.assert_close(found, bench._g.t() @ torch.cat(rows, -1), rtol=2e-2, atol=2e-1)
     assert not any(map(problem_bench.weight_grad.has_one_row_stride, bench._blocks))
     assert asked == []
+    assert PROBLEMS[name].has_choice(2)
     bench._run(FAST)
     assert asked[0][-1] == FAST
 
@@ -68,3 +69,14 @@ def test_a_tile_that_the_compiler_refuses_is_one_that_does_not_run(monkeypatch, 
     message = "an illegal memory access was encountered"
     with pytest.raises(RuntimeError, match="illegal memory"):
         bench.microseconds(FAST)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_choice_is_measured_where_there_is_one(name, batch, monkeypatch):
+    """One image's rows have one stride: no entry of a table for the weight gradient would ever be asked for."""
+    on_the_cpu(monkeypatch)
+    problem = PROBLEMS[name]
+    bench = ProblemBench(replace(problem, c=16, n=24), torch.bfloat16, batch)
+    copied = problem.stage.gather > 1 or not all(map(problem_bench.weight_grad.has_one_row_stride, bench._blocks))
+    assert problem.has_choice(batch) == (not problem.wgrad or copied)
