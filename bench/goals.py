@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .memory import MB
 from .problems import LLAVA
 
 DEVICE = "H200"
@@ -72,18 +73,12 @@ def _of_training(ours: dict[str, Any], rivals: list[dict[str, Any]], full_size: 
     if batch in TRAINING:
         words.append(f"1.00x {_said(ratio >= 1)}, goal {TRAINING_GOAL}x {_said(ratio >= TRAINING_GOAL)}")
     if full_size and batch >= MEMORY_FROM and eager["peak_mb"] and ours["peak_mb"]:
-        saved, avoided = eager["peak_mb"] - ours["peak_mb"], avoided_mb(batch)
+        saved, avoided = eager["peak_mb"] - ours["peak_mb"], LLAVA.copied_bytes(batch, 2) / MB
         words.append(
             f"peak {ours['peak_mb']:.0f} MB, eager {eager['peak_mb']:.0f}, less by {saved:.0f}; "
             f"concatenation and unfold, {avoided:.0f} MB, {_said(saved >= avoided)}"
         )
     return [f"chain, forward + backward, batch {batch}: " + "; ".join(words)]
-
-
-def avoided_mb(batch: int) -> float:
-    """The concatenation of the blocks and the unfolded copy of v, 16 bit, in MB of 2^20 bytes."""
-    tokens = LLAVA.grid**2
-    return 2 * batch * tokens * (LLAVA.blocks * LLAVA.dim + LLAVA.dim) / 2**20
 
 
 def _said(reached: bool) -> str:

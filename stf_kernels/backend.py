@@ -17,14 +17,15 @@ from contextlib import contextmanager
 
 import torch
 
+from .checks import check_choice
+
 BACKENDS = ("auto", "triton", "torch")
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _state = threading.local()
 
 
 def _validated(name: object, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: expected one of {list(BACKENDS)}, got {name!r}")
+    check_choice(source, name, BACKENDS)
     return name
 
 

@@ -6,7 +6,7 @@ turns it on, 0 off, for NVIDIA GPUs from sm_90 on.
 
 import torch
 
-from ..tuning import launches_by_default
+from ..tuning import gpu_index, launches_by_default
 from .descriptors import is_hopper_or_later
 
 
@@ -14,7 +14,4 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
     """Compiler options of a launch on `device`: {"launch_pdl": True} or none."""
     if device.type != "cuda" or not is_hopper_or_later(device):
         return {}
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if launches_by_default("pdl", index):
-        return {"launch_pdl": True}
-    return {}
+    return {"launch_pdl": True} if launches_by_default("pdl", gpu_index(device)) else {}

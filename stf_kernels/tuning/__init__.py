@@ -11,7 +11,7 @@ __main__.py    the offline search: candidates.py what is worth measuring, proble
 from .config import GemmConfig
 from .heuristic import SHARED_MEMORY_LIMIT, default_config, smallest
 from .launches import is_default as launches_by_default
-from .lookup import choose, choose_wgrad, reject
+from .lookup import choose, choose_wgrad, gpu_index, reject
 
 __all__ = [
     "SHARED_MEMORY_LIMIT",
@@ -19,6 +19,7 @@ __all__ = [
     "choose",
     "choose_wgrad",
     "default_config",
+    "gpu_index",
     "launches_by_default",
     "reject",
     "smallest",

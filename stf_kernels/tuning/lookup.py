@@ -127,6 +127,11 @@ def _config(where: str, entry: dict, arch: str) -> GemmConfig | None:
     return config
 
 
+def gpu_index(device: torch.device) -> int:
+    """Of a GPU; "cuda" without an index is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 @functools.cache
 def device_identity(index: int) -> tuple[str, str]:
     """(slug, architecture) of a GPU: ("nvidia-h200", "sm_90")."""
@@ -182,8 +187,7 @@ def choose(
     """
     if device.type == "cpu":
         return INTERPRETER_CONFIG
-    index = torch.cuda.current_device() if device.index is None else device.index
-    slug, arch = device_identity(index)
+    slug, arch = device_identity(gpu_index(device))
     config = _choose(slug, arch, stage, dtype, m, n, k)
     # Tables are measured without the pre-activation's store, which wants smaller tiles.
     not_to_decline = config is None and not may_decline
@@ -202,7 +206,7 @@ def choose_wgrad(
     """
     if device.type == "cpu":
         return INTERPRETER_CONFIG
-    slug, arch = device_identity(torch.cuda.current_device() if device.index is None else device.index)
+    slug, arch = device_identity(gpu_index(device))
     config = _choose(slug, arch, f"{stage}_wgrad", dtype, m, n, k)
     if config is None and not may_decline:
         config = default_wgrad_config(arch, dtype.itemsize, n, k)
@@ -216,7 +220,7 @@ def reject(
 
     `choose` then gives the smallest one or, if wgrad, `choose_wgrad` the library GEMM.
     """
-    slug, arch = device_identity(torch.cuda.current_device() if device.index is None else device.index)
+    slug, arch = device_identity(gpu_index(device))
     rejected = slug, dtype.itemsize, wgrad, config
     if rejected in _too_large:
         return
