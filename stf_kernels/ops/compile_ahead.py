@@ -4,9 +4,8 @@
         for config in configs:
             launch_stage(blocks, weight, bias, stage, config)     # returns at once; its result is memory never written
 
-Compiling takes a second or more, nearly all of it outside Python's lock; measuring takes a tenth. Within the block
-every launch hands its kernel to a pool of threads instead; at its end all are compiled, and a launch finds them where
-the JIT keeps them. What does not compile says so at its own launch.
+A kernel takes the compiler a second or more, most of it outside Python's lock. Within the block every launch hands its
+kernel to a pool of threads instead; at its end all are compiled, and a launch finds them where the JIT keeps them. What does not compile says so at its own launch.
 """
 
 import os
