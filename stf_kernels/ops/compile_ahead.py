@@ -5,7 +5,8 @@
             launch_stage(blocks, weight, bias, stage, config)     # returns at once; its result is memory never written
 
 A kernel takes the compiler a second or more, most of it outside Python's lock. Within the block every launch hands its
-kernel to a pool of threads instead; at its end all are compiled, and a launch finds them where the JIT keeps them. What does not compile says so at its own launch.
+kernel to a pool of threads instead; at its end all are compiled, and a launch finds them where the JIT keeps them.
+What does not compile says so at its own launch.
 """
 
 import os

@@ -1,7 +1,8 @@
 """The time of one way to compute a problem on the GPU at hand.
 
-All configurations of a problem are compiled first, on all cores at once (ops/compile_ahead.py). A measurement is a median over repetitions, each on a cold cache and replayed from a CUDA
-graph, so that the host's launch time counts for nobody (timing.py).
+All configurations of a problem are compiled first, on all cores at once (ops/compile_ahead.py). A measurement is a
+median over repetitions, each on a cold cache and replayed from a CUDA graph, so that the host's launch time counts for
+nobody (timing.py).
 """
 
 import contextlib
