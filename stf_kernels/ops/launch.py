@@ -245,9 +245,9 @@ def _tma(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
 def _swap_ab(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     from ..kernels.swap_ab import _linear_swap_ab_fwd_kernel
 
-    (x, *_), weight, bias, y, pre, rows = tensors
-    layout = tma.layout_of([x], weight, stage, config)
-    c = x.shape[-1]
+    blocks, weight, bias, y, pre, rows = tensors
+    layout = tma.layout_of(blocks, weight, stage, config)
+    x, c = blocks[0], blocks[0].shape[-1]
     sizes = _sizes(x, weight, y, stage)
     grid = _grid(config, sizes[0], sizes[1])
     operands = (
