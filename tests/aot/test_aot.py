@@ -129,12 +129,16 @@ def test_whatever_is_wrong_with_the_code_goes_red():
     assert violations(replace(CONCAT, aligned=False), replace(fine, spilled=8)) == [], "unaligned code need only fit"
 
 
-def test_spills_and_shared_memory_are_read_from_the_compiler():
-    """A 128x128 tile of two warps does not fit the register file; the compiler is content with the other."""
-    _, [found], _ = examine(replace(CONCAT, arch="sm_80", config=GemmConfig(128, 128, 32, num_warps=2, num_stages=2)))
-    assert "spilled" in found
-    _, [found], _ = examine(replace(CONCAT, arch="sm_89", config=GemmConfig(128, 256, 64, num_warps=8, num_stages=4)))
-    assert re.search("shared memory.*101376", found)
+@pytest.mark.parametrize(
+    ("arch", "config", "wrong"),
+    [
+        ("sm_80", GemmConfig(128, 128, 32, num_warps=2, num_stages=2), "spilled"),  # more than the register file holds
+        ("sm_89", GemmConfig(128, 256, 64, num_warps=8, num_stages=4), "shared memory.*101376"),
+    ],
+)
+def test_spills_and_shared_memory_are_read_from_the_compiler(arch, config, wrong):
+    _, [found], _ = examine(Case(arch, "linear_scatter", "bfloat16", config))
+    assert re.search(wrong, found)
 
 
 def test_plain_fp32_has_no_tensor_core():

@@ -9,8 +9,11 @@ def gemm_with_traps(
     x_ptrs, w_ptr, y_ptr, K, x_stride, w_stride, y_stride,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRAP: tl.constexpr,
 ):  # fmt: skip
-    """y = concat(x, -1) @ w^T. "remainder": a bare `k % C` hides the alignment of the loads; "pointer": a choice between
-    pointers in the loop, where their distance, which a register holds, would do."""
+    """y = concat(x, -1) @ w^T.
+
+    remainder  a bare `k % C` hides the alignment of the loads
+    pointer    a choice among pointers in the loop, where their distances would stay in registers
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
