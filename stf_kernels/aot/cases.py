@@ -147,6 +147,7 @@ def kernel_arguments(case: Case) -> dict[str, object]:
         **launch.epilogue_constants(
             p.stage, dtype, config, has_bias=True, save_pre=p.save_pre, index_rows=p.index_rows
         ),
+        "FAST_ACTIVATION": (1 if case.arch.startswith("gfx") else 2) if dtype.itemsize == 2 else 0,
         "INPUT_PRECISION": "tf32" if case.tf32 else "ieee",
         "NUM_BLOCKS": p.num_blocks,
         "C": p.c,

@@ -12,7 +12,8 @@ A library GEMM needs one stride for all rows: it has every cropped block copied 
 import triton
 import triton.language as tl
 
-from .segmented_linear import INTERPRETED, pick, tile_of_program
+from .activations import INTERPRETED
+from .segmented_linear import pick, tile_of_program
 
 
 @triton.jit(do_not_specialize=["images"])
