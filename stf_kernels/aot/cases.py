@@ -143,6 +143,7 @@ def kernel_arguments(case: Case) -> dict[str, object]:
         "dw_ptr": pointer,
         "g_stride": p.n,
         "dw_stride": p.k,
+        "GRID_W": p.stage.grid[1] if p.stage.merge_in > 1 else 0,
         "WHOLE_STEPS": p.tokens % config.block_k == 0,
         **launch.epilogue_constants(
             p.stage, dtype, config, has_bias=True, save_pre=p.save_pre, index_rows=p.index_rows
