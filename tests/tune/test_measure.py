@@ -9,7 +9,7 @@ from stf_kernels.configs import GemmConfig
 from stf_kernels.ops import tma
 from stf_kernels.ops.weight_grad import has_one_row_stride
 from stf_kernels.tune import measure
-from stf_kernels.tune.candidates import candidates, forms_for
+from stf_kernels.tune.candidates import candidates
 from stf_kernels.tune.measure import ProblemBench
 from stf_kernels.tune.problems import PROBLEMS
 
@@ -34,11 +34,7 @@ def test_every_candidate_can_be_measured(bench_of, name, batch, monkeypatch):
     problem = PROBLEMS[name]
     bench = bench_of(name, batch, c=128)
     monkeypatch.setattr(tma, "is_hopper_or_later", lambda device: True)
-    forms = forms_for(problem, "sm_90", 2)
-    found = candidates(
-        batch * problem.tokens, problem.n, problem.k, 2, forms=forms, shared_limit=232_448, multiprocessors=132
-    )
-    for config in found[:24]:
+    for config in candidates(problem, batch * problem.tokens, 2, "sm_90", 132)[:24]:
         if config.form != "pointer":
             tma.layout_of(bench._blocks, bench._weight, problem.stage, config)  # or Refused
 
