@@ -33,6 +33,7 @@ def build(folder: Path) -> dict[str, str]:
 
 class Launch(NamedTuple):
     kernel: str
+    function: int  # one specialisation of that kernel
     stream: int
     grid: tuple[int, int, int]
     threads: int
@@ -59,7 +60,7 @@ class Recorder:
             at += _HEADER.size
             ids = [i for i in range(32) if attributes >> i & 1]
             parameters = self._log[at : at + size].hex()
-            found.append(Launch(self._names[function], stream, tuple(grid), threads, shared, ids, parameters))
+            found.append(Launch(self._names[function], function, stream, tuple(grid), threads, shared, ids, parameters))
             at += size
         return found
 

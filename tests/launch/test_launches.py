@@ -1,5 +1,5 @@
-"""If these fail, a launch past Triton's JIT tells the GPU something else than the JIT would, a wrong launch is repeated,
-or what the GPU does not take ends a call.
+"""If these fail, a launch past Triton's JIT tells the GPU something else than the JIT would, a call repeats the launch
+of another one, or what the GPU does not take ends a call.
 
 Triton's own JIT and launcher run on a driver that only records (recording.py): in processes of their own, because a
 process has one libcuda.

@@ -28,8 +28,8 @@ def tower(count: int, batch: int, tokens: int, c: int, dtype: torch.dtype = torc
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:
-    """The same shape, one element off a 16-byte boundary."""
-    return torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    """The same shape and strides, one element off a 16-byte boundary."""
+    return torch.zeros(x.stride(0) * x.shape[0] + 1, dtype=x.dtype)[1:].as_strided(x.shape, x.stride())
 
 
 def calls():
@@ -54,7 +54,7 @@ def calls():
     yield stage("another batch", blocks=tower(8, 3, 576, 256))
     yield stage("other tokens", blocks=tower(8, 2, 575, 256))
     yield stage("unlike strides", blocks=[*blocks[:7], tower(1, 2, 580, 256)[0][:, :576]])
-    yield stage("an unaligned block", blocks=[*blocks[:7], shifted(x)])
+    yield stage("an unaligned block", blocks=[*blocks[:7], shifted(blocks[7])])
     yield stage("an unaligned weight", weight=shifted(weight))
     yield stage("an unaligned bias", bias=shifted(bias))
     yield stage("rows of the weight apart", weight=torch.zeros(512, 2056, dtype=bf16)[:, :2048])
@@ -83,16 +83,16 @@ def calls():
 
 
 def repeated() -> dict:
-    """Of every call: what the driver saw where nothing was ready, then twice more; and how often arguments were bound."""
+    """Of every call: what the driver saw where nothing was ready, then twice more; how often arguments were bound."""
     bound, memory, streams = [], {}, itertools.count(0x70)
     for form, arguments in launch.ARGUMENTS.items():
         launch.ARGUMENTS[form] = lambda *a, _original=arguments: bound.append(1) or _original(*a)
-    for name in ("empty", "zeros"):  # results have the same memory in each turn, or their addresses would differ
+    for allocate in (torch.empty, torch.zeros):  # the same memory in each turn, or addresses of results would differ
 
-        def same(*a, _original=getattr(torch, name), _name=name, **k):
-            return memory.setdefault((next(allocation), _name, str(a), str(k)), _original(*a, **k))
+        def same(*a, _allocate=allocate, **k):
+            return memory.setdefault((next(allocation), str(a), str(k)), _allocate(*a, **k))
 
-        setattr(torch, name, same)
+        setattr(torch, allocate.__name__, same)
 
     def seen(call) -> dict:
         nonlocal allocation
