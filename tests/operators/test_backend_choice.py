@@ -7,6 +7,7 @@ import torch
 from support.processes import python
 
 import stf_kernels
+from stf_kernels import backend
 from stf_kernels.backend import current_backend
 
 BLOCKS, WEIGHT = [torch.randn(1, 2, 4)] * 2, torch.randn(3, 8)
@@ -104,10 +105,23 @@ with stf_kernels.use_backend("torch"):
 """
 
 
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets the variable as if it had been there before the first call."""
+
+    def set_to(value):
+        backend._default_backend.cache_clear()
+        if value is not None:
+            monkeypatch.setenv("STF_KERNELS_BACKEND", value)
+
+    yield set_to
+    monkeypatch.undo()
+    backend._default_backend.cache_clear()
+
+
 @pytest.mark.parametrize("value", [None, "", "auto", "torch", "triton"])
-def test_environment(value, monkeypatch):
-    if value is not None:
-        monkeypatch.setenv("STF_KERNELS_BACKEND", value)
+def test_environment(value, environment):
+    environment(value)
     assert current_backend() == (value or "auto")
     with stf_kernels.use_backend("torch"):
         assert current_backend() == "torch"  # the block wins
@@ -119,8 +133,8 @@ def test_environment(value, monkeypatch):
         call()
 
 
-def test_an_unknown_name_in_the_environment(monkeypatch):
-    monkeypatch.setenv("STF_KERNELS_BACKEND", "fast")
+def test_an_unknown_name_in_the_environment(environment):
+    environment("fast")
     with pytest.raises(ValueError, match=r"STF_KERNELS_BACKEND.*auto.*triton.*torch.*'fast'"):
         call()
 

@@ -53,12 +53,12 @@ def test_spatial_merge_linear(
 @given(
     count=st.integers(1, 6), dim=st.integers(1, 12), out_dim=st.integers(1, 20), merge_size=st.integers(1, 4),
     height=st.integers(1, 8), width=st.integers(1, 8), batch=st.integers(0, 3), skip=st.integers(0, 2),
-    bias=st.booleans(), activation=ACTIVATION, order=st.sampled_from(["patch_major", "channel_major"]), dtype=WIDE,
+    bias=st.booleans(), activation=ACTIVATION, dtype=WIDE,
 )  # fmt: skip
-def test_projector(count, dim, out_dim, merge_size, height, width, batch, skip, bias, activation, order, dtype):
+def test_projector(count, dim, out_dim, merge_size, height, width, batch, skip, bias, activation, dtype):
     modules = twins(
         stf_kernels.CompactTokenProjector, reference.CompactTokenProjector, count, dim, out_dim,
-        merge_size=merge_size, skip_tokens=skip, bias=bias, activation=activation, feature_order=order,
+        merge_size=merge_size, skip_tokens=skip, bias=bias, activation=activation,
         mbtf_hidden_dim=2 * dim, stf_hidden_dim=24, truncate=True, dtype=dtype,
     )  # fmt: skip
     blocks = [torch.randn(batch, skip + height * width, dim) for _ in range(count)]

@@ -80,14 +80,3 @@ def test_relayout_keeps_the_gradient_and_takes_a_strided_weight():
 def test_relayout_refuses(name, weight, merge_size, match):
     with pytest.raises((ValueError, TypeError), match=match):
         getattr(stf_kernels, name)(weight, merge_size)
-
-
-def test_relaid_out_weights_give_the_same_module_output():
-    options = {"merge_size": 2, "hidden_dim": 24, "dtype": torch.float64}
-    channel = stf_kernels.SpatialTokenFusion(6, 10, feature_order="channel_major", **options)
-    patch = stf_kernels.SpatialTokenFusion(6, 10, **options)
-    state = channel.state_dict()
-    state["linear_1.weight"] = stf_kernels.channel_to_patch_major(state["linear_1.weight"], 2)
-    patch.load_state_dict(state)
-    x = torch.randn(2, 24, 6, dtype=torch.float64)
-    torch.testing.assert_close(channel(x, (4, 6)), patch(x, (4, 6)), rtol=0, atol=0)

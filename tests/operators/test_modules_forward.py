@@ -21,7 +21,7 @@ MERGING = {  # SpatialTokenFusion(dim, out_dim), grid
     "defaults": (8, 24, {}, None),
     "r3-tall": (6, 20, {"merge_size": 3, "hidden_dim": 40}, (6, 3)),
     "truncated": (8, 24, {"truncate": True, "activation": "gelu_tanh"}, (5, 7)),
-    "channel-major": (8, 24, {"feature_order": "channel_major", "bias": False}, (2, 6)),
+    "no-bias": (8, 24, {"bias": False}, (2, 6)),
     "r1": (8, 24, {"merge_size": 1}, None),
 }
 
@@ -30,7 +30,6 @@ PROJECTOR = {  # CompactTokenProjector(num_blocks, dim, out_dim), grid
     "class-token": (4, 8, 20, {"skip_tokens": 1}, (4, 6)),
     "truncated": (2, 8, 20, {"truncate": True, "skip_tokens": 1}, (5, 7)),
     "r3-no-bias": (2, 6, 20, {"merge_size": 3, "bias": False, "activation": "silu"}, (3, 6)),
-    "channel-major": (3, 8, 20, {"feature_order": "channel_major"}, (4, 6)),
     "r1": (3, 8, 20, {"merge_size": 1}, (3, 5)),
     "stf-alone": (1, 8, 20, {"mbtf": False, "skip_tokens": 1}, (4, 4)),
     "widths": (3, 8, 20, {"mbtf_hidden_dim": 11, "stf_hidden_dim": 23}, (4, 4)),
@@ -94,7 +93,7 @@ def test_empty_batch(batch):
     ("name", "args", "options"),
     [
         ("MultiBlockTokenFusion", (3, 8), {"hidden_dim": 5, "out_dim": 7, "bias": False}),
-        ("SpatialTokenFusion", (8, 9), {"merge_size": 3, "feature_order": "channel_major"}),
+        ("SpatialTokenFusion", (8, 9), {"merge_size": 3}),
         ("CompactTokenProjector", (3, 8, 9), {"mbtf_hidden_dim": 12, "stf_hidden_dim": 30}),
         ("CompactTokenProjector", (1, 8, 9), {"mbtf": False}),
     ],
