@@ -76,7 +76,7 @@ def run_stage(
     if out is None:
         y = torch.empty(stage.out_shape(x.shape, n), device=x.device, dtype=store_dtype)
     else:
-        y = out.to(store_dtype)  # `out` itself, but for the interpreter
+        y = out.float() if interpreting() else out  # in a dtype of its own under autocast
     pre = torch.empty((m, n), device=x.device, dtype=store_dtype) if save_pre else None
     tensors = blocks, weight, bias, y, pre, rows
     with on_device(x.device):
@@ -110,7 +110,8 @@ def _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre) -> tu
     tensors = [tensor for tensor in (*blocks, weight, bias, out, rows) if tensor is not None]
     return (
         stage, config, forced, save_pre, x.device, x.dtype, x.shape, weight.shape, weight.stride(0), bias is None,
-        out is None or (out.shape[0], out.stride(0)), input_precision() if x.dtype == torch.float32 else None,
+        out is None or (out.dtype, out.shape[0], out.stride(0)),
+        input_precision() if x.dtype == torch.float32 else None,
         tuple([block.stride() for block in blocks]), tuple([tensor.data_ptr() % 16 for tensor in tensors]),
     )  # fmt: skip
 
