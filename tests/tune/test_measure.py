@@ -33,7 +33,7 @@ def test_every_candidate_can_be_measured(bench_of, name, batch, monkeypatch):
     """On operands that no descriptor names a form would be given up, and never get into a table."""
     problem = PROBLEMS[name]
     bench = bench_of(name, batch, c=128)
-    monkeypatch.setattr(tma, "is_hopper_or_later", lambda device: True)
+    monkeypatch.setattr(tma, "has_tma", lambda device: True)
     forms = forms_for(problem, "sm_90", 2)
     found = candidates(
         batch * problem.tokens, problem.n, problem.k, 2, forms=forms, shared_limit=232_448, multiprocessors=132
