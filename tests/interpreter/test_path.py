@@ -1,5 +1,5 @@
-"""If this fails, the way from a call to its kernel has grown longer, reads the environment, makes a copy, is not that of
-the chosen backend, or repeats an earlier launch whose operands lay otherwise."""
+"""If this fails, the way from a call to its kernel has grown longer, reads the environment, makes a copy or is another
+backend's, or a launch is repeated with operands that lie otherwise."""
 
 import os
 import sys
