@@ -1,6 +1,7 @@
 """A GPU that is not there: what the choice of a configuration asks of one."""
 
 import pytest
+import torch
 
 from stf_kernels.configs import selection, tables
 
@@ -15,7 +16,7 @@ def pretend(monkeypatch):
 
     def pretend(arch: str = "sm_90") -> None:
         forget()
-        monkeypatch.setattr(selection, "gpu_index", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(selection, "device_identity", lambda index: ("test-gpu", arch))
         monkeypatch.setattr(selection, "multiprocessors", lambda index: 132)
         monkeypatch.setattr(selection, "_rejected", set())

@@ -89,7 +89,7 @@ def test_a_weight_gradient_is_the_librarys_until_a_table_names_the_kernel(use):
     """The kernel has run on no hardware: a silent table must not make it anyone's default."""
 
     def choose_wgrad(stage: str = "concat", **options) -> GemmConfig | None:
-        return configs.choose_wgrad(CUDA, stage, torch.bfloat16, 1152, 4096, 8192, **options)
+        return configs.choose(CUDA, f"{stage}_wgrad", torch.bfloat16, 4096, 8192, 1152, **options)
 
     use(table(entry()))
     for stage in ("concat", "merge", "linear", "linear_merge"):
