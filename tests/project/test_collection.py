@@ -2,6 +2,8 @@
 
 from support.processes import ROOT, python
 
+SLOW_FIRST = ("tests/aot/test_aot.py", "tests/tuning/test_candidates.py")
+
 
 def collected(*arguments, **environment):
     result = python("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments, **environment)
@@ -19,3 +21,15 @@ def test_without_the_interpreter():
 def test_with_the_interpreter():
     _, tests = collected("tests/interpreter", TRITON_INTERPRET="1")
     assert sum(test.startswith("tests/interpreter") for test in tests) > 100
+
+
+def test_slow_tests_come_last_and_can_be_left_out():
+    """So that a run shows progress at once. A file in conftest.SLOW that has moved would silently be fast again."""
+    import conftest
+
+    assert all((ROOT / name).exists() for name in conftest.SLOW)
+    assert len(SLOW_FIRST) == 2
+    _, tests = collected(*SLOW_FIRST)
+    assert [test.startswith(SLOW_FIRST[0]) for test in tests] == sorted(test.startswith(SLOW_FIRST[0]) for test in tests)
+    _, quick = collected(*SLOW_FIRST, "-m", "not slow")
+    assert 0 < len(quick) < len(tests)
