@@ -2,8 +2,6 @@
 
 from support.processes import ROOT, python
 
-SLOW_FIRST = ("tests/aot/test_aot.py", "tests/tuning/test_candidates.py")
-
 
 def collected(*arguments, **environment):
     result = python("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments, **environment)
@@ -28,8 +26,10 @@ def test_slow_tests_come_last_and_can_be_left_out():
     import conftest
 
     assert all((ROOT / name).exists() for name in conftest.SLOW)
-    assert len(SLOW_FIRST) == 2
-    _, tests = collected(*SLOW_FIRST)
-    assert [test.startswith(SLOW_FIRST[0]) for test in tests] == sorted(test.startswith(SLOW_FIRST[0]) for test in tests)
-    _, quick = collected(*SLOW_FIRST, "-m", "not slow")
-    assert 0 < len(quick) < len(tests)
+    slow, fast = "tests/project/test_examples.py", "tests/project/test_wheel.py"
+    _, tests = collected(slow, fast)
+    are_slow = [test.startswith(slow) for test in tests]
+    assert are_slow == sorted(are_slow)
+    assert set(are_slow) == {True, False}
+    _, quick = collected(slow, fast, "-m", "not slow")
+    assert quick == [test for test in tests if test.startswith(fast)]

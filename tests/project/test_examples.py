@@ -8,7 +8,7 @@ from support.processes import ROOT, python
 pytest.importorskip("transformers")
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name != "tiny_llava.py")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # What the README leaves to its reader, tiny and random here: a checkpoint, an image, batches.
 CHECKPOINT = """
@@ -53,7 +53,7 @@ def test_the_readme_from_top_to_bottom(tmp_path):
     run(operator + "assert y.shape == (2, 576, 4096)", tmp_path)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if snippets(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.stem)
 def test_a_page(page, tmp_path):
     for code in snippets(page):
         run(code, tmp_path)

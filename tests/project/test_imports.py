@@ -1,6 +1,6 @@
-"""If this fails, a package imports what DESIGN section 6 forbids; then the comparison, or the wheel, proves nothing.
+"""If this fails, a package imports what it must not; then the comparison with the reference, or the wheel, proves nothing.
 
-kernels -> triton;  ops -> kernels, tuning;  functional -> ops;  modules -> functional;  reference -> torch and einops.
+kernels -> triton;  ops -> kernels, configs;  functional -> ops;  modules -> functional;  reference -> torch and einops.
 """
 
 import ast
@@ -11,13 +11,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("stf_kernels", "reference", "llava_integration")
+BACKEND = "stf_kernels.backend"
 
 
 def imports(path: Path, root: Path = ROOT):
     """(line, absolute dotted name) of everything a file imports, relative ones resolved, a `from`'s names included."""
-    package = path.relative_to(root).with_suffix("").parts
-    package = package[:-1]  # of a module and of an __init__ alike
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    return imports_of(ast.parse(path.read_text(encoding="utf-8")), path, root)
+
+
+def imports_of(tree: ast.AST, path: Path, root: Path = ROOT):
+    package = path.relative_to(root).parts[:-1]  # of a module and of an __init__ alike
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -36,9 +40,9 @@ def offending(files, allowed):
     ]
 
 
-def files(folder):
-    found = sorted((ROOT / folder).rglob("*.py"))
-    assert found
+def files(where):
+    found = sorted((ROOT / where).rglob("*.py")) or [ROOT / where]
+    assert found[0].is_file()
     return found
 
 
@@ -48,55 +52,52 @@ def under(*prefixes):
 
 STANDARD = under(*sys.stdlib_module_names)
 
+# What a folder or file may import beside the standard library.
+RULES = {
+    "stf_kernels": ("torch", "triton", "stf_kernels"),
+    "stf_kernels/configs": ("torch", "stf_kernels.configs"),
+    "stf_kernels/ops": ("torch", "triton", "stf_kernels.ops", "stf_kernels.kernels", "stf_kernels.configs", BACKEND),
+    "stf_kernels/functional.py": ("torch", "stf_kernels.ops", "stf_kernels.checks", "stf_kernels.relayout"),
+    "reference": ("torch", "einops", "reference"),
+}
+
+
+@pytest.mark.parametrize("where", RULES)
+def test_imports_point_downwards(where):
+    allowed = under(*RULES[where])
+    assert not offending(files(where), lambda name: STANDARD(name) or allowed(name))
+
 
 def test_kernels_import_triton_and_each_other_only():
-    allowed = under("triton", "stf_kernels.kernels")
-    assert not offending(files("stf_kernels/kernels"), allowed)
+    assert not offending(files("stf_kernels/kernels"), under("triton", "stf_kernels.kernels"))
 
 
-def test_ops_import_kernels_tuning_and_the_backend():
-    mine = under("stf_kernels.ops", "stf_kernels.kernels", "stf_kernels.tuning", "stf_kernels.backend")
-    assert not offending(files("stf_kernels/ops"), lambda n: STANDARD(n) or under("torch", "triton")(n) or mine(n))
+def test_run_time_does_not_import_the_workshop():
+    """What tunes and compiles ahead is run by a developer; an import of the package must not need it."""
+    run_time = [path for path in files("stf_kernels") if path.parent.name not in ("tune", "aot")]
+    assert not offending(run_time, lambda name: not under("stf_kernels.tune", "stf_kernels.aot")(name))
 
 
-def test_tuning_does_not_import_what_the_user_calls():
-    """The search may use the launcher; the look-up, which every call goes through, may not import upwards."""
-    upwards = under("stf_kernels.functional", "stf_kernels.modules")
-    assert not offending(files("stf_kernels/tuning"), lambda n: not upwards(n))
-    lookup = [path for path in files("stf_kernels/tuning") if path.stem in ("config", "heuristic", "lookup")]
-    assert len(lookup) == 3
-    assert not offending(lookup, lambda n: STANDARD(n) or under("torch", "stf_kernels.tuning")(n))
+@pytest.mark.parametrize("package", PACKAGES)
+def test_private_names_stay_in_their_file(package):
+    """A kernel's is its name in Triton's cache and profiles, and its launcher's to import."""
 
+    def allowed(name):
+        private = name.rsplit(".", 1)[-1].startswith("_") and not name.endswith("__")
+        return not private or not under(*PACKAGES)(name) or under("stf_kernels.kernels")(name)
 
-def test_functional_does_not_import_modules():
-    assert not offending([ROOT / "stf_kernels/functional.py"], lambda n: not under("stf_kernels.modules")(n))
-
-
-@pytest.mark.parametrize("path", files("stf_kernels"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_stf_kernels_stands_alone(path):
-    allowed = lambda n: STANDARD(n) or under("torch", "triton", "stf_kernels")(n)  # noqa: E731
-    assert not offending([path], allowed)
+    assert not offending(files(package), allowed)
 
 
 @pytest.mark.parametrize("path", files("stf_kernels"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_triton_is_imported_late(path):
-    """At the top of a file only in kernels/ : the package imports where there is no Triton."""
-    if path.parent.name == "kernels" or path.name in ("aot.py", "codegen.py"):  # `python -m stf_kernels.aot` itself
+    """At the top of a file only in kernels/ and aot/: the package imports where there is no Triton."""
+    if path.parent.name in ("kernels", "aot"):
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body:
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            names = (
-                [node.module or ""]
-                if not node.level
-                else [f".{node.module or ''}"] + [f".{a.name}" for a in node.names]
-            )
-        assert not any(n.split(".")[0] == "triton" or "kernels" in n.strip(".").split(".") for n in names), names
-
-
-def test_reference_imports_torch_and_einops_only():
-    assert not offending(files("reference"), lambda n: STANDARD(n) or under("torch", "einops", "reference")(n))
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    early = [name for _, name in imports_of(tree, path)]
+    assert not [name for name in early if under("triton", "stf_kernels.kernels")(name)]
 
 
 def test_llava_integration_uses_the_public_surface():
