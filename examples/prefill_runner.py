@@ -1,6 +1,7 @@
 """Serve many prompts of one shape: PrefillRunner keeps its buffers and, on a GPU, replays one CUDA graph.
 
-Runs on a CPU in seconds with a tiny random model, where the same code runs without a graph: python examples/prefill_runner.py
+Runs on a CPU in seconds with a tiny random model, where the same code runs without a graph:
+python examples/prefill_runner.py
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""If this fails, a package imports what it must not; then the comparison with the reference, or the wheel, proves nothing.
+"""If this fails, a package imports what it must not: then comparing with the reference, or the wheel, proves nothing.
 
 kernels -> triton;  ops -> kernels, configs;  functional -> ops;  modules -> functional;  reference -> torch and einops.
 """
