@@ -66,7 +66,7 @@ test: $(VENV)/.installed
 
 test-quick: $(VENV)/.installed
 	$(call PYTEST,$(RUN),-m "not slow") tests
-	TRITON_INTERPRET=1 $(call PYTEST,$(RUN),-m "not slow") tests/interpreter
+	TRITON_INTERPRET=1 $(call PYTEST,$(RUN)) tests/interpreter/test_interpreted_functions.py
 
 test-gpu-pins: $(PINS_VENV)/.installed
 	$(call run_tests,$(PINS_VENV)/bin/python)

@@ -14,6 +14,7 @@ version = release = stf_kernels.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
+default_role = "code"  # docstrings mark code with single backticks
 
 html_theme = "furo"
 html_title = f"stf-kernels {release}"
@@ -26,8 +27,8 @@ napoleon_use_rtype = False
 
 
 def _stars_are_stars(app, what, name, obj, options, lines):
-    """Docstrings write M*C and r*r for products; reStructuredText would read emphasis."""
-    lines[:] = [line.replace("*", "\\*") for line in lines]
+    """Docstrings write M*C and r*r for products; reStructuredText would read emphasis. *optional* is transformers'."""
+    lines[:] = [line.replace("*", "\\*").replace("\\*optional\\*", "*optional*") for line in lines]
 
 
 def setup(app):
