@@ -1,125 +1,139 @@
-"""If this fails, a package imports what it must not: then comparing with the reference, or the wheel, proves nothing.
+"""If this fails, a package imports against the order of its layers; then the comparison, or the wheel, proves nothing.
 
 kernels -> triton;  ops -> kernels, configs;  functional -> ops;  modules -> functional;  reference -> torch and einops.
+What a developer runs, tune/ and aot/, stands beside that and is imported by nothing of it.
 """
 
 import ast
+import graphlib
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+import stf_kernels
+
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("stf_kernels", "reference", "llava_integration")
-BACKEND = "stf_kernels.backend"
+
+# The parts of stf_kernels -> those that each may import beside itself.
+MAY_IMPORT = {
+    "kernels": [],
+    "configs": [],
+    "checks": [],
+    "relayout": [],
+    "backend": ["checks"],
+    "linear": ["checks"],
+    "ops": ["kernels", "configs", "backend", "checks"],
+    "functional": ["ops", "checks", "relayout"],
+    "modules": ["functional", "ops", "linear", "checks"],
+    "__init__": ["functional", "modules", "backend", "relayout"],
+    "tune": ["ops", "configs", "backend"],
+    "aot": ["tune", "ops", "configs", "kernels", "backend"],
+}
 
 
-def imports(path: Path, root: Path = ROOT):
-    """(line, absolute dotted name) of everything a file imports, relative ones resolved, a `from`'s names included."""
-    return imports_of(ast.parse(path.read_text(encoding="utf-8")), path, root)
-
-
-def imports_of(tree: ast.AST, path: Path, root: Path = ROOT):
+def imports(path: Path, root: Path = ROOT, *, only_at_top=False):
+    """(line, absolute dotted name, name it is bound to) of all that a file imports, a `from`'s names one by one."""
     package = path.relative_to(root).parts[:-1]  # of a module and of an __init__ alike
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = list(package[: len(package) - node.level + 1]) if node.level else []
-            prefix = ".".join(base + ([node.module] if node.module else []))
-            yield from ((node.lineno, f"{prefix}.{alias.name}") for alias in node.names)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if only_at_top else ast.walk(tree):
+        prefix = ""
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            prefix = ".".join((*base, *([node.module] if node.module else []))) + "."
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                yield node.lineno, prefix + alias.name, alias.asname or alias.name
 
 
-def offending(files, allowed):
+def files(folder):
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert found
+    return found
+
+
+EACH_FILE = pytest.mark.parametrize("path", files("stf_kernels"), ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def under(name, *prefixes):
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def offending(paths, allowed, **options):
     """Imports that `allowed` (a function of the dotted name) refuses, as text."""
     return [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for path in files
-        for line, name in imports(path)
+        for path in paths
+        for line, name, _ in imports(path, **options)
         if not allowed(name)
     ]
 
 
-def files(where):
-    found = sorted((ROOT / where).rglob("*.py")) or [ROOT / where]
-    assert found[0].is_file()
-    return found
+@EACH_FILE
+def test_parts_of_stf_kernels(path):
+    part = path.relative_to(ROOT / "stf_kernels").with_suffix("").parts[0]
+    own = [f"stf_kernels.{other}" for other in (part, *MAY_IMPORT[part])]
+    others = ["triton"] if part == "kernels" else ["torch", "triton", *sys.stdlib_module_names]
+    assert not offending([path], lambda name: under(name, *own, *others))
 
 
-def under(*prefixes):
-    return lambda name: any(name == p or name.startswith(p + ".") for p in prefixes)
-
-
-STANDARD = under(*sys.stdlib_module_names)
-
-# What a folder or file may import beside the standard library.
-RULES = {
-    "stf_kernels": ("torch", "triton", "stf_kernels"),
-    "stf_kernels/configs": ("torch", "stf_kernels.configs"),
-    "stf_kernels/ops": ("torch", "triton", "stf_kernels.ops", "stf_kernels.kernels", "stf_kernels.configs", BACKEND),
-    "stf_kernels/functional.py": ("torch", "stf_kernels.ops", "stf_kernels.checks", "stf_kernels.relayout"),
-    "reference": ("torch", "einops", "reference"),
-}
-
-
-@pytest.mark.parametrize("where", RULES)
-def test_imports_point_downwards(where):
-    allowed = under(*RULES[where])
-    assert not offending(files(where), lambda name: STANDARD(name) or allowed(name))
-
-
-def test_kernels_import_triton_and_each_other_only():
-    assert not offending(files("stf_kernels/kernels"), under("triton", "stf_kernels.kernels"))
-
-
-def test_run_time_does_not_import_the_workshop():
-    """What tunes and compiles ahead is run by a developer; an import of the package must not need it."""
-    run_time = [path for path in files("stf_kernels") if path.parent.name not in ("tune", "aot")]
-    assert not offending(run_time, lambda name: not under("stf_kernels.tune", "stf_kernels.aot")(name))
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_private_names_stay_in_their_file(package):
-    """A kernel's is its name in Triton's cache and profiles, and its launcher's to import."""
-
-    def allowed(name):
-        private = name.rsplit(".", 1)[-1].startswith("_") and not name.endswith("__")
-        return not private or not under(*PACKAGES)(name) or under("stf_kernels.kernels")(name)
-
-    assert not offending(files(package), allowed)
-
-
-@pytest.mark.parametrize("path", files("stf_kernels"), ids=lambda p: str(p.relative_to(ROOT)))
+@EACH_FILE
 def test_triton_is_imported_late(path):
-    """At the top of a file only in kernels/ and aot/: the package imports where there is no Triton."""
-    if path.parent.name in ("kernels", "aot"):
-        return
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    early = [name for _, name in imports_of(tree, path)]
-    assert not [name for name in early if under("triton", "stf_kernels.kernels")(name)]
+    """At the top of a file only in kernels/ and where it is compiled for: the package imports without Triton."""
+    if path.parent.name != "kernels" and path.name != "codegen.py":
+        assert not offending([path], lambda name: not under(name, "triton", "stf_kernels.kernels"), only_at_top=True)
+
+
+@EACH_FILE
+def test_no_private_name_of_another_module(path):
+    """Neither imported nor reached through a module; a kernel's name is `_..._kernel` as the field has it."""
+    ours = {bound: name for _, name, bound in imports(path) if under(name, "stf_kernels")}
+    reached = [
+        f"{ours[node.value.id]}.{node.attr}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours
+    ]
+    private = [name for name in (*ours.values(), *reached) if re.search(r"\._(?!_)", name)]
+    assert all(re.fullmatch(r"stf_kernels\.kernels\.\w+\._\w+_kernel", name) for name in private), private
+
+
+def test_no_circle_in_stf_kernels():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files("stf_kernels")}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+
+    def imported(path):
+        for _, name, _ in imports(path):
+            while name and name not in modules:  # a name inside a module
+                name = name.rpartition(".")[0]
+            yield from [name] if name else []
+
+    graph = {name: set(imported(path)) for name, path in modules.items()}
+    assert "stf_kernels.ops.launch" in graph["stf_kernels.ops.chain"]
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_reference_imports_torch_and_einops_only():
+    allowed = ("torch", "einops", "reference", *sys.stdlib_module_names)
+    assert not offending(files("reference"), lambda name: under(name, *allowed))
 
 
 def test_llava_integration_uses_the_public_surface():
     """stf_kernels by its package alone, and never what is used from the checkout."""
-
-    def allowed(name):
-        if under("stf_kernels")(name):
-            return name.count(".") <= 1
-        return not under("reference", "bench", "tests")(name)
-
-    assert not offending(files("llava_integration"), allowed)
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_nothing_imports_bench_or_tests(package):
-    assert not offending(files(package), lambda n: not under("bench", "tests", "support")(n))
+    public = ["stf_kernels", *(f"stf_kernels.{name}" for name in stf_kernels.__all__)]
+    assert not offending(
+        files("llava_integration"),
+        lambda name: name in public or not under(name, "stf_kernels", "reference", "bench", "tests", "support"),
+    )
 
 
 def test_the_parser_sees_relative_imports(tmp_path):
     """Else every test above could pass on nothing."""
     folder = tmp_path / "stf_kernels" / "kernels"
     folder.mkdir(parents=True)
-    (folder / "a.py").write_text("from ..ops import launch\nfrom . import b\nimport torch\nfrom .b import c\n")
-    names = [name for _, name in imports(folder / "a.py", tmp_path)]
-    assert names == ["stf_kernels.ops.launch", "stf_kernels.kernels.b", "torch", "stf_kernels.kernels.b.c"]
+    source = "from ..ops import launch\nfrom . import b as x\nimport torch\ndef f():\n    from .b import c\n"
+    (folder / "a.py").write_text(source)
+    names = ["stf_kernels.ops.launch", "stf_kernels.kernels.b", "torch", "stf_kernels.kernels.b.c"]
+    assert [name for _, name, _ in imports(folder / "a.py", tmp_path)] == names
+    assert [name for _, name, _ in imports(folder / "a.py", tmp_path, only_at_top=True)] == names[:3]
+    assert [bound for *_, bound in imports(folder / "a.py", tmp_path)] == ["launch", "x", "torch", "c"]
