@@ -1,4 +1,4 @@
-"""python -m stf_kernels.aot: compile every shipped kernel configuration for GPUs that are not here, and check the code."""
+"""python -m stf_kernels.aot: compile every shipped configuration for GPUs that are not here, and check the code."""
 
 import argparse
 import json

@@ -60,8 +60,11 @@ def violations(case: Case, code) -> list[str]:
 
 
 def record(case: Case, code) -> dict:
-    """A case as --json writes it. Cycles are of one K step of one program that has a multiprocessor to itself: a
-    scheduler issues an instruction a cycle to each of its warps in turn, and there are four schedulers."""
+    """A case as --json writes it. Cycles are of one K step of a program that has a multiprocessor to itself.
+
+    issue_cycles: one instruction a cycle and scheduler, of which there are four, for all warps; or the stalls that the
+    compiler wrote into the instructions of one warp, where those are more.
+    """
     config = case.config
     tensor_cores = case.dtype != "float32" or case.tf32
     rate = _MULTIPLY_ADDS[case.arch] // (2 if case.tf32 else 1)
@@ -78,7 +81,7 @@ def record(case: Case, code) -> dict:
         "shared": code.shared,
         "loop": {
             "instructions": code.loop_instructions,
-            "issue_cycles": code.loop_instructions * config.num_warps / 4,
+            "issue_cycles": max(code.loop_instructions * config.num_warps / 4, code.loop_stalls),
             "tensor_cycles": config.rows * config.block_n * config.block_k / rate if tensor_cores else None,
             "constant_loads": code.loop_constant_loads,
             "mma": code.loop_tensor_core,

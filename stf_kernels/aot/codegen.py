@@ -35,6 +35,7 @@ _ASYNC_COPY = re.compile(r"\b(?:LDGSTS|UTMALDG)\b")  # of a thread's 16 bytes; o
 _SASS_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 _SASS_BRANCH = re.compile(r"\bBRA\w*\b.*\(?(\.L_x_\d+)")
 _SASS_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+\S")
+_SASS_WORD = re.compile(r"/\* 0x([0-9a-f]{16}) \*/")
 _MATH = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|FFMA2?|v_mfma\w*|v_(?:pk_)?fmac?_f32|v_dot\w*)\b")
 
 
@@ -63,6 +64,7 @@ class Code:
     shared: int  # bytes per program
     tensor_core: int  # matrix instructions of the architecture, in the whole kernel
     loop_instructions: int  # of the innermost loop that multiplies; 0: none was found
+    loop_stalls: int  # cycles that its instructions keep a warp from issuing the next one, of a warp alone
     loop_tensor_core: int  # there
     loop_async_copies: int
     loop_plain_copies: int  # plain global loads and shared stores
@@ -85,7 +87,7 @@ def compile_for(arch: str, kernel, arguments: Mapping[str, object], **options: o
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _tool("cuobjdump", "-res-usage", str(cubin))
-        return _read_nvidia(arch, usage, _tool("nvdisasm", "-c", str(cubin)), shared)
+        return _read_nvidia(arch, usage, _tool("nvdisasm", "-c", "-hex", str(cubin)), shared)
 
 
 def _source(kernel, arguments: Mapping[str, object]) -> ASTSource:
@@ -129,7 +131,9 @@ def _tool(name: str, *arguments: str) -> str:
 
 def _read_nvidia(arch: str, usage: str, sass: str, shared: int) -> Code:
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    lines = [line for line in sass.splitlines() if _SASS_LABEL.search(line) or _SASS_INSTRUCTION.search(line)]
+    # An instruction is 128 bits, its second half on a line of its own; they are read as one line.
+    joined = re.sub(r"\n\s*(?=/\* 0x[0-9a-f]{16} \*/)", " ", sass).splitlines()
+    lines = [line for line in joined if _SASS_LABEL.search(line) or _SASS_INSTRUCTION.search(line)]
     loop, behind = innermost_math_loop(lines, _SASS_LABEL, _SASS_BRANCH)
     # A loop of few known steps is unrolled and gone; its copies are then counted in the whole kernel.
     copies = _count(_ASYNC_COPY, loop or lines)
@@ -139,6 +143,9 @@ def _read_nvidia(arch: str, usage: str, sass: str, shared: int) -> Code:
         shared=shared,
         tensor_core=_count(TENSOR_CORE[arch], lines),
         loop_instructions=_count(_SASS_INSTRUCTION, loop),
+        loop_stalls=sum(
+            (int(words[-1], 16) >> 41) & 15 for line in loop if len(words := _SASS_WORD.findall(line)) == 2
+        ),
         loop_tensor_core=_count(TENSOR_CORE[arch], loop),
         loop_async_copies=copies,
         loop_plain_copies=_count(r"\b(?:LDG|STS)\b", loop),
@@ -160,6 +167,7 @@ def _read_amd(assembly: str, shared: int) -> Code:
         shared=shared,
         tensor_core=_count(r"\bv_mfma", lines),
         loop_instructions=_count(instruction, loop),
+        loop_stalls=0,
         loop_tensor_core=_count(r"\bv_mfma", loop),
         loop_async_copies=0,
         loop_plain_copies=_count(r"global_load|ds_write", loop),

@@ -21,14 +21,10 @@ Read `_segmented_linear_fwd_kernel` first, at the end: it finds its tile, accumu
 
 import triton
 import triton.language as tl
-from triton.knobs import runtime as _runtime
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .activations import activate
+from .activations import INTERPRETED, activate
 from .split_k import is_last_to_arrive, publish_part, sum_of_parts
-
-# The interpreter multiplies the bit patterns of bf16 operands: there they are widened before the product.
-INTERPRETED: tl.constexpr = tl.constexpr(bool(_runtime.interpret))
 
 
 @triton.jit
@@ -129,7 +125,7 @@ def accumulate(
             inside = k < C - column
             a = tl.load(a_tile, mask=inside[None, :], other=0.0)
             w = tl.load(w_step, mask=inside[:, None], other=0.0)
-        if INTERPRETED:
+        if INTERPRETED:  # which multiplies the bit patterns of bf16 operands
             a = a.to(tl.float32)
             w = w.to(tl.float32)
         acc = tl.dot(a, w, acc, input_precision=INPUT_PRECISION)

@@ -14,7 +14,8 @@ column is zero by the hardware, so K need not be a multiple of BLOCK_K.
 import triton
 import triton.language as tl
 
-from .segmented_linear import INTERPRETED, begin_dependent, store_tile, tile_of_program
+from .activations import INTERPRETED
+from .segmented_linear import begin_dependent, store_tile, tile_of_program
 from .split_k import is_last_to_arrive, publish_part, sum_of_parts
 
 

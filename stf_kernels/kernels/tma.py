@@ -16,7 +16,8 @@ Hopper and later only. The host makes the descriptors; ops/tma.py says when they
 import triton
 import triton.language as tl
 
-from .segmented_linear import INTERPRETED, begin_dependent, bytes_ahead, store_tile, tile_of_program
+from .activations import INTERPRETED
+from .segmented_linear import begin_dependent, bytes_ahead, store_tile, tile_of_program
 
 
 @triton.jit

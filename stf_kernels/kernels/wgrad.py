@@ -12,14 +12,15 @@ A library GEMM needs one stride for all rows: it has every cropped block copied 
 import triton
 import triton.language as tl
 
-from .segmented_linear import INTERPRETED, pick, tile_of_program
+from .activations import INTERPRETED
+from .segmented_linear import pick, tile_of_program
 
 
 @triton.jit(do_not_specialize=["images"])
 def _segmented_wgrad_kernel(
     block_ptrs, g_ptr, dw_ptr,
-    images, N, tokens, grid_w, x_strides_b, x_strides_t, g_stride, dw_stride,
-    NUM_BLOCKS: tl.constexpr, C: tl.constexpr, MERGE_IN: tl.constexpr, WHOLE_STEPS: tl.constexpr,
+    images, N, tokens, x_strides_b, x_strides_t, g_stride, dw_stride,
+    NUM_BLOCKS: tl.constexpr, C: tl.constexpr, MERGE_IN: tl.constexpr, GRID_W: tl.constexpr, WHOLE_STEPS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -29,6 +30,7 @@ def _segmented_wgrad_kernel(
     x_strides_*   strides (image, token) in elements, one pair a block
     g_ptr         [images * tokens, N], row stride g_stride
     dw_ptr        [N, NUM_BLOCKS * MERGE_IN^2 * C], row stride dw_stride
+    GRID_W        columns of the token grid before merging, 0 without: the loop divides by it
     WHOLE_STEPS   tokens is a multiple of BLOCK_K: no step needs a mask
     """
     SEGMENTS: tl.constexpr = NUM_BLOCKS * MERGE_IN * MERGE_IN
@@ -44,26 +46,26 @@ def _segmented_wgrad_kernel(
     c = first_c + tl.arange(0, BLOCK_N)
     inside_n = (n < N)[:, None]
     inside_c = (c < C)[None, :]
-    x_columns = pick(block_ptrs, block, NUM_BLOCKS) + c[None, :]
-    g_columns = g_ptr + n[:, None]
     k = tl.arange(0, BLOCK_K)
+    x_columns = pick(block_ptrs, block, NUM_BLOCKS) + c[None, :]
+    x_lanes = x_columns + (k.to(tl.int64) * stride_t)[:, None]
+    g_lanes = g_ptr + n[:, None] + (k.to(tl.int64) * g_stride)[None, :]  # transposed as it is loaded
     steps = tl.cdiv(tokens, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
-    image = 0
+    image = tl.cast(0, tl.int64)
     first_t = 0
     for _ in range(images * steps):
         t = first_t + k
-        token = t
         if MERGE_IN > 1:
-            out_w = grid_w // MERGE_IN
-            i = t // out_w
+            OUT_W: tl.constexpr = GRID_W // MERGE_IN
+            i = t // OUT_W
             dy = (segment % (MERGE_IN * MERGE_IN)) // MERGE_IN
-            token = (i * grid_w + t - i * out_w) * MERGE_IN + dy * grid_w + segment % MERGE_IN
-        x_rows = tl.cast(image, tl.int64) * stride_b + token.to(tl.int64) * stride_t
-        g_rows = (tl.cast(image, tl.int64) * tokens + t) * g_stride
-        x_tile = x_columns + x_rows[:, None]
-        g_tile = g_columns + g_rows[None, :]  # transposed as it is loaded
+            token = (i * GRID_W + t - i * OUT_W) * MERGE_IN + dy * GRID_W + segment % MERGE_IN
+            x_tile = x_columns + (image * stride_b + token.to(tl.int64) * stride_t)[:, None]
+        else:
+            x_tile = x_lanes + (image * stride_b + tl.cast(first_t, tl.int64) * stride_t)
+        g_tile = g_lanes + (image * tokens + first_t) * g_stride
         # The next image's rows must not enter, nor what lies behind the last one: 0 * inf is not 0, so both are masked.
         inside_t = t < tokens
         if WHOLE_STEPS and C % BLOCK_N == 0:

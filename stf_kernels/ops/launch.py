@@ -22,7 +22,6 @@ from ..configs import GemmConfig
 from . import tma, torch_path
 from .segments import Stage
 
-HALF = (torch.float16, torch.bfloat16)
 # The elementwise backward: a program takes a strip of rows, tile by tile; 16 rows a tile spill with Triton 3.6.
 ROWS_PER_PROGRAM, BLOCK_M, BLOCK_N = 128, 8, 128
 
@@ -153,6 +152,13 @@ def input_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def fast_activation(dtype: torch.dtype) -> int:
+    """How kernels/activations.py may compute where results are of a dtype."""
+    if dtype.itemsize > 2:
+        return 0
+    return 1 if interpreting() or torch.version.hip is not None else 2
+
+
 def split_k_scratch(config: GemmConfig, tiles: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """fp32 room for every part of every tile, and a counter of arrivals a tile; none where K is not split."""
     if config.split_k == 1:
@@ -184,7 +190,7 @@ def epilogue_constants(
         "MERGE_OUT": stage.merge_out,
         "INDEX_ROWS": index_rows,
         "ACTIVATION": stage.activation or "none",
-        "FAST_ACTIVATION": dtype in HALF,
+        "FAST_ACTIVATION": fast_activation(dtype),
         "HAS_BIAS": has_bias,
         "SAVE_PRE": save_pre,
         "INPUT_PRECISION": input_precision() if dtype == torch.float32 else "ieee",
@@ -288,7 +294,7 @@ def run_activation_bwd(
         with on_device(pre.device):
             _activation_bwd_kernel[(strips, -(-n // BLOCK_N))](
                 dy, pre, dpre, act, partial, m, n,
-                ACTIVATION=activation, FAST_ACTIVATION=pre.dtype in HALF, WRITE_ACT=write_act, SUM_ROWS=sum_rows,
+                ACTIVATION=activation, FAST_ACTIVATION=fast_activation(pre.dtype), WRITE_ACT=write_act, SUM_ROWS=sum_rows,
                 ROWS_PER_PROGRAM=ROWS_PER_PROGRAM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
             )  # fmt: skip
     total = None if partial is None else partial.sum(0)

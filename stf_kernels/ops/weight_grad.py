@@ -92,11 +92,12 @@ def wgrad_arguments(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     images, tokens, c = x.shape[0], stage.tokens(x.shape), x.shape[-1]
     tiles = -(-n // config.block_m) * stage.num_segments(blocks) * -(-c // config.block_n)
     strides_b, strides_t = zip(*(block.stride()[:2] for block in blocks), strict=True)
-    sizes = images, n, tokens, stage.grid[1], strides_b, strides_t, g.stride(0), dw.stride(0)
+    sizes = images, n, tokens, strides_b, strides_t, g.stride(0), dw.stride(0)
     constants = {
         "NUM_BLOCKS": len(blocks),
         "C": c,
         "MERGE_IN": stage.merge_in,
+        "GRID_W": stage.grid[1] if stage.merge_in > 1 else 0,
         "WHOLE_STEPS": tokens % config.block_k == 0,
         "INPUT_PRECISION": launch.input_precision() if g.dtype == torch.float32 else "ieee",
         "BLOCK_M": config.block_m,
