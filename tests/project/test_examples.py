@@ -55,5 +55,5 @@ def test_the_readme_from_top_to_bottom(tmp_path):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.stem)
 def test_a_page(page, tmp_path):
-    for code in snippets(page):
-        run(code, tmp_path)
+    """Its snippets one after the other; each imports what it uses."""
+    run("\n".join(snippets(page)), tmp_path)
