@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..configs import GemmConfig
-from ..configs.model import has_tma, split_tiles, swap_ab_tiles, tiles, tma_tiles, wgrad_tiles
-from ..configs.tables import DTYPES, shipped_configs
+from ..configs.model import has_tma, others, tiles
+from ..configs.tables import DTYPES, does_not_suit, shipped_configs
 from ..ops import launch
-from ..tune.candidates import forms_for
 from ..tune.problems import PROBLEMS, Problem
 
 _TRITON_TYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-_FEW_TILES = ("linear_merge", "linear_scatter")  # where the tuner splits K first
+_FEW_TILES = ("linear_merge", "linear_scatter")  # where a search splits K first
 
 
 @dataclass(frozen=True)
@@ -57,17 +56,15 @@ def _others(arch: str, dtype: str) -> Iterator[Case]:
     itemsize = DTYPES[dtype]
     for name, problem in PROBLEMS.items():
         defaults = _defaults(problem, arch, itemsize)
-        shipped = shipped_configs(arch, dtype, wgrad=problem.wgrad)
-        forms = forms_for(problem, arch, itemsize)
+        configs = shipped_configs(arch, dtype, wgrad=problem.wgrad)
         if problem.wgrad:
-            configs = [*wgrad_tiles(arch, itemsize), *shipped]
+            configs = [*tiles(arch, itemsize, wgrad=True), *configs]
         elif problem.save_pre:
             configs = []
         else:
-            configs = [form for config in shipped for form in (config, config.portable()) if form.form in forms]
-            configs += split_tiles(arch, itemsize) if name in _FEW_TILES else []
-            configs += tma_tiles(arch, itemsize) if "tma" in forms else []
-            configs += swap_ab_tiles(arch, itemsize) if "swap_ab" in forms else []
+            configs += [config.portable() for config in configs]
+            configs += [c for c in others(arch, itemsize) if c.form != "pointer" or name in _FEW_TILES]
+        configs = [config for config in configs if does_not_suit(config, arch, problem.kind, itemsize) is None]
         for config in dict.fromkeys(config for config in configs if config not in defaults):
             yield Case(arch, name, dtype, config)
             if config.form == "tma" and problem.num_blocks > 1:

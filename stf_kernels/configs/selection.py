@@ -11,8 +11,8 @@ import warnings
 import torch
 
 from .config import GemmConfig
-from .model import default_config, default_wgrad_config, smallest
-from .tables import device_identity, table_of
+from .model import default_config, smallest
+from .tables import device_identity, multiprocessors, table_of
 
 INTERPRETER_CONFIG = GemmConfig(block_m=32, block_n=32, block_k=32, group_m=2)
 
@@ -26,7 +26,8 @@ def gpu_index(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(slug: str, arch: str, stage: str, dtype: torch.dtype, m: int, n: int, k: int) -> GemmConfig | None:
+def _choose(index: int, stage: str, dtype: torch.dtype, m: int, n: int, k: int) -> GemmConfig | None:
+    slug, arch = device_identity(index)
     choices = table_of(slug, arch).get((stage, str(dtype).removeprefix("torch."), n, k))
     for m_max, config in choices or ():
         if m <= m_max:
@@ -35,7 +36,15 @@ def _choose(slug: str, arch: str, stage: str, dtype: torch.dtype, m: int, n: int
     if choices and not (choices[-1][1] is not None and choices[-1][1].is_for_few_rows):
         return choices[-1][1]
     # Of any stage's weight gradient, also of one that no table can name: a cropped linear layer's.
-    return None if stage.endswith("_wgrad") else default_config(arch, dtype.itemsize, m, n)
+    return None if stage.endswith("_wgrad") else _default(index, dtype.itemsize, m, n, k)
+
+
+@functools.lru_cache(maxsize=4096)
+def _default(
+    index: int, itemsize: int, m: int, n: int, k: int, *, save_pre: bool = False, wgrad: bool = False
+) -> GemmConfig:
+    options = {"multiprocessors": multiprocessors(index), "save_pre": save_pre, "wgrad": wgrad}
+    return default_config(device_identity(index)[1], itemsize, m, n, k, **options)
 
 
 def choose(
@@ -56,12 +65,14 @@ def choose(
     """
     if device.type == "cpu":
         return INTERPRETER_CONFIG
-    slug, arch = device_identity(gpu_index(device))
-    config = _choose(slug, arch, stage, dtype, m, n, k)
+    index = gpu_index(device)
+    config = _choose(index, stage, dtype, m, n, k)
     # Tables are measured without the pre-activation's store, which wants smaller tiles.
     if (config is None and forced) or (config is not None and save_pre):
-        config = default_config(arch, dtype.itemsize, m, n, save_pre=save_pre)
-    return smallest(dtype.itemsize) if (slug, dtype.itemsize, False, config) in _rejected else config
+        config = _default(index, dtype.itemsize, m, n, k, save_pre=save_pre)
+    return (
+        smallest(dtype.itemsize) if (device_identity(index)[0], dtype.itemsize, False, config) in _rejected else config
+    )
 
 
 def choose_wgrad(
@@ -73,11 +84,11 @@ def choose_wgrad(
     """
     if device.type == "cpu":
         return INTERPRETER_CONFIG
-    slug, arch = device_identity(gpu_index(device))
-    config = _choose(slug, arch, f"{stage}_wgrad", dtype, m, n, k)
+    index = gpu_index(device)
+    config = _choose(index, f"{stage}_wgrad", dtype, m, n, k)
     if config is None and forced:
-        config = default_wgrad_config(arch, dtype.itemsize, n, k)
-    return None if (slug, dtype.itemsize, True, config) in _rejected else config
+        config = _default(index, dtype.itemsize, n, k, m, wgrad=True)
+    return None if (device_identity(index)[0], dtype.itemsize, True, config) in _rejected else config
 
 
 def reject(

@@ -294,7 +294,8 @@ def run_activation_bwd(
         with on_device(pre.device):
             _activation_bwd_kernel[(strips, -(-n // BLOCK_N))](
                 dy, pre, dpre, act, partial, m, n,
-                ACTIVATION=activation, FAST_ACTIVATION=fast_activation(pre.dtype), WRITE_ACT=write_act, SUM_ROWS=sum_rows,
+                ACTIVATION=activation, FAST_ACTIVATION=fast_activation(pre.dtype),
+                WRITE_ACT=write_act, SUM_ROWS=sum_rows,
                 ROWS_PER_PROGRAM=ROWS_PER_PROGRAM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
             )  # fmt: skip
     total = None if partial is None else partial.sum(0)

@@ -10,7 +10,7 @@ import torch
 from ..backend import triton_serves
 from ..configs import device_identity
 from ..configs.tables import DTYPES, table_path
-from .candidates import candidates, forms_for
+from .candidates import candidates
 from .measure import ProblemBench
 from .problems import PROBLEMS
 from .search import Journal, Key, entries_of, entry_for, with_entry, write_table
@@ -41,7 +41,6 @@ def main(argv: list[str] | None = None) -> int:
         "device": properties.name, "arch": arch, "commit": options.commit,
         "torch": torch.__version__, "triton": triton.__version__,
     }  # fmt: skip
-    limit = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
     out = options.out or table_path(slug)
     try:
         journal = Journal(options.journal or Path(".work", f"tune-{slug}.jsonl"), header)
@@ -55,12 +54,8 @@ def main(argv: list[str] | None = None) -> int:
                 began = time.monotonic()
                 key = Key(name, dtype, batch * problem.tokens)
                 bench = ProblemBench(problem, getattr(torch, dtype), batch)
-                configs = candidates(
-                    *problem.product(key.m), DTYPES[dtype],
-                    shared_limit=limit, multiprocessors=properties.multi_processor_count,
-                    splits=(1,) if problem.wgrad or arch.startswith("gfx") else (1, 2, 4, 8),
-                    forms=forms_for(problem, arch, DTYPES[dtype]),
-                )[: options.most]  # fmt: skip
+                configs = candidates(problem, key.m, DTYPES[dtype], arch, properties.multi_processor_count)
+                configs = configs[: options.most]
                 bench.compile([config for config in configs if not journal.knows(key, config)])
                 entry = entry_for(problem, key, configs, bench.microseconds, journal)
                 entries = with_entry(entries, entry)
