@@ -142,9 +142,7 @@ def kernel_arguments(case: Case) -> dict[str, object]:
         "dw_stride": p.k,
         "GRID_W": p.stage.grid[1] if p.stage.merge_in > 1 else 0,
         "WHOLE_STEPS": p.tokens % config.block_k == 0,
-        **launch.epilogue_constants(
-            p.stage, dtype, config, has_bias=True, save_pre=p.save_pre, index_rows=p.index_rows
-        ),
+        **launch.constants_of(config, p.stage, dtype, has_bias=True, save_pre=p.save_pre, index_rows=p.index_rows),
         "FAST_ACTIVATION": (1 if case.arch.startswith("gfx") else 2) if dtype.itemsize == 2 else 0,
         "INPUT_PRECISION": "tf32" if case.tf32 else "ieee",
         "NUM_BLOCKS": p.num_blocks,

@@ -21,10 +21,10 @@ import stf_kernels
 WORLD, BATCH = 2, 4
 
 
-def build(**options):
+def build():
     torch.manual_seed(1)  # the same on every rank
-    theirs = reference.CompactTokenProjector(3, 8, 20, skip_tokens=1, **options)
-    ours = stf_kernels.CompactTokenProjector(3, 8, 20, skip_tokens=1, **options)
+    theirs = reference.CompactTokenProjector(3, 8, 20, skip_tokens=1)
+    ours = stf_kernels.CompactTokenProjector(3, 8, 20, skip_tokens=1)
     ours.load_state_dict(theirs.state_dict())
     blocks = [torch.randn(BATCH, 17, 8) for _ in range(3)]
     return ours, theirs, blocks, torch.randn(BATCH, 4, 20)
@@ -89,25 +89,6 @@ def fsdp_whole(rank, mesh):
     fully_shard(ours, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in ours.parameters())
     check(ours, theirs, blocks, target, rank)
-
-
-def fsdp_channel_major(rank, mesh):
-    ours, theirs, blocks, target = build(feature_order="channel_major")
-    fully_shard(ours, mesh=mesh)
-    check(ours, theirs, blocks, target, rank)
-
-
-def fsdp_channel_major_frozen(rank, mesh):
-    """A relaid-out copy may be kept of a frozen weight: of the whole one, not of a shard."""
-    ours, theirs, blocks, _ = build(feature_order="channel_major")
-    fully_shard(ours.eval().requires_grad_(False), mesh=mesh)
-    for scale in (1, 2):
-        for module in (ours, theirs):
-            for parameter in module.parameters():
-                with torch.no_grad():
-                    parameter.mul_(scale)
-        with torch.no_grad():
-            torch.testing.assert_close(ours(blocks), theirs(blocks), rtol=1e-4, atol=1e-5)
 
 
 def fsdp_children(rank, mesh):

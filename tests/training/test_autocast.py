@@ -50,19 +50,6 @@ def test_functions_follow_nn_linear_for_every_input_dtype(source, dtype):
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
 
 
-@CASTS
-@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.float64], ids=str)
-def test_torch_ops_directly(source, dtype):
-    blocks, weight = [torch.randn(2, 5, 8).to(source) for _ in range(2)], torch.randn(5, 16).to(source)
-    chain = [torch.randn(*shape).to(source) for shape in ((6, 16), (4, 6), (10, 16), (7, 10))]
-    joined = torch.cat(blocks, -1)
-    with torch.autocast("cpu", dtype):
-        expected = torch.nn.functional.linear(joined, weight).dtype
-        found = torch.ops.stf_kernels.concat_linear(blocks, weight, None, "gelu", 0, [])[0]
-        z = torch.ops.stf_kernels.compact_token_projector(blocks, chain, [], "gelu", 1, 2, 2, 2, [])[0]
-    assert found.dtype == z.dtype == expected
-
-
 def test_mixed_operands_agree_as_they_do_for_nn_linear():
     """fp32 master weights and bf16 activations: an error without autocast, ordinary with it."""
     blocks, weight = [torch.randn(2, 5, 8).bfloat16()] * 2, torch.randn(5, 16)

@@ -15,8 +15,6 @@ CASES = (
     "ddp",
     "ddp_frozen_layers",
     "fsdp_whole",
-    "fsdp_channel_major",
-    "fsdp_channel_major_frozen",
     "fsdp_children",
     "fsdp_one_child",
     "fsdp_linears",

@@ -50,6 +50,6 @@ def test_projector(options):
 
 def test_through_the_dispatcher():
     def run(weight, bias, *blocks):
-        return torch.ops.stf_kernels.concat_linear(blocks, weight, bias, "gelu", 1, [True] * 4)[0]
+        return torch.ops.stf_kernels.concat_linear(blocks, [weight], [bias], "gelu", 1, 1, 0, 0, [True] * 4)[0]
 
     assert gradcheck(run, (draw(4, 6), draw(4), draw(2, 3, 3), draw(2, 3, 3)))

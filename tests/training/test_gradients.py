@@ -52,7 +52,6 @@ PROJECTORS = {
     "silu": {"activation": "silu"},
     "gelu_tanh": {"activation": "gelu_tanh"},
     "linear": {"activation": None},
-    "channel-major": {"feature_order": "channel_major"},
     "r1": {"merge_size": 1},
     "r3": {"merge_size": 3, "truncate": True},
 }

@@ -94,7 +94,7 @@ def test_through_the_dispatcher(trained):
     blocks = [torch.randn(2, 4, DIM, requires_grad=trained == "blocks") for _ in range(COUNT)]
     weight = torch.randn(5, COUNT * DIM, requires_grad=trained == "weights")
     needs = [tensor.requires_grad for tensor in (*blocks, weight)]
-    y = torch.ops.stf_kernels.concat_linear(blocks, weight, None, "gelu", 0, needs)[0]
+    y = torch.ops.stf_kernels.concat_linear(blocks, [weight], [], "gelu", 0, 1, 0, 0, needs)[0]
     # a dispatch mode does not look into a custom operator; the profiler does
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         y.backward(torch.ones_like(y))

@@ -21,7 +21,6 @@ LAYERS = {
 PLACES = pytest.mark.parametrize(
     ("name", "layer"), [(name, layer) for name, layers in LAYERS.items() for layer in layers]
 )
-ORDERS = ("patch_major", "channel_major")
 
 
 def build(name, **options):
@@ -41,7 +40,7 @@ def layer_by_layer(module, blocks):
     if isinstance(module, stf_kernels.MultiBlockTokenFusion):
         x = torch.cat(blocks, -1)
     else:
-        x = spatial_merge(blocks[0], (4, 4), 2, module.feature_order, False)
+        x = spatial_merge(blocks[0], (4, 4), 2, "patch_major", False)
     return module.linear_2(F.gelu(module.linear_1(x)))
 
 
@@ -83,12 +82,9 @@ class Bare(nn.Module):
 
 
 @PLACES
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", ["subclass", "bare", "post-hook", "pre-hook", "instance-forward", "parametrized"])
-def test_layers(name, layer, order, kind):
-    if name == "MultiBlockTokenFusion" and order == "channel_major":
-        return  # has no such option
-    module, blocks = build(name, **({} if name == "MultiBlockTokenFusion" else {"feature_order": order}))
+def test_layers(name, layer, kind):
+    module, blocks = build(name)
     plain, linear = run(module, blocks).detach(), module.get_submodule(layer)
     if kind == "subclass":
         scaled = Scaled(linear.in_features, linear.out_features)
