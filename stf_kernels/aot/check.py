@@ -12,7 +12,7 @@ need only fit. gfx942 has no asynchronous copy.
 
 from ..configs.model import ARCHITECTURES, SHARED_MEMORY_LIMIT
 from ..tune.problems import PROBLEMS
-from .cases import Case, kernel_arguments, kernel_of
+from .cases import Case, launch_of
 
 
 def examine(case: Case) -> tuple[str, list[str], dict | None]:
@@ -20,7 +20,7 @@ def examine(case: Case) -> tuple[str, list[str], dict | None]:
     from .codegen import compile_for
 
     try:
-        code = compile_for(case.arch, kernel_of(case), kernel_arguments(case), **case.config.compiler_options())
+        code = compile_for(case.arch, *launch_of(case), **case.config.compiler_options())
     except Exception as error:  # the compiler raises what it likes; a case that does not compile is a violation
         return f"{case}  does not compile", [f"does not compile: {error!s:.300}"], None
     spilled = f"{code.spilled:3}" + (" (allowed: unaligned)" if code.spilled and not case.aligned else "")

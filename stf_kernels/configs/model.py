@@ -75,7 +75,7 @@ _SWAP_AB = (
     GemmConfig(128, 128, 64, 8, 8, 5, 4, form="swap_ab", tail_m=16),
     GemmConfig(128, 64, 64, 8, 4, 5, 2, form="swap_ab", tail_m=16),
 )
-_FLOAT = (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 16, 8, 4, 3))
+_FLOAT = (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 16, 8, 8, 3))
 _FLOAT_AMD = (GemmConfig(128, 64, 16, 8, 8, 2), GemmConfig(64, 64, 16, 8, 4, 2), GemmConfig(32, 64, 16, 8, 4, 2))
 
 

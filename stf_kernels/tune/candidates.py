@@ -30,7 +30,7 @@ def candidates(problem: Problem, m: int, itemsize: int, arch: str, multiprocesso
     promising tile.
     """
     product = problem.product(m)
-    tiles = []
+    tiles, order = [], itertools.count()  # among equals, the one that was listed first
     for form, (rows, columns, shares) in _TILES.items():
         for (block_m, tail), block_n, split in itertools.product(rows, columns, shares):
             pipelines = [
@@ -40,7 +40,7 @@ def candidates(problem: Problem, m: int, itemsize: int, arch: str, multiprocesso
             ]
             if pipelines:
                 costs = [cycles(config, *product, itemsize, arch, multiprocessors) for config in pipelines]
-                tiles.append(sorted(zip(costs, itertools.count(), pipelines, strict=False)))
+                tiles.append(sorted(zip(costs, order, pipelines, strict=False)))
     best = min(tile[0][0] for tile in tiles)
     promising = [tile for tile in sorted(tiles) if tile[0][0] <= _NOT_WORTH_TRYING * best]
     turns = itertools.zip_longest(*promising)

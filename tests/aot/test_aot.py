@@ -13,7 +13,7 @@ from support.processes import python
 from trap_kernel import gemm_with_traps
 
 from stf_kernels.aot import __main__ as command
-from stf_kernels.aot.cases import Case, cases, kernel_arguments
+from stf_kernels.aot.cases import Case, cases, launch_of
 from stf_kernels.aot.check import examine, violations
 from stf_kernels.aot.codegen import _SASS_BRANCH, _SASS_LABEL, TARGETS, Code, Pointer, compile_for, innermost_math_loop
 from stf_kernels.configs import GemmConfig
@@ -168,7 +168,7 @@ def test_what_does_not_compile_is_a_violation():
 def test_specialisations_of_degenerate_sizes_compile(changes):
     """The JIT turns an integer of 1 into a constant and a large one into int64: the kernel must take both."""
     case = Case("sm_90", "linear_merge", "bfloat16", GemmConfig(16, 16, 16, num_stages=2))
-    arguments = {**kernel_arguments(case), **changes}
+    arguments = {**launch_of(case)[1], **changes}
     compile_for("sm_90", _segmented_linear_fwd_kernel, arguments, num_warps=4, num_stages=2)
 
 
@@ -184,7 +184,7 @@ def test_unusual_shapes_compile(stage, num_blocks, c, uniform):
     """Tails of C, strides of every block on their own, many blocks: what the interpreter takes, the compiler must."""
     case = Case("sm_80", "concat_train", "float16", GemmConfig(32, 32, 32))
     pitches = 1 if uniform else num_blocks
-    arguments = kernel_arguments(case) | {
+    arguments = launch_of(case)[1] | {
         "block_ptrs": (Pointer("fp16"),) * num_blocks,
         "x_strides_b": tuple(range(16000, 16000 + pitches)),
         "x_strides_t": tuple(range(100, 100 + pitches)),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig, default_config, smallest
-from stf_kernels.configs.model import split_tiles, swap_ab_tiles, tiles, tma_tiles
+from stf_kernels.configs.model import cycles, others, tiles
 
 CONFIG = GemmConfig(128, 256, 64, 8, 8, 3)
 
@@ -44,26 +44,37 @@ def test_configurations_that_are_refused(changes, match):
 
 @pytest.mark.parametrize("arch", [*SHARED_MEMORY_LIMIT, "sm_75", "gfx1100"])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_the_model_fits_every_architecture(arch, itemsize):
+def test_the_models_tiles_fit_every_architecture(arch, itemsize):
     limit = SHARED_MEMORY_LIMIT.get(arch, 65_536 if arch.startswith("gfx") else 101_376)
-    for config in (*tiles(arch, itemsize), *split_tiles(arch, itemsize), smallest(itemsize)):
+    for config in (*tiles(arch, itemsize), *others(arch, itemsize), smallest(itemsize)):
         assert config.shared_bytes(itemsize) <= limit, config
-    big, small = (default_config(arch, itemsize, m, 4096) for m in (18432, 16))
-    assert big.block_m * big.block_n > small.block_m * small.block_n
-    assert big.split_k == small.split_k == 1, "split-K has not run on hardware and is no default"
-    assert big.form == small.form == "pointer", "nor have the forms with descriptors"
+        assert config.portable().shared_bytes(itemsize) <= config.shared_bytes(itemsize)
+        assert config.portable() == config.portable().portable()
+        assert config.portable().form == "pointer"
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY_LIMIT)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_what_serves_when_no_table_matches(arch, itemsize):
+    """The cheapest by the model, of kernels that have run on hardware; many rows cost more than few."""
+    menu, costs = tiles(arch, itemsize), []
+    assert {(config.form, config.split_k, config.pdl) for config in menu} == {("pointer", 1, False)}
+    for m in (16, 576, 18432):
+        found = default_config(arch, itemsize, m, 4096, 4096, multiprocessors=100)
+        costs.append(min(cycles(config, m, 4096, 4096, itemsize, arch, 100) for config in menu))
+        assert cycles(found, m, 4096, 4096, itemsize, arch, 100) == costs[-1]
+    assert costs == sorted(costs)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_few_rows_get_small_tiles_and_many_rows_large_ones(arch):
+    few, many = (default_config(arch, 2, m, 4096, 4096) for m in (16, 18432))
+    assert few.rows * few.block_n < many.rows * many.block_n
 
 
 def test_forms_are_offered_where_they_run():
     for arch, has in (("sm_90", True), ("sm_100", True), ("sm_80", False), ("sm_120", False), ("gfx942", False)):
-        assert bool(tma_tiles(arch, 2)) == bool(swap_ab_tiles(arch, 2)) == has
-        assert not tma_tiles(arch, 4)
-    assert split_tiles("gfx942", 2) == []
-    assert all(config.split_k > 1 for config in split_tiles("sm_90", 2))
-
-
-def test_every_form_fits_shared_memory_and_so_does_what_serves_in_its_place():
-    for config in (*tma_tiles("sm_90", 2), *swap_ab_tiles("sm_90", 2)):
-        assert config.portable().form == "pointer"
-        assert config.portable().shared_bytes(2) <= config.shared_bytes(2) <= SHARED_MEMORY_LIMIT["sm_90"]
-        assert config.portable() == config.portable().portable()
+        assert {"tma", "swap_ab"} <= {config.form for config in others(arch, 2)} if has else True
+        assert has or {config.form for config in others(arch, 2)} <= {"pointer"}
+        assert {config.form for config in others(arch, 4)} <= {"pointer"}
+    assert others("gfx942", 2) == [], "its barrier does not publish a part of a split K"

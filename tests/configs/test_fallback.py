@@ -16,12 +16,14 @@ from stf_kernels.ops.segments import Stage
 
 X = torch.zeros(1, 64, 128, dtype=torch.bfloat16)
 WEIGHT = torch.zeros(256, 128, dtype=torch.bfloat16)
+CHOSEN = default_config("sm_90", 2, 64, 256, 128)
 TMA = GemmConfig(128, 256, 64, 8, 8, 4, form="tma")
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(pretend, monkeypatch):
     """ran, refused: what ran, and the error of each configuration that does not."""
+    pretend("sm_90")
     ran, refused = [], {}
 
     class Kernel:
@@ -40,22 +42,17 @@ def gpu(monkeypatch):
         monkeypatch.setitem(launch.ARGUMENTS, form, lambda config, *_: (Kernel(config), (1, 1, 1), (), (), {}))
     choose = configs.choose
     monkeypatch.setattr(configs, "choose", lambda device, *rest, **o: choose(torch.device("cuda", 0), *rest, **o))
-    monkeypatch.setattr(selection, "device_identity", lambda index: ("test-gpu", "sm_90"))
-    monkeypatch.setattr(selection, "gpu_index", lambda device: 0)
-    monkeypatch.setattr(selection, "_rejected", set())
     monkeypatch.setattr(launch, "_warned", set())
-    selection._choose.cache_clear()
-    yield ran, refused
-    selection._choose.cache_clear()
+    return ran, refused
 
 
 def test_it_falls_back_once_with_one_warning(gpu):
     ran, refused = gpu
-    refused[default_config("sm_90", 2, 64, 256)] = OutOfResources(300_000, 232_448, "shared memory")
+    refused[CHOSEN] = OutOfResources(300_000, 232_448, "shared memory")
     with pytest.warns(UserWarning, match=r"test-gpu.*shared memory.*stf_kernels\.tune") as warned:
         launch.run_stage([X], WEIGHT, None, Stage())
     assert len(warned) == 1
-    refused[default_config("sm_90", 2, 64, 256)] = AssertionError("the second call starts with what runs")
+    refused[CHOSEN] = AssertionError("the second call starts with what runs")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         launch.run_stage([X], WEIGHT, None, Stage())
@@ -81,7 +78,7 @@ def test_a_weight_gradient_falls_back_to_the_library(gpu, monkeypatch):
 
 def test_another_error_is_the_users_to_see(gpu):
     ran, refused = gpu
-    refused[default_config("sm_90", 2, 64, 256)] = RuntimeError("an illegal memory access was encountered")
+    refused[CHOSEN] = RuntimeError("an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal memory access"):
         launch.run_stage([X], WEIGHT, None, Stage())
     assert ran == []

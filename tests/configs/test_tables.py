@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from stf_kernels import configs
-from stf_kernels.configs import GemmConfig, default_config, selection, smallest, tables
-from stf_kernels.configs.model import wgrad_tiles
+from stf_kernels.configs import GemmConfig, default_config, smallest, tables
 
 CONFIG = GemmConfig(128, 256, 64, 8, 8, 3)
 TMA = GemmConfig(128, 128, 64, 8, 8, 4, form="tma")
@@ -31,23 +30,20 @@ def table(*entries: dict, **changes) -> str:
 
 
 @pytest.fixture
-def use(tmp_path, monkeypatch):
-    """use(text): a GPU named "test-gpu" has that table."""
-    monkeypatch.setattr(tables, "_FOLDER", tmp_path)
-    monkeypatch.setattr(selection, "_rejected", set())
+def use(pretend, tmp_path, monkeypatch):
+    """use(text, arch): a GPU of that architecture has that table."""
 
     def write(text: str, arch: str = "sm_90") -> None:
-        monkeypatch.setattr(selection, "device_identity", lambda index: ("test-gpu", arch))
+        pretend(arch)
+        monkeypatch.setattr(tables, "_FOLDER", tmp_path)
         tables.table_path("test-gpu").write_text(text)
-        forget()
 
-    def forget() -> None:
-        tables.table_of.cache_clear()
-        selection._choose.cache_clear()
+    return write
 
-    forget()
-    yield write
-    forget()
+
+def model(m: int, n: int = 4096, k: int = 8192, *, arch: str = "sm_90", **options) -> GemmConfig:
+    """What serves when no table matches."""
+    return default_config(arch, 2, m, n, k, multiprocessors=132, **options)
 
 
 def choose(m: int, n: int = 4096, k: int = 8192, *, stage="concat", dtype=torch.bfloat16, **options):
@@ -66,26 +62,26 @@ def test_what_is_for_few_rows_does_not_serve_beyond_the_table(use, few):
     """A table of one image would have 64 images share K out, with gigabytes of parts."""
     use(table(entry(few, stage="linear", m_max=576)))
     found = [choose(m, stage="linear") for m in (576, 577, 36_864)]
-    assert found == [few, *(default_config("sm_90", 2, m, 4096) for m in (577, 36_864))]
+    assert found == [few, *(model(m) for m in (577, 36_864))]
 
 
 def test_other_sizes_and_dtypes_get_the_model(use):
     use(table(entry(TMA)))
     assert choose(576) == TMA
-    assert choose(576, n=4000) == default_config("sm_90", 2, 576, 4000)
-    assert choose(576, dtype=torch.float16) == default_config("sm_90", 2, 576, 4096)
+    assert choose(576, n=4000) == model(576, n=4000)
+    assert choose(576, dtype=torch.float16) == model(576)
 
 
 def test_torch_is_named_by_the_table_unless_triton_was_asked_for(use):
     use(table(entry(None, provider="torch")))
     assert choose(576) is None
-    assert choose(576, forced=True) == default_config("sm_90", 2, 576, 4096)
+    assert choose(576, forced=True) == model(576)
 
 
 def test_a_stage_that_keeps_its_pre_activation_gets_a_smaller_tile(use):
     """The largest tile spills when its epilogue stores two results, whatever a table of inference says."""
     use(table(entry()))
-    assert choose(18432, save_pre=True) == default_config("sm_90", 2, 18432, 4096, save_pre=True)
+    assert choose(18432, save_pre=True) == model(18432, save_pre=True)
     assert choose(18432, save_pre=True) != choose(18432) == CONFIG
 
 
@@ -93,12 +89,14 @@ def test_a_weight_gradient_is_the_librarys_until_a_table_names_the_kernel(use):
     """The kernel has run on no hardware: a silent table must not make it anyone's default."""
 
     def choose_wgrad(stage: str = "concat", **options) -> GemmConfig | None:
-        return configs.choose_wgrad(CUDA, stage, torch.bfloat16, 1152, 4096, 8192, **options)
+        return configs.choose(CUDA, f"{stage}_wgrad", torch.bfloat16, 4096, 8192, 1152, **options)
 
     use(table(entry()))
     for stage in ("concat", "merge", "linear", "linear_merge"):
         assert choose_wgrad(stage) is None
-        assert choose_wgrad(stage, forced=True) == wgrad_tiles("sm_90", 2)[0]
+        assert choose_wgrad(stage, forced=True) == default_config(
+            "sm_90", 2, 4096, 8192, 1152, multiprocessors=132, wgrad=True
+        )
     use(table(entry(), entry(stage="concat_wgrad")))
     assert choose_wgrad() == CONFIG
     with pytest.warns(UserWarning, match="does not run.*too large. the library GEMM serves instead"):
@@ -153,7 +151,7 @@ def test_a_configuration_that_does_not_run_is_replaced_with_one_warning(use):
 def test_a_table_that_is_wrong_is_refused_by_name_and_the_model_serves(use, text, named):
     use(text)
     with pytest.warns(UserWarning, match=f"test-gpu.json.*{named}"):
-        assert choose(576) == default_config("sm_90", 2, 576, 4096)
+        assert choose(576) == model(576)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +166,7 @@ def test_a_table_that_is_wrong_is_refused_by_name_and_the_model_serves(use, text
 def test_what_an_architecture_does_not_have_is_refused(use, config, arch, named):
     use(table(entry(config), arch=arch), arch)
     with pytest.warns(UserWarning, match=named):
-        assert choose(576) == default_config(arch, 2, 576, 4096)
+        assert choose(576) == model(576, arch=arch)
 
 
 def test_without_a_table_the_log_says_how_to_measure_one(use, caplog):

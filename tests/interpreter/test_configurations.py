@@ -5,7 +5,7 @@ import torch
 from stages import compare, tower
 
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
-from stf_kernels.configs.model import split_tiles, swap_ab_tiles, tiles, tma_tiles
+from stf_kernels.configs.model import others, tiles
 from stf_kernels.ops.launch import run_stage
 from stf_kernels.ops.segments import Stage
 
@@ -83,8 +83,7 @@ SHIPPED = {
     config
     for arch in SHARED_MEMORY_LIMIT
     for itemsize in (2, 4)
-    for ways in (tiles, split_tiles, tma_tiles, swap_ab_tiles)
-    for config in ways(arch, itemsize)
+    for config in (*tiles(arch, itemsize), *others(arch, itemsize))
 }
 
 

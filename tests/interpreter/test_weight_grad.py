@@ -11,7 +11,7 @@ from support.rule import assert_within_rule
 import reference
 import stf_kernels
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
-from stf_kernels.configs.model import wgrad_tiles
+from stf_kernels.configs.model import tiles
 from stf_kernels.ops import weight_grad
 from stf_kernels.ops.segments import Stage
 
@@ -49,7 +49,7 @@ def test_merged_on_load(config, dtype, merge_size):
     check(config, Stage(merge_in=merge_size, grid=grid), tower(1, 2, grid[0] * grid[1], 20, dtype), 37)
 
 
-SHIPPED = {config for arch in SHARED_MEMORY_LIMIT for itemsize in (2, 4) for config in wgrad_tiles(arch, itemsize)}
+SHIPPED = {config for arch in SHARED_MEMORY_LIMIT for size in (2, 4) for config in tiles(arch, size, wgrad=True)}
 
 
 @pytest.mark.parametrize("config", sorted(SHIPPED, key=str), ids=str)

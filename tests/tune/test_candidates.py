@@ -2,49 +2,57 @@
 
 import pytest
 
-from stf_kernels.tune.candidates import candidates, forms_for
+from stf_kernels.configs import SHARED_MEMORY_LIMIT
+from stf_kernels.tune.candidates import candidates
 from stf_kernels.tune.problems import PROBLEMS
 
-HOPPER = {"shared_limit": 232_448, "multiprocessors": 132}
-CONCAT, LINEAR, MERGE = (PROBLEMS[name] for name in ("concat", "linear", "merge"))
+
+def found(name: str, m: int, itemsize: int = 2, arch: str = "sm_90"):
+    return candidates(PROBLEMS[name], m, itemsize, arch, 132)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("limit", [65_536, 101_376, 232_448])
-def test_candidates_fit_shared_memory_and_registers(itemsize, limit):
-    found = candidates(576, 4096, 8192, itemsize, shared_limit=limit, multiprocessors=132)
-    assert len(found) == len(set(found)) > 20
-    for config in found:
-        assert config.shared_bytes(itemsize) <= limit
-        assert config.block_m * config.block_n / (32 * config.num_warps) <= 128
+@pytest.mark.parametrize("arch", ["gfx942", "sm_89", "sm_90"])
+def test_candidates_fit_shared_memory_and_registers(itemsize, arch):
+    configs = found("concat", 576, itemsize, arch)
+    assert len(configs) == len(set(configs)) > 20
+    for config in configs:
+        assert config.shared_bytes(itemsize) <= SHARED_MEMORY_LIMIT[arch]
+        assert config.rows * config.block_n / (32 * config.num_warps) <= 128
 
 
 def test_few_rows_put_split_k_first_and_many_rows_do_not():
-    few, many = (candidates(m, 1024, 4096, 2, **HOPPER)[0] for m in (144, 36_864))
+    few, many = (found("linear_merge", m, arch="sm_80")[0] for m in (144, 36_864))
     assert few.split_k > 1
     assert many.split_k == 1
     assert many.block_m * many.block_n >= 128 * 128
 
 
 def test_a_search_cut_short_has_tried_every_promising_tile():
-    found = candidates(576, 4096, 8192, 2, **HOPPER)
-    shapes = [(c.block_m, c.block_n, c.split_k) for c in found]
+    shapes = [(c.form, c.block_m, c.block_n, c.tail_m, c.split_k) for c in found("concat", 576)]
     distinct = len(set(shapes))
     assert len(set(shapes[:distinct])) == distinct
 
 
-def test_forms_are_tried_where_they_run():
-    assert set(forms_for(LINEAR, "sm_90", 2)) == {"pointer", "tma", "swap_ab"}
-    assert set(forms_for(CONCAT, "sm_90", 2)) == {"pointer", "tma"}
-    for problem, arch, itemsize in ((MERGE, "sm_90", 2), (LINEAR, "sm_80", 2), (LINEAR, "sm_90", 4)):
-        assert forms_for(problem, arch, itemsize) == ("pointer",)
+@pytest.mark.parametrize(
+    ("name", "arch", "itemsize", "forms"),
+    [
+        ("linear", "sm_90", 2, {"pointer", "tma", "swap_ab"}),
+        ("concat", "sm_90", 2, {"pointer", "tma"}),
+        ("merge", "sm_90", 2, {"pointer"}),
+        ("concat_wgrad", "sm_90", 2, {"pointer"}),
+        ("linear", "sm_80", 2, {"pointer"}),
+        ("linear", "sm_90", 4, {"pointer"}),
+    ],
+)
+def test_forms_are_tried_where_they_run(name, arch, itemsize, forms):
+    configs = found(name, 144, itemsize, arch)
+    assert {config.form for config in configs} == forms
+    assert not any(config.split_k > 1 for config in configs if "wgrad" in name)
 
 
-def test_one_image_puts_the_swapped_form_first_and_many_rows_tma():
-    """144 rows are 128 + 16 in swap_ab, and two tiles of 128 elsewhere."""
-    found = candidates(144, 16384, 4096, 2, forms=forms_for(LINEAR, "sm_90", 2), **HOPPER)
-    assert (found[0].form, found[0].rows) == ("swap_ab", 144)
-    assert {config.form for config in found[:24]} >= {"swap_ab", "tma"}
-    found = candidates(18432, 4096, 8192, 2, forms=forms_for(CONCAT, "sm_90", 2), **HOPPER)
-    assert found[0].form == "tma"
-    assert {config.form for config in found[:24]} == {"tma", "pointer"}
+def test_one_image_puts_the_swapped_form_first():
+    """144 rows are 128 + 16 there, and two tiles of 128 elsewhere."""
+    configs = found("linear", 144)
+    assert (configs[0].form, configs[0].rows) == ("swap_ab", 144)
+    assert {config.form for config in configs[:24]} >= {"swap_ab", "tma"}
