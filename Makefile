@@ -8,19 +8,19 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 .PHONY: help prefill test test-quick test-gpu-pins test-browser aot gpu lint types docs format clean
 
 help:
-	@echo "Times on two CPU cores without a GPU; the first target to run also installs .venv, which takes a minute or two."
-	@echo "make prefill        TIME_PREFILL  compare LLaVA-1.5 with LLaVA-STF, stage by stage"
-	@echo "make test           TIME_TEST  every test that this machine can run"
-	@echo "make test-quick     TIME_QUICK  the same without the slow files"
-	@echo "make lint           TIME_LINT  ruff"
-	@echo "make types          TIME_TYPES  mypy"
-	@echo "make docs           TIME_DOCS  the pages of docs/ into docs/_build/html/"
-	@echo "make aot            TIME_AOT  compile every shipped configuration for every GPU and check the generated code"
-	@echo "make test-browser   TIME_BROWSER  the report page in a headless Chromium, which it installs as root on Debian"
-	@echo "make test-gpu-pins  TIME_PINS  make test with the versions nearest to the GPU machine's (5 GB to install)"
-	@echo "make gpu            under ten minutes on a GPU: tests, kernel table, prefill table into bench/results/"
-	@echo "make format         ruff, with its fixes"
-	@echo "make clean          remove the environments and what was built"
+	@echo "Times on two CPU cores without a GPU; the first target to run also makes .venv, in a minute or two."
+	@echo "make prefill          2 min  compare LLaVA-1.5 with LLaVA-STF, stage by stage"
+	@echo "make test             6 min  every test that this machine can run"
+	@echo "make test-quick       2 min  most of them"
+	@echo "make lint             1 s    ruff"
+	@echo "make types           30 s    mypy; 3 s when little has changed"
+	@echo "make docs            20 s    the pages of docs/ into docs/_build/html/"
+	@echo "make aot           > 10 min  compile every configuration for every GPU and check the generated code"
+	@echo "make test-browser            the report page in a headless Chromium, which it installs as root on Debian"
+	@echo "make test-gpu-pins           make test with the versions nearest to the GPU machine's (installs 5 GB)"
+	@echo "make gpu           < 10 min  on a GPU: tests, kernel table, prefill table into bench/results/"
+	@echo "make format           1 s    ruff, with its fixes"
+	@echo "make clean                   remove the environments and what was built"
 
 # torchao and bitsandbytes stay out of the environment: transformers imports them wherever they are, and without a GPU
 # torchao complains at every import. The tests that need them find them in a folder of their own.

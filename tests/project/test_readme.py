@@ -7,11 +7,7 @@ import pytest
 from support.processes import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NAMES = {
-    "mlp2x": "LLaVA-1.5",
-    "reference": "LLaVA-STF, plain PyTorch",
-    "fused": "LLaVA-STF, this library",
-}
+NAMES = {"mlp2x": "LLaVA-1.5", "reference": "LLaVA-STF, plain PyTorch", "fused": "LLaVA-STF, this library"}
 
 
 def quoted(result):
