@@ -10,7 +10,7 @@ scale = alpha / r, or alpha / sqrt(r) with use_rslora; r is the adapter's own, a
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -148,7 +148,7 @@ def _merged(module: str, pair: dict[str, Entry], base: Entries, config: dict, fi
         delta = second.read().float() @ first.read().float()
         return target.read().float().add(delta.T if transposed else delta, alpha=scale).to(target.dtype)
 
-    return Entry(target.shape, target.dtype, read, file.name, "merged")
+    return replace(target, read=read, origin=file.name, how="merged")
 
 
 def _scale(module: str, rank: int, config: dict) -> float:

@@ -8,16 +8,16 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from ..llava_stf import LlavaStfConfig
+from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 from ..processing import LlavaStfProcessor
 from ..warm_start import from_llava
-from .checkpoint import EMBEDDINGS, Entries, Entry, match, on_meta, open_weights, read_json, rename, settle_head
-from .folder import Conversion, check_options, write_folder
+from .checkpoint import EMBEDDINGS, Entry, match, on_meta, open_weights, read_json, rename, settle_head
+from .folder import Target
 from .processor import image_processor, make_processor, read_image_settings, read_tokenizer
 from .report import CONFIG, ConversionError, Report, Source, blamed_on
 from .tower import tower_name
@@ -31,55 +31,56 @@ def convert_llava(
     src: str | Path,
     dst: str | Path,
     *,
-    dtype: torch.dtype | None = None,
     blocks: list[int] | None = None,
     merge_size: int = 2,
     truncate: bool = False,
-    auto_map: bool = False,
-    max_shard_bytes: int | None = None,
-    progress: bool = False,
+    **target: Any,
 ) -> Report:
     """Warm-start LLaVA-STF from the LLaVA-1.5 in `src` into the new folder `dst`.
 
     Args:
-        dtype: float32, float16 or bfloat16; default: the embeddings' own.
         blocks, merge_size, truncate: as for `from_llava`.
-        auto_map, max_shard_bytes, progress: as for `convert_official`.
+        dtype, auto_map, max_shard_bytes, progress: as in `Target`.
 
     Raises ConversionError, one line; then there is nothing at `dst`.
     """
-    src, dst = Path(src), Path(dst)
-    check_options(src, dst, dtype, max_shard_bytes, {})
+    src, to = Path(src), Target(Path(dst), **target)
+    to.check(SRC=src)
     report = Report()
     stock_config = _read_config(src)
-    entries, sources = rename(open_weights(src), _model_name)
-    if not settle_head(entries, sources, stock_config.tie_word_embeddings, report):
+    entries = rename(open_weights(src), _model_name)
+    if not settle_head(entries, stock_config.tie_word_embeddings, report):
         stock_config.tie_word_embeddings = stock_config.text_config.tie_word_embeddings = False
     stock = on_meta(lambda: LlavaForConditionalGeneration(stock_config).eval())
-    entries = match(stock, entries, sources, report)
-    dtype = dtype or entries[EMBEDDINGS].dtype
-
-    config, projector = _warm_start(stock, entries, dtype, blocks, merge_size, truncate)
+    entries = match(stock, entries, report)
+    linears = stock.model.multi_modal_projector.to_empty(device="cpu").to(to.dtype or entries[EMBEDDINGS].dtype)
+    with torch.no_grad():
+        for name, parameter in linears.named_parameters():
+            parameter.copy_(entries.pop(PROJECTOR + name).read())
     report.tensors["mapped"] = [line for line in report.tensors["mapped"] if not line.startswith(PROJECTOR)]
-    entries = {name: entry for name, entry in entries.items() if not name.startswith(PROJECTOR)}
-    for name, tensor in projector.state_dict().items():
-        read = lambda tensor=tensor: tensor  # noqa: E731
-        entries[PROJECTOR + name] = Entry(tuple(tensor.shape), tensor.dtype, read, "warm start", "created")
-        report.tensors["created"].append(
-            f"{PROJECTOR}{name} <- multi_modal_projector.{name.split('.', 1)[1]}, warm start"
-        )
+    stf = _warm_start(stock, blocks=blocks, merge_size=merge_size, truncate=truncate)
+    for name, tensor in stf.model.multi_modal_projector.state_dict().items():
+        made = f"multi_modal_projector.{name.split('.', 1)[1]}, warm start"
+        entries[PROJECTOR + name] = Entry(made, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor, "")
+        report.tensors["created"].append(f"{PROJECTOR}{name} <- {made}")
+    source = Source("llava", src, "a LLaVA-1.5 of transformers")
+    processor = _processor(src, stf.config, report)
+    return to.write(stf.config, entries, processor, _generation(src, stf.config), source, report)
 
-    conversion = Conversion(
-        config=config,
-        entries=entries,
-        dtype=dtype,
-        processor=_processor(src, config, report),
-        generation=_generation(src, config),
-        source=Source("llava", src, "a LLaVA-1.5 of transformers"),
-        report=report,
-        auto_map=auto_map,
-    )
-    return write_folder(dst, conversion, max_shard_bytes, progress)
+
+def _warm_start(stock: LlavaForConditionalGeneration, **options) -> LlavaStfForConditionalGeneration:
+    """`from_llava`, whose refusals get the command's names; what is about none of them is about the configuration.
+
+    Of `stock`, on the meta device, only the projector has values.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)  # the rows that only training uses: the same in every conversion
+            return from_llava(stock, **options)
+    except (ValueError, TypeError) as error:
+        name, _, rest = str(error).partition(": ")
+        rest = rest.replace("truncate=True", "--truncate")
+        raise ConversionError(f"{OPTIONS[name]}: {rest}" if name in OPTIONS else f"{CONFIG}: {error}") from error
 
 
 def _model_name(name: str) -> str | None:
@@ -114,35 +115,6 @@ def _read_config(src: Path) -> LlavaConfig:
         raise ConversionError(f"{CONFIG}: expected no quantization_config; convert a checkpoint that is not quantized")
     with blamed_on(CONFIG):
         return LlavaConfig.from_pretrained(src, local_files_only=True)
-
-
-def _warm_start(
-    stock: LlavaForConditionalGeneration,
-    entries: Entries,
-    dtype: torch.dtype,
-    blocks: list[int] | None,
-    merge_size: int,
-    truncate: bool,
-) -> tuple[LlavaStfConfig, nn.Module]:
-    """Configuration and projector; of `stock`, on the meta device, only the two linears get values."""
-    linears = stock.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
-    with torch.no_grad():
-        for name, parameter in linears.named_parameters():
-            parameter.copy_(entries[PROJECTOR + name].read())
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)  # the rows that only training uses: the same in every conversion
-            stf = from_llava(stock, blocks=blocks, merge_size=merge_size, truncate=truncate)
-    except (ValueError, TypeError) as error:
-        raise ConversionError(_by_option(str(error))) from error
-    return stf.config, stf.model.multi_modal_projector
-
-
-def _by_option(message: str) -> str:
-    """An error of `from_llava` under the command's names; what is about none of them is about the configuration."""
-    name, _, rest = message.partition(": ")
-    rest = rest.replace("truncate=True", "--truncate")
-    return f"{OPTIONS[name]}: {rest}" if name in OPTIONS else f"{CONFIG}: {message}"
 
 
 def _processor(src: Path, config: LlavaStfConfig, report: Report) -> LlavaStfProcessor | None:

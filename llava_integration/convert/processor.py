@@ -19,7 +19,7 @@ from transformers import (
 from ..llava_stf import LlavaStfConfig
 from ..processing import LlavaStfProcessor
 from .checkpoint import read_json
-from .report import ConversionError, Report, blamed_on
+from .report import ConversionError, Report, blamed_on, passed_on
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 SPECIAL_TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
@@ -215,7 +215,7 @@ def make_processor(
     """The processor of a model of `config`; ConversionError when the tokenizer has no room for the image token."""
     # What generation needs; a trainer sets its own. Only what is among init_kwargs is saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    try:
+    with passed_on():
         processor = LlavaStfProcessor(
             images,
             tokenizer,
@@ -225,8 +225,6 @@ def make_processor(
             image_token=image_token,
             spatial_merge_size=config.spatial_merge_size,
         )
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
     rows = config.text_config.vocab_size
     if processor.image_token_id != config.image_token_index or len(tokenizer) > rows:
         raise ConversionError(

@@ -39,6 +39,15 @@ def blamed_on(what: str, remedy: str = GET_AGAIN) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def passed_on(prefix: str = "") -> Iterator[None]:
+    """A refusal of llava_integration's own becomes a ConversionError with the same words behind `prefix`."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"{prefix}{error}") from error
+
+
 @dataclass
 class Report:
     """Per kind, lines such as "target <- source"; `warnings` say what a reader has to know or check."""
