@@ -32,38 +32,35 @@ KERNELS, PLAIN = "from stf_kernels import CompactTokenProjector", "from .plain_p
 
 LOADER = '''"""LLaVA-STF for trust_remote_code=True: from the stf-kernels package if installed, else in plain torch."""
 
+import sys
+
 from transformers import AutoProcessor
 from transformers.utils import logging
 
 try:
-    from llava_integration import LlavaStfConfig as Config
-    from llava_integration import LlavaStfForConditionalGeneration as ForConditionalGeneration
-    from llava_integration import LlavaStfModel as Model
-    from llava_integration import LlavaStfProcessor as Processor
+    import llava_integration as stf
 except ImportError:
-    from .llava_stf import LlavaStfConfig as Config
-    from .llava_stf import LlavaStfForConditionalGeneration as ForConditionalGeneration
-    from .llava_stf import LlavaStfModel as Model
-    from .llava_stf import LlavaStfProcessor as Processor
+    from .llava_stf import LlavaStfConfig
 
+    stf = sys.modules[LlavaStfConfig.__module__]
     logging.get_logger(__name__).warning("LLaVA-STF: stf-kernels is not installed, so its projector is not fused")
 
 
-class LlavaStfConfig(Config):
+class LlavaStfConfig(stf.LlavaStfConfig):
     pass
 
 
-class LlavaStfModel(Model):
+class LlavaStfModel(stf.LlavaStfModel):
     config: LlavaStfConfig
     config_class = LlavaStfConfig
 
 
-class LlavaStfForConditionalGeneration(ForConditionalGeneration):
+class LlavaStfForConditionalGeneration(stf.LlavaStfForConditionalGeneration):
     config: LlavaStfConfig
     config_class = LlavaStfConfig
 
 
-class LlavaStfProcessor(Processor):
+class LlavaStfProcessor(stf.LlavaStfProcessor):
     _auto_class = "AutoProcessor"
 
     def to_dict(self, *args, **kwargs):
@@ -72,7 +69,7 @@ class LlavaStfProcessor(Processor):
 
 
 # Once a model is loaded the package's processor is known by its name, and would be taken instead.
-AutoProcessor.register(Config, LlavaStfProcessor, exist_ok=True)
+AutoProcessor.register(stf.LlavaStfConfig, LlavaStfProcessor, exist_ok=True)
 '''
 
 MODEL_CLASSES = {

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, ProcessorMixin
 from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 from .auto_map import write_auto_map
 from .checkpoint import EMBEDDINGS, Entries, Entry
-from .report import CARD_FILE, ConversionError, Report, Source, blamed_on, model_card
+from .report import CARD_FILE, ConversionError, Report, blamed_on, model_card
 
 REPORT_FILE = "conversion.json"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,7 +54,7 @@ class Target:
 
     def check(self, **sources: Path | None) -> None:
         """ConversionError for what can be refused before anything is read; `sources`: folders, by option."""
-        folders = {name.replace("_", "-"): folder for name, folder in sources.items() if folder is not None}
+        folders = {name: folder for name, folder in sources.items() if folder is not None}
         for name, folder in folders.items():
             if not folder.is_dir():
                 raise ConversionError(f"{name}: expected a local folder, got {folder}; download the checkpoint first")
@@ -71,7 +71,6 @@ class Target:
         entries: Entries,
         processor: ProcessorMixin | None,
         generation: dict,
-        source: Source,
         report: Report,
     ) -> Report:
         """Write everything beside `dst`, then rename; `entries`: under the model's names. Returns the report."""
@@ -82,7 +81,12 @@ class Target:
         with blamed_on("SRC: generation_config.json", "correct the file or remove it"):
             GenerationConfig(**generation)
         size = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
-        _check_space(self.dst, size + SMALL_FILES)
+        needed, free = size + SMALL_FILES, shutil.disk_usage(self.dst.parent).free
+        if free < needed:
+            raise ConversionError(
+                f"DST: expected {needed / 1e9:.2f} GB free at {self.dst.parent}, got {free / 1e9:.2f} GB; "
+                "free some or choose another disk"
+            )
         with whole_folder(self.dst) as folder:
             hidden = not (self.progress and sys.stderr.isatty())
             with tqdm(total=size, unit="B", unit_scale=True, disable=hidden) as bar:
@@ -93,7 +97,7 @@ class Target:
                 processor.save_pretrained(folder)
             if self.auto_map:
                 write_auto_map(folder)
-            card = model_card(config, source, report, processor=processor is not None, auto_map=self.auto_map)
+            card = model_card(config, report, processor=processor is not None, auto_map=self.auto_map)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
             _write_json(folder / REPORT_FILE, report.as_dict())
         kind = str(dtype).removeprefix("torch.")
@@ -147,15 +151,6 @@ def _check_destination(dst: Path, sources: Sequence[Path]) -> None:
     for source in sources:
         if place.is_relative_to(source.resolve()):
             raise ConversionError(f"DST: expected a place outside {source}, which is only read, got {dst}")
-
-
-def _check_space(dst: Path, needed: int) -> None:
-    free = shutil.disk_usage(dst.parent).free
-    if free < needed:
-        raise ConversionError(
-            f"DST: expected {needed / 1e9:.2f} GB free at {dst.parent}, got {free / 1e9:.2f} GB; "
-            "free some or choose another disk"
-        )
 
 
 def _write_weights(

@@ -19,7 +19,7 @@ from ..warm_start import from_llava
 from .checkpoint import EMBEDDINGS, Entry, match, on_meta, open_weights, read_json, rename, settle_head
 from .folder import Target
 from .processor import image_processor, make_processor, read_image_settings, read_tokenizer
-from .report import CONFIG, ConversionError, Report, Source, blamed_on
+from .report import CONFIG, ConversionError, Report, blamed_on
 from .tower import tower_name
 
 PROJECTOR = "model.multi_modal_projector."
@@ -46,7 +46,7 @@ def convert_llava(
     """
     src, to = Path(src), Target(Path(dst), **target)
     to.check(SRC=src)
-    report = Report()
+    report = Report("llava", src, "a LLaVA-1.5 of transformers")
     stock_config = _read_config(src)
     entries = rename(open_weights(src), _model_name)
     if not settle_head(entries, stock_config.tie_word_embeddings, report):
@@ -63,9 +63,8 @@ def convert_llava(
         made = f"multi_modal_projector.{name.split('.', 1)[1]}, warm start"
         entries[PROJECTOR + name] = Entry(made, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor, "")
         report.tensors["created"].append(f"{PROJECTOR}{name} <- {made}")
-    source = Source("llava", src, "a LLaVA-1.5 of transformers")
     processor = _processor(src, stf.config, report)
-    return to.write(stf.config, entries, processor, _generation(src, stf.config), source, report)
+    return to.write(stf.config, entries, processor, _generation(src, stf.config), report)
 
 
 def _warm_start(stock: LlavaForConditionalGeneration, **options) -> LlavaStfForConditionalGeneration:

@@ -40,7 +40,7 @@ from .processor import (
     read_image_settings,
     read_tokenizer,
 )
-from .report import CONFIG, ConversionError, Report, Source, blamed_on, passed_on
+from .report import CONFIG, ConversionError, Report, blamed_on, passed_on
 from .tower import PREFIX as TOWER
 from .tower import find_tower, tower_name
 
@@ -85,9 +85,9 @@ def convert_official(
     src, to = Path(src), Target(Path(dst), **target)
     base, tower_folder = (None if path is None else Path(path) for path in (base, vision_tower))
     to.check(**{"SRC": src, "--base": base, "--vision-tower": tower_folder})
-    report = Report()
     parts = read_parts(src, base, projector_name)
     tower = find_tower(parts.config.get("mm_vision_tower"), src, tower_folder)
+    report = Report("official", src, parts.form, tower.name)
     _check_config(parts.config, tower.config)
 
     entries = rename(parts.entries, _model_name)
@@ -137,8 +137,7 @@ def convert_official(
     if tokenizer is not None:
         images = image_processor(tower.config, settings, pad=parts.config.get("image_aspect_ratio") == "pad")
         processor = make_processor(images, tokenizer, config, VICUNA_V1)
-    source = Source("official", src, parts.form, tower.name)
-    return to.write(config, matched, processor, _generation(parts.folders, text), source, report)
+    return to.write(config, matched, processor, _generation(parts.folders, text), report)
 
 
 def projector_name(name: str) -> str | None:
