@@ -114,10 +114,7 @@ class LlavaStfModel(CompactModel, LlavaModel):
             raise ValueError("pixel_values, mm_encoder_outputs: expected at most one of them, got both")
         self._check_options(vision_feature_select_strategy, image_sizes)
         self.check_prompt(input_ids, pixel_values, encoded, past_key_values)
-        tokens = None if encoded is None else encoded.pooler_output
-        inputs_embeds, features = self.embed_prompt(
-            input_ids, inputs_embeds, pixel_values, tokens, vision_feature_layer
-        )
+        inputs_embeds, tokens = self.embed_prompt(input_ids, inputs_embeds, pixel_values, encoded, vision_feature_layer)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -130,7 +127,7 @@ class LlavaStfModel(CompactModel, LlavaModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=features,
+            image_hidden_states=tokens,
         )
 
     def _check_options(self, strategy: str | None, image_sizes: Tensor | None) -> None:

@@ -13,7 +13,7 @@ import copy as copying
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from .core.config import default_blocks, prefix_tokens, resolve_layers, vision_grid
@@ -86,8 +86,8 @@ def warm_start_projector(
     stf.linear_1.weight.copy_(torch.block_diag(*[linear_1.weight] * copies))
     stf.linear_2.weight.copy_(torch.cat([linear_2.weight / copies] * copies, dim=1))
     if stf.linear_1.bias is not None:
-        stf.linear_1.bias.copy_(_bias(linear_1).repeat(copies))
-        stf.linear_2.bias.copy_(_bias(linear_2))
+        stf.linear_1.bias.copy_(linear_1.bias.repeat(copies))
+        stf.linear_2.bias.copy_(linear_2.bias)
 
 
 def _pass_through(mbtf: nn.Module, segment: int, dim: int) -> None:
@@ -103,10 +103,6 @@ def _pass_through(mbtf: nn.Module, segment: int, dim: int) -> None:
     for linear in (mbtf.linear_1, mbtf.linear_2):
         if linear.bias is not None:
             linear.bias.zero_()
-
-
-def _bias(linear: nn.Linear) -> Tensor:
-    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
 
 
 def _selected(config: LlavaConfig) -> int:

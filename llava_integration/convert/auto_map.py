@@ -17,17 +17,7 @@ MODULE = "llava_stf_auto"
 LOADER_FILE = MODULE + ".py"
 
 # Under flat names, and with relative imports only: transformers copies files of one folder.
-COPIED = (
-    "core/config",
-    "core/insertion",
-    "core/model",
-    "core/plain_projector",
-    "core/projector",
-    "core/register",
-    "core/tower",
-    "llava_stf",
-    "processing",
-)
+COPIED = [*sorted((PACKAGE / "core").glob("[a-z]*.py")), PACKAGE / "llava_stf.py", PACKAGE / "processing.py"]
 KERNELS, PLAIN = "from stf_kernels import CompactTokenProjector", "from .plain_projector import CompactTokenProjector"
 
 LOADER = '''"""LLaVA-STF for trust_remote_code=True: from the stf-kernels package if installed, else in plain torch."""
@@ -84,17 +74,17 @@ def write_auto_map(folder: Path) -> None:
     (folder / LOADER_FILE).write_text(LOADER, encoding="utf-8")
     for path in COPIED:
         # A file of the package that needs nothing but torch, transformers and its neighbours in the folder.
-        source = (PACKAGE / f"{path}.py").read_text(encoding="utf-8").replace(KERNELS, PLAIN)
+        source = path.read_text(encoding="utf-8").replace(KERNELS, PLAIN)
         source = RELATIVE.sub(lambda found: f"from .{_flat_name(found[1])} import", source)
-        (folder / f"{_flat_name(path)}.py").write_text(source, encoding="utf-8")
+        (folder / f"{_flat_name(path.stem)}.py").write_text(source, encoding="utf-8")
     _add(folder / "config.json", MODEL_CLASSES)
     if (folder / "processor_config.json").is_file():
         _add(folder / "processor_config.json", {"AutoProcessor": "LlavaStfProcessor"})
 
 
-def _flat_name(path: str) -> str:
-    """core/tower, .core.tower, .tower -> llava_stf_tower"""
-    name = re.split(r"[./]", path)[-1]
+def _flat_name(module: str) -> str:
+    """tower, .tower, .core.tower -> llava_stf_tower"""
+    name = module.rpartition(".")[2]
     return name if name.startswith("llava_stf") else f"llava_stf_{name}"
 
 

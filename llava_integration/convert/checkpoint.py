@@ -27,12 +27,8 @@ WEIGHT_FILES = (
 )
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-# Tensors that older checkpoints stored and the model computes: the only ones that may be left over.
-COMPUTED = {
-    re.compile(r"\.rotary_emb\.inv_freq$"): "computed from the configuration",
-    re.compile(r"\.embeddings\.position_ids$"): "computed from the configuration",
-    re.compile(r"^lm_head\.weight$"): "tied to the embeddings",
-}
+# What older checkpoints stored and the model computes or ties: the only tensors that may be left over.
+COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.embeddings\.position_ids$|^lm_head\.weight$")
 SHOWN = 3
 
 
@@ -163,9 +159,8 @@ def rename(entries: Entries, name_of: Callable[[str], str | None]) -> Entries:
     for name, entry in entries.items():
         target = name_of(name) or name
         if target in renamed:
-            raise ConversionError(
-                f"SRC: {name} and {renamed[target].name} are both {target}; remove one from the checkpoint"
-            )
+            other = renamed[target].name
+            raise ConversionError(f"SRC: {name} and {other} are both {target}; remove one from the checkpoint")
         renamed[target] = entry
     return renamed
 
@@ -200,9 +195,9 @@ def match(model: PreTrainedModel, entries: Entries, report: Report) -> Entries:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         wanted.pop(HEAD, None)
-    left = {entry.name: _computed(name) for name, entry in entries.items() if name not in wanted}
     missing = [name for name in wanted if name not in entries]
-    foreign = [name for name, reason in left.items() if reason is None]
+    left = [name for name in entries if name not in wanted]
+    foreign = [entries[name].name for name in left if not COMPUTED.search(name)]
     problems = [
         f"{len(names)} tensors are {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
         for what, names in (("missing", missing), ("left over", foreign))
@@ -223,9 +218,5 @@ def match(model: PreTrainedModel, entries: Entries, report: Report) -> Entries:
         if problem:
             raise ConversionError(f"SRC: {entry.name} in {entry.origin}: expected {problem}")
         report.tensors[entry.how].append(f"{name} <- {entry.name}")
-    report.tensors["left over"] += [f"{name}: {reason}" for name, reason in left.items()]
+    report.tensors["left over"] += [f"{entries[name].name}: computed by the model" for name in left]
     return {name: entries[name] for name in wanted}
-
-
-def _computed(name: str) -> str | None:
-    return next((reason for pattern, reason in COMPUTED.items() if pattern.search(name)), None)

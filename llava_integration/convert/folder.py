@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedConfig, ProcessorMixin
 
 from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 from .auto_map import write_auto_map
-from .checkpoint import EMBEDDINGS, Entries, Entry
+from .checkpoint import EMBEDDINGS, Entries, Entry, read_json
 from .report import CARD_FILE, ConversionError, Report, blamed_on, model_card
 
 REPORT_FILE = "conversion.json"
@@ -103,6 +103,15 @@ class Target:
         kind = str(dtype).removeprefix("torch.")
         report.notes.append(f"{self.dst}: {len(entries)} tensors, {size / 1e9:.2f} GB, {kind}")
         return report
+
+
+def generation_settings(folders: Sequence[Path], text: PreTrainedConfig) -> dict:
+    """generation_config.json, without flags that greedy search ignores and transformers refuses; else token ids."""
+    file = next((path for folder in folders if (path := folder / "generation_config.json").is_file()), None)
+    content = read_json(file) if file else {}
+    ignored = () if content.get("do_sample") else ("temperature", "top_p", "top_k")
+    ids = {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return ids | {name: value for name, value in content.items() if name not in ignored}
 
 
 @contextlib.contextmanager

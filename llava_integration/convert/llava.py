@@ -17,8 +17,8 @@ from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 from ..processing import LlavaStfProcessor
 from ..warm_start import from_llava
 from .checkpoint import EMBEDDINGS, Entry, match, on_meta, open_weights, read_json, rename, settle_head
-from .folder import Target
-from .processor import image_processor, make_processor, read_image_settings, read_tokenizer
+from .folder import Target, generation_settings
+from .processor import make_processor, read_image_settings, read_tokenizer
 from .report import CONFIG, ConversionError, Report, blamed_on
 from .tower import tower_name
 
@@ -63,8 +63,8 @@ def convert_llava(
         made = f"multi_modal_projector.{name.split('.', 1)[1]}, warm start"
         entries[PROJECTOR + name] = Entry(made, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor, "")
         report.tensors["created"].append(f"{PROJECTOR}{name} <- {made}")
-    processor = _processor(src, stf.config, report)
-    return to.write(stf.config, entries, processor, _generation(src, stf.config), report)
+    generation = generation_settings([src], stf.config.text_config)
+    return to.write(stf.config, entries, _processor(src, stf.config, report), generation, report)
 
 
 def _warm_start(stock: LlavaForConditionalGeneration, **options) -> LlavaStfForConditionalGeneration:
@@ -105,11 +105,10 @@ def _read_config(src: Path) -> LlavaConfig:
         hint = "name a LLaVA-1.5 folder of transformers"
         if kind == "llava_stf":
             hint = "this folder is converted already"
-        elif str(kind).startswith("llava_") or kind == "llava":
+        elif str(kind).startswith("llava"):
             hint = "an official LLaVA-STF is converted with `official`"
-        raise ConversionError(
-            f"{CONFIG}: expected model_type 'llava' with text_config and vision_config, got {kind!r}; {hint}"
-        )
+        expected = "model_type 'llava' with text_config and vision_config"
+        raise ConversionError(f"{CONFIG}: expected {expected}, got {kind!r}; {hint}")
     if "quantization_config" in content:
         raise ConversionError(f"{CONFIG}: expected no quantization_config; convert a checkpoint that is not quantized")
     with blamed_on(CONFIG):
@@ -121,10 +120,9 @@ def _processor(src: Path, config: LlavaStfConfig, report: Report) -> LlavaStfPro
     if tokenizer is None:
         return None
     settings = read_image_settings([src], report)
-    images = image_processor(config.vision_config, settings, bool(settings.get("do_pad")))
     content = read_json(src / "processor_config.json") if (src / "processor_config.json").is_file() else {}
     token = content.get("image_token") or getattr(tokenizer, "image_token", None) or "<image>"
-    return make_processor(images, tokenizer, config, _template(src, content, tokenizer), token)
+    return make_processor(settings, tokenizer, config, _template(src, content, tokenizer), token)
 
 
 def _template(src: Path, content: dict, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -134,10 +132,3 @@ def _template(src: Path, content: dict, tokenizer: PreTrainedTokenizerBase) -> s
     if (src / "chat_template.json").is_file():
         return read_json(src / "chat_template.json").get("chat_template")
     return content.get("chat_template") or tokenizer.chat_template
-
-
-def _generation(src: Path, config: LlavaStfConfig) -> dict:
-    if (src / "generation_config.json").is_file():
-        return read_json(src / "generation_config.json")
-    text = config.text_config
-    return {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}

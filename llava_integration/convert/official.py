@@ -28,18 +28,9 @@ from stf_kernels import channel_to_patch_major
 from ..core.config import published_blocks, resolve_layers, vision_grid
 from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 from .base import read_parts
-from .checkpoint import EMBEDDINGS, HEAD, Entries, Entry, match, on_meta, read_json, rename, settle_head
-from .folder import Target
-from .processor import (
-    VICUNA_V1,
-    Vocabulary,
-    add_tokens,
-    image_processor,
-    make_processor,
-    padded,
-    read_image_settings,
-    read_tokenizer,
-)
+from .checkpoint import EMBEDDINGS, HEAD, Entries, Entry, match, on_meta, rename, settle_head
+from .folder import Target, generation_settings
+from .processor import VICUNA_V1, Vocabulary, make_processor, read_image_settings, read_tokenizer, settle_vocabulary
 from .report import CONFIG, ConversionError, Report, blamed_on, passed_on
 from .tower import PREFIX as TOWER
 from .tower import find_tower, tower_name
@@ -52,13 +43,7 @@ CHANNEL_MAJOR = PROJECTOR + "stf.linear_1.weight"
 LANGUAGE = re.compile(r"^model\.(?=(?:embed_tokens|layers|norm)\.)")
 PUBLISHED_SELECT = -2
 EXPECTED = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False}
-LANGUAGE_CONFIGS = {
-    "llava_llama": LlamaConfig,
-    "llava": LlamaConfig,
-    "llama": LlamaConfig,
-    "llava_mistral": MistralConfig,
-    "mistral": MistralConfig,
-}
+LANGUAGE_MODELS = ("llava_llama", "llava", "llama", "llava_mistral", "mistral")
 ROPE_FIELDS = ("rope_theta", "rope_scaling")  # of files before transformers 5
 NOT_FIELDS = ("model_type", "transformers_version", "architectures", "dtype", "_name_or_path")
 
@@ -96,11 +81,8 @@ def convert_official(
     if not any(name.startswith(TOWER) for name in entries):
         entries |= tower.weights()
     tied = settle_head(entries, bool(parts.config.get("tie_word_embeddings")), report)
-    rows = _rows(entries)
-
     tokenizer = read_tokenizer(parts.folders, report)
-    # Without a tokenizer the image and padding token get the ids that transformers' LLaVA checkpoints give them.
-    vocabulary = add_tokens(tokenizer, rows) if tokenizer else Vocabulary(padded(rows + 2), rows, rows + 1)
+    vocabulary = settle_vocabulary(tokenizer, _rows(entries))
     text = _text_config(parts.config, vocabulary, tied)
     if tower.config.model_type == "siglip_vision_model":  # its pooling head is not in every checkpoint; nobody reads it
         tower.config.vision_use_head = any(name.startswith(TOWER + "head.") for name in entries)
@@ -129,15 +111,18 @@ def convert_official(
         if name in entries and entries[name].shape:
             entries[name] = _resized(entries[name], vocabulary.rows)
     if config.spatial_merge_size > 1:  # in a window of one token both orders are the same
-        entries[CHANNEL_MAJOR] = _relaid_out(entries[CHANNEL_MAJOR], config.spatial_merge_size)
+        order = entries[CHANNEL_MAJOR]
+        relay = lambda: channel_to_patch_major(order.read(), config.spatial_merge_size)  # noqa: E731
+        entries[CHANNEL_MAJOR] = replace(order, read=relay, how="relaid out")
     matched = match(on_meta(lambda: LlavaStfForConditionalGeneration(config)), entries, report)
 
-    settings = read_image_settings([*parts.folders, *([tower.folder] if tower.folder else [])], report)
     processor = None
     if tokenizer is not None:
-        images = image_processor(tower.config, settings, pad=parts.config.get("image_aspect_ratio") == "pad")
-        processor = make_processor(images, tokenizer, config, VICUNA_V1)
-    return to.write(config, matched, processor, _generation(parts.folders, text), report)
+        settings = read_image_settings(parts.folders + [tower.folder] * (tower.folder is not None), report)
+        settings["do_pad"] = parts.config.get("image_aspect_ratio") == "pad"
+        processor = make_processor(settings, tokenizer, config, VICUNA_V1)
+    generation = generation_settings(parts.folders, text) | {"pad_token_id": text.pad_token_id}
+    return to.write(config, matched, processor, generation, report)
 
 
 def projector_name(name: str) -> str | None:
@@ -179,9 +164,7 @@ def derive(entries: Entries, channels: int) -> tuple[int, int, dict]:
             "folder of transformers is converted with `llava`"
         )
     if (mbtf_1 is None) != (mbtf_2 is None):
-        raise ConversionError(
-            "SRC: expected both of mm_projector_crosslayer.{0,2}.weight, got one of them; it is truncated"
-        )
+        raise ConversionError("SRC: expected both of mm_projector_crosslayer.{0,2}.weight, got one; it is truncated")
     if mbtf_1 is None and stf_1[1] == channels:
         raise ConversionError(
             "SRC: mm_projector reads single tokens and there is no mm_projector_crosslayer, so this is LLaVA-1.5, not "
@@ -259,13 +242,13 @@ def _rows(entries: Entries) -> int:
 def _text_config(content: dict, vocabulary: Vocabulary, tied: bool) -> PreTrainedConfig:
     """`content`: config.json, in which vision and training fields lie beside those of the language model."""
     kind = content.get("model_type")
-    if not isinstance(kind, str) or kind not in LANGUAGE_CONFIGS or "text_config" in content:
+    if not isinstance(kind, str) or kind not in LANGUAGE_MODELS or "text_config" in content:
         hints = {
             "llava": "; a LLaVA-1.5 folder of transformers is converted with `llava`",
             "llava_stf": "; this folder is converted already",
         }
         raise ConversionError(f"{CONFIG}: expected model_type llava_llama, got {kind!r}{hints.get(str(kind), '')}")
-    make = LANGUAGE_CONFIGS[kind]
+    make = MistralConfig if kind.endswith("mistral") else LlamaConfig
     known = make().to_dict().keys() - set(NOT_FIELDS) | set(ROPE_FIELDS)
     fields = {name: value for name, value in content.items() if name in known and value is not None}
     with blamed_on(CONFIG):
@@ -286,19 +269,3 @@ def _resized(entry: Entry, rows: int) -> Entry:
         return torch.cat([weight, mean.expand(rows - old, *rest)])
 
     return replace(entry, shape=(rows, *rest), read=read, how="resized")
-
-
-def _relaid_out(entry: Entry, merge_size: int) -> Entry:
-    return replace(entry, read=lambda: channel_to_patch_major(entry.read(), merge_size), how="relaid out")
-
-
-def _generation(folders: list[Path], text: PreTrainedConfig) -> dict:
-    """Sampling as the checkpoint sets it; flags that greedy search would ignore are refused by transformers."""
-    file = next((path for folder in folders if (path := folder / "generation_config.json").is_file()), None)
-    content = read_json(file) if file else {}
-    names = ["bos_token_id", "eos_token_id"]
-    if content.get("do_sample"):
-        names += ["do_sample", "temperature", "top_p", "top_k"]
-    kept = {name: content[name] for name in names if content.get(name) is not None}
-    ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}
-    return ids | kept | {"pad_token_id": text.pad_token_id}

@@ -30,9 +30,8 @@ def blamed_on(what: str, remedy: str = GET_AGAIN) -> Iterator[None]:
     except ConversionError:
         raise
     except Exception as error:
-        raise ConversionError(
-            f"{what}: expected valid values, got {type(error).__name__}: {error}; {remedy}"
-        ) from error
+        got = f"{type(error).__name__}: {error}"
+        raise ConversionError(f"{what}: expected valid values, got {got}; {remedy}") from error
 
 
 @contextlib.contextmanager

@@ -75,21 +75,17 @@ def vision_grid(vision_config: PreTrainedConfig) -> tuple[int, int]:
 
 def complete(config: PreTrainedConfig) -> None:
     """Resolve layers and fill in what is None, in place; ValueError for what contradicts the tower or itself."""
-    vision = config.vision_config
-    config.vision_feature_layer = resolve_layers(config.vision_feature_layer, vision.num_hidden_layers)
-    if config.projector_hidden_act not in ACTIVATIONS:
-        raise ValueError(
-            f"projector_hidden_act: expected one of {list(ACTIVATIONS)}, got {config.projector_hidden_act!r}"
-        )
+    vision, act = config.vision_config, config.projector_hidden_act
+    layers = config.vision_feature_layer = resolve_layers(config.vision_feature_layer, vision.num_hidden_layers)
+    if act not in ACTIVATIONS:
+        raise ValueError(f"projector_hidden_act: expected one of {list(ACTIVATIONS)}, got {act!r}")
     if config.feature_order != FEATURE_ORDER:
         raise ValueError(
             f"feature_order: expected {FEATURE_ORDER!r}, the only order in which this model stores its weights, "
             f"got {config.feature_order!r}; relay stf.linear_1.weight out with stf_kernels.channel_to_patch_major"
         )
-    if not config.use_mbtf and len(config.vision_feature_layer) != 1:
-        raise ValueError(
-            f"vision_feature_layer: expected one layer with use_mbtf=False, got {config.vision_feature_layer}"
-        )
+    if not config.use_mbtf and len(layers) != 1:
+        raise ValueError(f"vision_feature_layer: expected one layer with use_mbtf=False, got {layers}")
     cls, strategy = ("a", "default") if prefix_tokens(vision) else ("no", "full")
     if config.vision_feature_select_strategy not in (None, strategy):
         raise ValueError(

@@ -8,6 +8,7 @@ The blocks reach the projector as they are, CLS included: it skips prefix tokens
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .config import resolve_layers, vision_grid
 from .insertion import check_token_count, image_rows, is_captured
@@ -68,10 +69,10 @@ class CompactModel(_Saved):
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         pixel_values: Tensor | None,
-        encoded: list[Tensor] | None,
+        encoded: BaseModelOutputWithPooling | None,
         layers: int | list[int] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """inputs_embeds [B, S, D] with the images in it, and their tokens [rows, D]. `encoded`: images as tokens."""
+        """inputs_embeds [B, S, D] with the images in it, and their tokens [rows, D]."""
         own_embeds = inputs_embeds is None
         if own_embeds:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -82,7 +83,7 @@ class CompactModel(_Saved):
         if pixel_values is not None:
             features = self.project_images(pixel_values, layers).flatten(0, 1)
         else:
-            features = torch.cat(list(encoded))
+            features = torch.cat(list(encoded.pooler_output))
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, features)
         return inputs_embeds.masked_scatter(mask, features), features
