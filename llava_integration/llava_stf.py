@@ -36,9 +36,7 @@ class LlavaStfConfig(LlavaConfig):
         stf_hidden_size (`int`, *optional*): width between the two linears of STF, 4*r*r*C by default.
         feature_order (`str`): element order of the merged feature axis in the stored weights. Always "patch_major".
 
-    Raises:
-        ValueError: for a layer that the tower does not have, a grid that does not divide, an `image_seq_length` or a
-            select strategy that contradicts the tower, an unknown tower, activation or feature order.
+    Raises ValueError for what contradicts the tower or itself, and for an unknown tower, activation or feature order.
     """
 
     model_type = "llava_stf"

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 
@@ -46,9 +47,9 @@ class LlavaStfProcessor(LlavaProcessor):
             if type(value) is not int or value < 1:
                 hint = "; set it to model.config.vision_config.patch_size" if name == "patch_size" else ""
                 raise ValueError(f"{name}: expected a positive int, got {value!r}{hint}")
-        if tokenizer is None or image_processor is None:
-            missing = "tokenizer" if tokenizer is None else "image_processor"
-            raise ValueError(f"{missing}: expected one, got None")
+        for name, part in (("tokenizer", tokenizer), ("image_processor", image_processor)):
+            if part is None:
+                raise ValueError(f"{name}: expected one, got None")
         token = getattr(tokenizer, "image_token", image_token)
         ids = tokenizer.encode(token, add_special_tokens=False)
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
@@ -111,9 +112,9 @@ class LlavaStfProcessor(LlavaProcessor):
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """ValueError unless the placeholders, or the expanded image tokens, are as many as the images need."""
-        if images is None and text is None:
-            raise ValueError("images, text: expected at least one of them, got neither")
         if text is None:
+            if images is None:
+                raise ValueError("images, text: expected at least one of them, got neither")
             return
         per_image = self._per_image(**kwargs)
         count = 0 if images is None else len(self._flat(images))
@@ -150,8 +151,7 @@ class LlavaStfProcessor(LlavaProcessor):
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
 
     def _tokens(self, height: int, width: int) -> int:
-        side = self.patch_size
-        return (height // side // self.spatial_merge_size) * (width // side // self.spatial_merge_size)
+        return math.prod(side // self.patch_size // self.spatial_merge_size for side in (height, width))
 
     def _per_image(self, **kwargs) -> int:
         """Tokens of an image of the size that the image processor gives every one."""

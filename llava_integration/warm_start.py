@@ -57,8 +57,8 @@ def from_llava(
     for name, value in (("copy", copy), ("truncate", truncate)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {value!r}")
+    config = _stf_config(model, blocks, merge_size, truncate, mbtf_hidden_size)
     stock = model.model.multi_modal_projector
-    config = _stf_config(model.config, blocks, merge_size, truncate, mbtf_hidden_size, stock.linear_1.out_features)
     weight = stock.linear_1.weight
 
     with torch.device("meta"):
@@ -109,23 +109,17 @@ def _selected(config: LlavaConfig) -> int:
     return resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)[0]
 
 
-def _stf_config(
-    stock: LlavaConfig,
-    blocks: Sequence[int] | None,
-    merge_size: int,
-    truncate: bool,
-    mbtf_hidden_size: int | None,
-    projector_width: int,
-) -> LlavaStfConfig:
+def _stf_config(model: LlavaForConditionalGeneration, blocks, merge_size, truncate, mbtf_hidden_size) -> LlavaStfConfig:
+    stock, width = model.config, model.model.multi_modal_projector.linear_1.out_features
     selected, dim = _selected(stock), stock.vision_config.hidden_size
     blocks = default_blocks(selected) if blocks is None else blocks
     blocks = resolve_layers(blocks, stock.vision_config.num_hidden_layers, name="blocks")
     if selected not in blocks:
         raise ValueError(f"blocks: expected layer {selected} among them, which the stock projector reads, got {blocks}")
-    height, width = vision_grid(stock.vision_config)
-    if not 1 <= merge_size <= height or (height % merge_size and not truncate):
+    side, _ = vision_grid(stock.vision_config)
+    if not 1 <= merge_size <= side or (side % merge_size and not truncate):
         raise ValueError(
-            f"merge_size: expected a divisor of the {height}x{width} grid, got {merge_size}; "
+            f"merge_size: expected a divisor of the {side}x{side} grid, got {merge_size}; "
             "truncate=True drops the last rows and columns"
         )
     if mbtf_hidden_size is not None and mbtf_hidden_size < 2 * dim:
@@ -139,7 +133,7 @@ def _stf_config(
         spatial_merge_size=merge_size,
         spatial_merge_truncate=truncate,
         mbtf_hidden_size=mbtf_hidden_size,
-        stf_hidden_size=merge_size**2 * projector_width,
+        stf_hidden_size=merge_size**2 * width,
     )
     config._attn_implementation = stock._attn_implementation
     return config

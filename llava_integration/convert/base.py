@@ -10,8 +10,9 @@ scale = alpha / r, or alpha / sqrt(r) with use_rslora; r is the adapter's own, a
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -26,13 +27,12 @@ KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What SRC and its base hold together; `folders` in the order in which files are looked for."""
+class Parts(NamedTuple):
+    """What SRC and its base hold together."""
 
     entries: Entries
     config: dict
-    folders: list[Path]
+    folders: list[Path]  # in the order in which files are looked for
     form: str
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedConfig, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedConfig
 
 from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 from .auto_map import write_auto_map
@@ -65,15 +65,11 @@ class Target:
             raise ConversionError(f"max_shard_bytes: expected a positive int or None, got {size!r}")
         _check_destination(self.dst, list(folders.values()))
 
-    def write(
-        self,
-        config: LlavaStfConfig,
-        entries: Entries,
-        processor: ProcessorMixin | None,
-        generation: dict,
-        report: Report,
-    ) -> Report:
-        """Write everything beside `dst`, then rename; `entries`: under the model's names. Returns the report."""
+    def write(self, config: LlavaStfConfig, entries: Entries, processor, generation: dict, report: Report) -> Report:
+        """Write everything beside `dst`, then rename; returns the report.
+
+        `entries`: under the model's names; `processor`: None without a tokenizer.
+        """
         dtype = self.dtype or entries[EMBEDDINGS].dtype
         dtype = dtype if dtype in DTYPES else torch.float32
         config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype

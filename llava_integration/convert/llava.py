@@ -6,7 +6,6 @@
     [model.]multi_modal_projector.linear_{1,2}.*        names of every age that LlavaForConditionalGeneration loads
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,14 @@ from .tower import tower_name
 PROJECTOR = "model.multi_modal_projector."
 OPTIONS = {"blocks": "--blocks", "merge_size": "--merge-size", "truncate": "--truncate", "model": "SRC"}
 SEED = 0
+# Behind "model.", which not all have; the first that fits counts.
+PREFIXES = {
+    "multi_modal_projector.": PROJECTOR,
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.language_model.",
+    "language_model.": "model.language_model.",
+    "lm_head.": "lm_head.",
+}
 
 
 def convert_llava(
@@ -87,13 +94,7 @@ def _model_name(name: str) -> str | None:
     bare = name.removeprefix("model.")
     if bare.startswith("vision_tower."):
         return tower_name(name)
-    if bare.startswith("multi_modal_projector."):
-        return "model." + bare
-    if re.match(r"(language_model\.)?lm_head\.", bare):
-        return bare.removeprefix("language_model.")
-    if bare.startswith("language_model."):
-        return "model.language_model." + bare.removeprefix("language_model.").removeprefix("model.")
-    return None
+    return next((new + bare[len(old) :] for old, new in PREFIXES.items() if bare.startswith(old)), None)
 
 
 def _read_config(src: Path) -> LlavaConfig:

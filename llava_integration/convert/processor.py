@@ -1,8 +1,8 @@
 """Tokenizer, image processor and chat template of SRC, as one LlavaStfProcessor."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from tokenizers import AddedToken, pre_tokenizers
@@ -134,11 +134,8 @@ def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """`rows` is what the embeddings need."""
-
-    rows: int
+class Vocabulary(NamedTuple):
+    rows: int  # what the embeddings need
     image_token_id: int
     pad_token_id: int
 
@@ -213,11 +210,7 @@ def image_processor(vision: PreTrainedConfig, settings: dict) -> object:
 
 
 def make_processor(
-    settings: dict,
-    tokenizer: PreTrainedTokenizerBase,
-    config: LlavaStfConfig,
-    template: str | None,
-    image_token: str = IMAGE_TOKEN,
+    settings: dict, tokenizer, config: LlavaStfConfig, template: str | None, image_token: str = IMAGE_TOKEN
 ) -> LlavaStfProcessor:
     """The processor of a model of `config`; ConversionError when the tokenizer has no room for the image token."""
     # What generation needs; a trainer sets its own. Only what is among init_kwargs is saved.

@@ -18,10 +18,7 @@ CLIP_LARGE = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-KNOWN = {
-    "clip-vit-large-patch14-336": CLIP_LARGE | {"image_size": 336},
-    "clip-vit-large-patch14": CLIP_LARGE | {"image_size": 224},
-}
+KNOWN = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224}  # pixels a side
 PREFIX = "model.vision_tower."
 
 
@@ -67,13 +64,13 @@ def find_tower(named: str | None, src: Path, option: Path | None) -> Tower:
     for folder in (Path(named), src / named, src.parent / named):
         if (folder / "config.json").is_file():
             return Tower(read_config(folder), folder, folder.name)
-    known = KNOWN.get(Path(named).name)
-    if known is None:
+    name = Path(named).name
+    if name not in KNOWN:
         raise ConversionError(
             f"SRC: mm_vision_tower in config.json is {named!r}, neither a local folder nor one of "
             f"{', '.join(KNOWN)}; name a local folder with --vision-tower DIR"
         )
-    return Tower(CLIPVisionConfig(**known), None, Path(named).name)
+    return Tower(CLIPVisionConfig(image_size=KNOWN[name], **CLIP_LARGE), None, name)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
