@@ -53,12 +53,12 @@ def test_pieces(tmp_path, text, expected):
     assert tokenizer.model_max_length == 2048
 
 
-def test_a_converted_folder_has_it(tmp_path):
+def test_a_converted_folder_has_it(tmp_path, dst):
     """And the text behind an image starts with a word boundary, as where pieces of a prompt are encoded one by one."""
     src = ck.make_official(tmp_path, tokenizer=False)
     write(src)
-    convert_official(src, tmp_path / "stf")
-    processor = AutoProcessor.from_pretrained(tmp_path / "stf")
+    convert_official(src, dst)
+    processor = AutoProcessor.from_pretrained(dst)
     ids = processor(images=Image.new("RGB", (9, 9)), text="U:<image>\ncat", return_tensors="pt")["input_ids"][0]
     tokens = processor.tokenizer.convert_ids_to_tokens(ids.tolist())
     assert tokens == ["<s>", "▁", "U", ":", *["<image>"] * 4, "▁", "<0x0A>", "cat"]
@@ -71,7 +71,7 @@ def test_a_converted_folder_has_it(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
-def test_added_tokens_keep_their_ids(tmp_path, file):
+def test_added_tokens_keep_their_ids(tmp_path, dst, file):
     """A fine-tuned checkpoint may have embeddings behind the pieces; the image token comes behind those."""
     src = ck.make_official(tmp_path, tokenizer=False)
     write(src)
@@ -82,8 +82,8 @@ def test_added_tokens_keep_their_ids(tmp_path, file):
         ck.write_json(src / file, {"<stop>": known + 1, "[PAD]": known})
     else:
         ck.write_json(src / file, settings | {"added_tokens_decoder": decoder})
-    convert_official(src, tmp_path / "stf")
-    processor = AutoProcessor.from_pretrained(tmp_path / "stf")
+    convert_official(src, dst)
+    processor = AutoProcessor.from_pretrained(dst)
     assert processor.tokenizer.convert_tokens_to_ids(["[PAD]", "<stop>"]) == [known, known + 1]
     assert processor.image_token_id == known + 2
     assert processor.tokenizer.tokenize("ab<stop>") == ["▁ab", "<stop>"]
