@@ -53,7 +53,6 @@ def test_the_language_model_is_the_same(converted):
 
 
 @pytest.mark.parametrize("held", ["embeddings", "head", "both, different"])
-@pytest.mark.parametrize("held", ["embeddings", "head", "both, different"])
 def test_a_head_that_config_json_ties(tmp_path, dst, held):
     tensors, apart = ck.whole_tensors(), held == "both, different"
     embeddings, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
