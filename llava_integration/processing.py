@@ -27,8 +27,7 @@ class LlavaStfProcessor(LlavaProcessor):
         image_token (`str`, defaults to `"<image>"`): placeholder of one image in a prompt.
         spatial_merge_size (`int`, defaults to 2): side of the window that becomes one token.
 
-    Raises:
-        ValueError: sizes that are not positive ints; a tokenizer without a single token for `image_token`.
+    Raises ValueError for sizes that are not positive ints and a tokenizer without a single token for `image_token`.
     """
 
     def __init__(

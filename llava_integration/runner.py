@@ -100,7 +100,7 @@ class PrefillRunner:
         self._check(input_ids, pixel_values)
         images = 0 if pixel_values is None else len(pixel_values)
         self._ids.copy_(input_ids, non_blocking=True)
-        if images:
+        if pixel_values is not None:
             dtype = self.model.model.vision_tower.dtype
             if images not in self._pixels:
                 self._pixels[images] = torch.empty(pixel_values.shape, dtype=dtype, device=self.device)

@@ -20,8 +20,8 @@ from .core.config import default_blocks, prefix_tokens, resolve_layers, vision_g
 from .core.projector import build_projector
 from .llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 
-KEPT = ("vision_config", "text_config", "image_token_index", "projector_hidden_act", "multimodal_projector_bias")
-KEPT += ("tie_word_embeddings", "dtype")
+KEPT = ["vision_config", "text_config", "image_token_index", "projector_hidden_act", "multimodal_projector_bias"]
+KEPT += ["tie_word_embeddings", "dtype"]
 
 
 def from_llava(
@@ -46,8 +46,7 @@ def from_llava(
 
     Raises:
         TypeError: `model` is something else, or its projector is not two plain nn.Linear any more.
-        ValueError: a list of layers, select strategy "full", blocks without the selected layer or not in the tower,
-            merge_size that does not divide the grid, mbtf_hidden_size below 2 * C.
+        ValueError: `model` cannot be averaged exactly, or blocks, merge_size, mbtf_hidden_size do not fit it.
     """
     _check_model(model)
     if type(merge_size) is not int:
@@ -80,8 +79,9 @@ def warm_start_projector(
 ) -> None:
     """Fill a CompactTokenProjector of `config` in place from the stock linears, which read layer `selected`."""
     copies = config.spatial_merge_size**2
+    blocks = resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)
     if projector.mbtf is not None:
-        _pass_through(projector.mbtf, config.vision_feature_layer.index(selected), config.vision_config.hidden_size)
+        _pass_through(projector.mbtf, blocks.index(selected), config.vision_config.hidden_size)
     stf = projector.stf
     stf.linear_1.weight.copy_(torch.block_diag(*[linear_1.weight] * copies))
     stf.linear_2.weight.copy_(torch.cat([linear_2.weight / copies] * copies, dim=1))

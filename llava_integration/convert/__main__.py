@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # about old fields of SRC, which is only read
-    convert = {"official": convert_official, "llava": convert_llava}[options.pop("command")]
+    convert: Callable = convert_llava if options.pop("command") == "llava" else convert_official
     options["dtype"] = None if options["dtype"] == "auto" else getattr(torch, options["dtype"])
     try:
         report = convert(options.pop("src"), options.pop("dst"), progress=True, **options)

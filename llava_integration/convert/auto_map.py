@@ -14,7 +14,6 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent
 RELATIVE = re.compile(r"^from (\.[\w.]*) import", re.MULTILINE)
 MODULE = "llava_stf_auto"
-LOADER_FILE = MODULE + ".py"
 
 # Under flat names, and with relative imports only: transformers copies files of one folder.
 COPIED = [*sorted((PACKAGE / "core").glob("[a-z]*.py")), PACKAGE / "llava_stf.py", PACKAGE / "processing.py"]
@@ -62,16 +61,13 @@ class LlavaStfProcessor(stf.LlavaStfProcessor):
 AutoProcessor.register(stf.LlavaStfConfig, LlavaStfProcessor, exist_ok=True)
 '''
 
-MODEL_CLASSES = {
-    "AutoConfig": "LlavaStfConfig",
-    "AutoModel": "LlavaStfModel",
-    "AutoModelForImageTextToText": "LlavaStfForConditionalGeneration",
-}
+MODEL_CLASSES = {"AutoConfig": "LlavaStfConfig", "AutoModel": "LlavaStfModel"}
+MODEL_CLASSES |= {"AutoModelForImageTextToText": "LlavaStfForConditionalGeneration"}
 
 
 def write_auto_map(folder: Path) -> None:
     """Add the code to `folder` and name it in config.json and, where there is a processor, processor_config.json."""
-    (folder / LOADER_FILE).write_text(LOADER, encoding="utf-8")
+    (folder / f"{MODULE}.py").write_text(LOADER, encoding="utf-8")
     for path in COPIED:
         # A file of the package that needs nothing but torch, transformers and its neighbours in the folder.
         source = path.read_text(encoding="utf-8").replace(KERNELS, PLAIN)

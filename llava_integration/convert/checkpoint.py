@@ -9,6 +9,7 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,8 +89,10 @@ def open_file(path: Path) -> Entries:
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file."""
+def read_json(path: Path, missing_ok: bool = False) -> dict:
+    """The object in a JSON file; {} without the file where that may be."""
+    if missing_ok and not path.is_file():
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -110,7 +113,7 @@ def _open_safetensors(path: Path) -> Entries:
             name=name,
             shape=tuple(view.get_shape()),
             dtype=SAFETENSORS_DTYPES.get(view.get_dtype()),
-            read=lambda name=name: handle.get_tensor(name),
+            read=partial(handle.get_tensor, name),
             origin=path.name,
         )
         for name, view in slices.items()
@@ -137,7 +140,7 @@ def _open_torch(path: Path) -> Entries:
             name=str(name),
             shape=tuple(tensor.shape),
             dtype=tensor.dtype if tensor.is_floating_point() else None,
-            read=lambda tensor=tensor: tensor.detach(),
+            read=tensor.detach,
             origin=path.name,
         )
         for name, tensor in content.items()

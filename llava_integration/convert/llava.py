@@ -68,7 +68,7 @@ def convert_llava(
     stf = _warm_start(stock, blocks=blocks, merge_size=merge_size, truncate=truncate)
     for name, tensor in stf.model.multi_modal_projector.state_dict().items():
         made = f"multi_modal_projector.{name.split('.', 1)[1]}, warm start"
-        entries[PROJECTOR + name] = Entry(made, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor, "")
+        entries[PROJECTOR + name] = Entry(made, tuple(tensor.shape), tensor.dtype, tensor.detach, "")
         report.tensors["created"].append(f"{PROJECTOR}{name} <- {made}")
     generation = generation_settings([src], stf.config.text_config)
     return to.write(stf.config, entries, _processor(src, stf.config, report), generation, report)
@@ -121,7 +121,7 @@ def _processor(src: Path, config: LlavaStfConfig, report: Report) -> LlavaStfPro
     if tokenizer is None:
         return None
     settings = read_image_settings([src], report)
-    content = read_json(src / "processor_config.json") if (src / "processor_config.json").is_file() else {}
+    content = read_json(src / "processor_config.json", missing_ok=True)
     token = content.get("image_token") or getattr(tokenizer, "image_token", None) or "<image>"
     return make_processor(settings, tokenizer, config, _template(src, content, tokenizer), token)
 

@@ -118,7 +118,8 @@ def convert_official(
 
     processor = None
     if tokenizer is not None:
-        settings = read_image_settings(parts.folders + [tower.folder] * (tower.folder is not None), report)
+        folders = [*parts.folders, tower.folder] if tower.folder else parts.folders
+        settings = read_image_settings(folders, report)
         settings["do_pad"] = parts.config.get("image_aspect_ratio") == "pad"
         processor = make_processor(settings, tokenizer, config, VICUNA_V1)
     generation = generation_settings(parts.folders, text) | {"pad_token_id": text.pad_token_id}
@@ -192,7 +193,7 @@ def _matrix(entries: Entries, name: str) -> tuple[int, ...] | None:
     entry = entries.get(PROJECTOR + name)
     if entry is not None and len(entry.shape) != 2:
         raise ConversionError(f"SRC: {PROJECTOR + name}: expected a matrix, got shape {list(entry.shape)}")
-    return entry and entry.shape
+    return None if entry is None else entry.shape
 
 
 def _multiple(columns: int, channels: int, name: str) -> int:

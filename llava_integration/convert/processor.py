@@ -24,9 +24,9 @@ from .report import ConversionError, Report, blamed_on, passed_on
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 SPECIAL_TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 SETTINGS_FILE = "preprocessor_config.json"
-SETTINGS = ("do_normalize", "do_rescale", "do_resize", "do_convert_rgb", "image_mean", "image_std", "resample")
-SETTINGS += ("rescale_factor", "size")
-CROP_SETTINGS = ("do_center_crop", "crop_size")
+SETTINGS = ["do_normalize", "do_rescale", "do_resize", "do_convert_rgb", "image_mean", "image_std", "resample"]
+SETTINGS += ["rescale_factor", "size"]
+CROP_SETTINGS = ["do_center_crop", "crop_size"]
 SIGLIP_NORMALIZATION = [0.5, 0.5, 0.5]
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 ROWS_MULTIPLE = 64  # 32000 rows of embeddings become 32064, as in transformers' LLaVA checkpoints
@@ -104,10 +104,8 @@ def read_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
 
 def _check_added_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Embeddings behind the pieces are found by id: a tokenizer that numbers its tokens otherwise reads wrong rows."""
-    added, settings = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("added_tokens.json", "tokenizer_config.json")
-    )
+    added = read_json(folder / "added_tokens.json", missing_ok=True)
+    settings = read_json(folder / "tokenizer_config.json", missing_ok=True)
     for index, token in (settings.get("added_tokens_decoder") or {}).items():
         added.setdefault(token["content"] if isinstance(token, dict) else token, int(index))
     for token, index in sorted(added.items(), key=lambda item: item[1]):
@@ -177,10 +175,9 @@ def read_image_settings(folders: Sequence[Path], report: Report) -> dict:
     for folder in folders:
         if (folder / SETTINGS_FILE).is_file():
             return read_json(folder / SETTINGS_FILE)
-        if (folder / "processor_config.json").is_file():
-            found = read_json(folder / "processor_config.json").get("image_processor")
-            if isinstance(found, dict):
-                return found
+        found = read_json(folder / "processor_config.json", missing_ok=True).get("image_processor")
+        if isinstance(found, dict):
+            return found
     report.notes.append(f"no {SETTINGS_FILE}: the image processor is built from the vision tower's image size")
     return {}
 

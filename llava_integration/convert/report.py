@@ -126,7 +126,7 @@ def model_card(config: LlavaStfConfig, report: Report, *, processor: bool, auto_
         tokens=config.image_seq_length,
         form=report.form + (f", vision tower {report.tower}" if report.tower else ""),
         command=report.command,
-        layers=", ".join(map(str, config.vision_feature_layer)),
+        layers=str(config.vision_feature_layer).strip("[]"),
         window=config.spatial_merge_size,
         order=config.feature_order,
         counts="".join(counts + [f"* warning: {line}\n" for line in report.warnings]),
@@ -171,9 +171,8 @@ window, exactly in real arithmetic. It is a starting point for fine-tuning."""
 
 
 def _declared(folder: Path) -> str | None:
-    card = folder / CARD_FILE
     try:
-        found = (metadata_load(card) or {}).get("license") if card.is_file() else None
-    except Exception:  # somebody else's card is not ours to check, and yaml has many errors
+        found = (metadata_load(folder / CARD_FILE) or {}).get("license")
+    except Exception:  # no card, or a damaged one: it is not ours to check, and yaml has many errors
         return None
     return found if isinstance(found, str) else None

@@ -6,7 +6,7 @@ The blocks reach the projector as they are, CLS included: it skips prefix tokens
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -19,10 +19,9 @@ class _Saved:
     """How models of both kinds are stored and loaded; in front of a PreTrainedModel."""
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
-        """As PreTrainedModel.save_pretrained, but tensors keep the names of the modules unless asked otherwise.
+        """As PreTrainedModel.save_pretrained, under the names of the modules and not of LLaVA's first checkpoints.
 
-        transformers writes the names of a family's first checkpoints; `Trainer.train(resume_from_checkpoint=...)`
-        drops names that are no module's and goes on without the weights.
+        `Trainer.train(resume_from_checkpoint=...)` drops other names and goes on without the weights.
         """
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
@@ -35,6 +34,7 @@ class _Saved:
 class CompactModel(_Saved):
     """Images to tokens, and tokens into the prompt. Expects vision_tower, multi_modal_projector, language_model."""
 
+    multi_modal_projector: nn.Module
     # Hidden states of a tower split over devices would have to be gathered; one device is always enough for it.
     _no_split_modules = ["CLIPVisionModel", "SiglipVisionModel", "CompactTokenProjector"]  # noqa: RUF012
     # The one list that every quantizer of transformers leaves alone, names from the root of either class.
@@ -73,20 +73,17 @@ class CompactModel(_Saved):
         layers: int | list[int] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """inputs_embeds [B, S, D] with the images in it, and their tokens [rows, D]."""
-        own_embeds = inputs_embeds is None
-        if own_embeds:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is None and encoded is None:
-            return inputs_embeds, None
-        if pixel_values is not None and own_embeds and self._writes_in_place(inputs_embeds):
-            return inputs_embeds, self._write_images(input_ids, inputs_embeds, pixel_values, layers)
-        if pixel_values is not None:
-            features = self.project_images(pixel_values, layers).flatten(0, 1)
-        else:
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if encoded is not None:
             features = torch.cat(list(encoded.pooler_output))
-        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, features)
-        return inputs_embeds.masked_scatter(mask, features), features
+        elif pixel_values is None:
+            return embeds, None
+        elif input_ids is not None and self._writes_in_place(embeds):
+            return embeds, self._write_images(input_ids, embeds, pixel_values, layers)
+        else:
+            features = self.project_images(pixel_values, layers).flatten(0, 1)
+        features = features.to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter(self.get_placeholder_mask(input_ids, embeds, features), features), features
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """bool [B, S, 1], True at image tokens; ValueError unless they are as many as the rows of `image_features`.

@@ -1,10 +1,11 @@
 """Make transformers' Auto classes and its checkpoint loader know a family."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import PreTrainedConfig as Config
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 
-def register(config: type, model: type, generator: type, processor: type, *, renames: dict[str, str]) -> None:
+def register(config: type[Config], model: type, generator: type, processor: type, *, renames: dict[str, str]) -> None:
     """Calling it again changes nothing.
 
     `renames`: our model_type and model class -> those of the stock family. A class outside transformers inherits no
