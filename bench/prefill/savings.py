@@ -1,4 +1,4 @@
-"""LLaVA-STF with nothing saved beyond the projector: the rows `reference` and `fused`, which differ in operators alone.
+"""What LLaVA-STF saves beyond its projector, and the model without it: `reference` and `fused` differ in operators alone.
 
 tower      every layer runs, the unread last one too, as in the stock forward; all images in one piece
 insertion  the projector returns its tokens; masked_scatter copies inputs_embeds with them in their places
@@ -13,7 +13,7 @@ from llava_integration.modeling import LlavaStfModel
 from llava_integration.vision_tower import tower_hidden_states
 from stf_kernels import CompactTokenProjector
 
-# name in prefill.json -> what it is; the row `fused` with all of them is LLaVA-STF as a user of the library gets it
+# name in prefill.json -> what it is; the row fused+savings, LLaVA-STF as a user of the library gets it, has all of them
 SAVINGS = {
     "unused-tower-layers": "tower layers that nobody reads do not run",
     "in-place-insertion": "the projector's last product writes its rows into inputs_embeds",
@@ -43,15 +43,14 @@ class PlainProjector(CompactTokenProjector):
         return tokens if out is None else out.index_copy_(0, rows, tokens.flatten(0, 1))
 
 
-def plain(model: nn.Module, projector: nn.Module) -> None:
-    """Make a LlavaStfForConditionalGeneration and a fused projector of its parameters plain, in place."""
+def make_plain(model: nn.Module) -> None:
+    """Take its savings from a LlavaStfForConditionalGeneration, in place."""
     model.model.__class__ = PlainModel
-    projector.__class__ = PlainProjector
+    model.model.multi_modal_projector.__class__ = PlainProjector
 
 
 def savings_in(mode: str, device: str) -> list[str]:
     """Those that LLaVA-STF has in a mode: torch.compile takes the plain insertion and all images in one piece."""
     if mode == "compile":
         return ["unused-tower-layers"]
-    on_cpu = [] if device.startswith("cuda") else ["image-by-image"]
-    return ["unused-tower-layers", "in-place-insertion", *on_cpu]
+    return ["unused-tower-layers", "in-place-insertion"] + ["image-by-image"] * (not device.startswith("cuda"))

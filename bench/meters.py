@@ -1,0 +1,98 @@
+"""The stopwatch, and the peak memory of one call above what was allocated before it.
+
+Time     on a GPU device events, nothing waits between them; on a CPU the host's clock
+Memory   GPU   torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() before the call
+         CPU   the highest running sum of every allocation and release that torch's CPU allocator reports to the profiler
+               (scratch inside an operator included; oneDNN's own buffers are not torch's and are not seen)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+MB = 2**20
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes across the progress bar
+
+
+class Stopwatch:
+    """Named boundaries of one run."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device.startswith("cuda")
+        self.marks: dict[str, Any] = {}
+
+    def mark(self, name: str) -> None:
+        if self.on_gpu:
+            self.marks[name] = torch.cuda.Event(enable_timing=True)
+            self.marks[name].record()
+        else:
+            self.marks[name] = time.perf_counter()
+
+    def between(self, begin: str, end: str) -> float:
+        """Milliseconds."""
+        first, second = self.marks[begin], self.marks[end]
+        if not self.on_gpu:
+            return 1e3 * (second - first)
+        torch.cuda.synchronize()
+        return first.elapsed_time(second)
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_bytes(call: Callable[[], T], device: str) -> tuple[T, int]:
+    """The call's result, and the peak of what it allocated."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    return result, highest_sum([(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"])
+
+
+def highest_sum(events: list[tuple[float, int]]) -> int:
+    """The peak of a running sum over (time, bytes) events; bytes are negative where memory is given back."""
+    total = peak = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        total += size
+        peak = max(peak, total)
+    return peak
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Parameters and buffers, a shared storage counted once."""
+    storages = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def available_bytes(device: str) -> int | None:
+    """Memory that a run may take now; None where the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

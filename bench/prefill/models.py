@@ -1,0 +1,275 @@
+"""The rows of the table: LLaVA-1.5 with seeded random weights or a checkpoint's, and what shares its weights.
+
+llava-1.5       mlp2x      the model as transformers runs it
+llava-1.5-skip  mlp2x      the same without the tower layer whose output nobody reads
+llava-1.5-pool  mlp2x      the stock projector's tokens averaged 2x2
+llava-stf       reference  LLaVA-STF with the projector of reference/, plain PyTorch
+llava-stf       fused      LLaVA-STF with the projector of stf_kernels, the same parameters
+llava-stf       fused      LLaVA-STF as llava_integration runs it, with every other saving (savings.py): fused+savings
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .presets import Point, Preset
+from .savings import make_plain, savings_in
+from .speedup import label
+
+STD = 0.02
+SKIP, POOLED = "llava-1.5-skip", "llava-1.5-pool"
+POOL = 16_777_213  # a prime, so that rows of a matrix never line up with the pool's period
+
+
+@dataclass
+class Row:
+    """One line of the table: a model, and how many image tokens its prompt holds."""
+
+    model: str
+    projector: str
+    module: nn.Module
+    image_tokens: int
+    every_saving: bool = False
+
+    def savings(self, mode: str, device: str) -> list[str]:
+        """What this row saves beyond its projector, names of savings.SAVINGS."""
+        return savings_in(mode, device) if self.every_saving else ["unused-tower-layers"] * (self.model == SKIP)
+
+    @property
+    def full_tower(self) -> bool:
+        """Whether it runs the tower layer that nobody reads."""
+        return not self.every_saving and self.model != SKIP
+
+    @property
+    def name(self) -> str:
+        return label({"model": self.model, "projector": self.projector, "savings": self.every_saving})
+
+
+class CheckpointError(ValueError):
+    """A folder that is no checkpoint of LLaVA-1.5, or half of one."""
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
+
+
+# field of a Preset -> transformers' name of it
+TEXT = {
+    "dim": "hidden_size",
+    "intermediate": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocabulary": "vocab_size",
+}
+VISION = {
+    "vision_dim": "hidden_size",
+    "vision_intermediate": "intermediate_size",
+    "vision_layers": "num_hidden_layers",
+    "vision_heads": "num_attention_heads",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+}
+
+
+def _taken(preset: Preset, names: dict[str, str]) -> dict[str, int]:
+    """What the preset sets; the rest is transformers' default."""
+    return {theirs: value for ours, theirs in names.items() if (value := getattr(preset, ours)) is not None}
+
+
+def config_of(preset: Preset) -> Any:
+    """transformers' LlavaConfig at the preset's sizes."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(projection_dim=preset.vision_dim, **_taken(preset, VISION))
+    text = LlamaConfig(**_taken(preset, TEXT))
+    tokens = {"image_token_id": preset.image_token_id, "image_seq_length": preset.image_tokens(1)}
+    layer = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "attn_implementation": "sdpa"}
+    return LlavaConfig(vision_config=vision, text_config=text, **tokens, **layer)
+
+
+def preset_of(folder: Path) -> Preset:
+    """The sizes of a LLaVA-1.5 checkpoint, from its config.json."""
+    from transformers import LlavaConfig
+
+    name = f"the config.json of {str(folder)!r}"
+    try:
+        config = LlavaConfig.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"{name} cannot be used: {first_line(error)}") from error
+    text, vision = config.text_config, config.vision_config
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    if layer not in (-2, vision.num_hidden_layers - 1) or strategy != "default":
+        raise CheckpointError(
+            f"{name}: expected vision_feature_layer -2 and vision_feature_select_strategy 'default', "
+            f"got {layer} and {strategy!r}"
+        )
+    if vision.image_size // vision.patch_size % 2:
+        raise CheckpointError(
+            f"{name}: expected a grid that 2x2 windows divide, got an image of {vision.image_size} "
+            f"in patches of {vision.patch_size}"
+        )
+    sizes = {ours: getattr(text, theirs, None) for ours, theirs in TEXT.items()}
+    sizes |= {ours: getattr(vision, theirs) for ours, theirs in VISION.items()}
+    return Preset(folder.name, image_token=config.image_token_id, **sizes)
+
+
+def build_stock(preset: Preset, *, device: str, dtype: torch.dtype, seed: int) -> nn.Module:
+    """LlavaForConditionalGeneration at the preset's sizes with random weights."""
+    from transformers import LlavaForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights(), torch.device(device):
+            model = LlavaForConditionalGeneration(config_of(preset))
+    finally:
+        torch.set_default_dtype(before)
+    randomise(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def load_stock(folder: Path, *, device: str, dtype: torch.dtype) -> nn.Module:
+    """A LLaVA-1.5 checkpoint from a folder; nothing is fetched."""
+    from transformers import LlavaForConditionalGeneration
+
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "local_files_only": True}
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(folder, **options)
+    except Exception as error:  # a file cut short, a tensor of another shape: each has an exception of its own
+        raise CheckpointError(f"{str(folder)!r} cannot be loaded: {first_line(error)}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int) -> None:
+    """Matrices uniform with standard deviation 0.02, biases small, scales of norms one; the same on every run.
+
+    A draw per element would take a quarter of the CPU run. Each matrix reads one pool of draws from a place of its own.
+    """
+    device = next(module.parameters()).device
+    pool = torch.empty(POOL, device=device)
+    pool.uniform_(-STD * 3**0.5, STD * 3**0.5, generator=torch.Generator(device).manual_seed(seed))
+    pool, start = torch.cat([pool, pool]), 0
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1 and name.endswith("weight"):  # a norm's scale
+            parameter.fill_(1)
+            continue
+        for piece in parameter.view(-1).split(POOL):
+            piece.copy_(pool[start : start + len(piece)])
+        start = (start + parameter.numel() + 7919) % POOL
+
+
+def reference_projector(fused: nn.Module) -> nn.Module:
+    """reference.CompactTokenProjector on the very parameters of `fused` (no copy)."""
+    import reference
+
+    stf, mbtf = fused.stf, fused.mbtf
+    dim = stf.linear_1.in_features // stf.merge_size**2
+    module = reference.CompactTokenProjector(
+        mbtf.linear_1.in_features // dim,
+        dim,
+        stf.linear_2.out_features,
+        merge_size=stf.merge_size,
+        skip_tokens=fused.skip_tokens,
+        mbtf_hidden_dim=mbtf.linear_1.out_features,
+        stf_hidden_dim=stf.linear_1.out_features,
+        device="meta",
+    )
+    module.load_state_dict(dict(fused.named_parameters()), assign=True)
+    return module.eval().requires_grad_(False)
+
+
+class PooledProjector(nn.Module):
+    """The stock projector, then the mean of every 2x2 neighbourhood: [B, H*W, C] -> [B, H*W/4, D]"""
+
+    def __init__(self, projector: nn.Module, grid: int) -> None:
+        super().__init__()
+        self.projector, self.grid = projector, grid
+
+    def forward(self, features: Tensor) -> Tensor:
+        return pool_tokens(self.projector(features), self.grid)
+
+
+def pool_tokens(tokens: Tensor, grid: int) -> Tensor:
+    """[B, grid*grid, D] -> [B, grid*grid/4, D]"""
+    image = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+    return F.avg_pool2d(image, 2).flatten(2).transpose(1, 2)
+
+
+def share(model: nn.Module) -> nn.Module:
+    """Another module tree over the same tensors: what is changed in the one's structure is not in the other's."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def without_last_layer(model: nn.Module) -> nn.Module:
+    """The stock model reading hidden_states[-2], as its own output of a tower that is one layer shorter."""
+    shorter = share(model)
+    encoder = shorter.model.vision_tower.encoder
+    kept = len(encoder.layers) - 1
+    encoder.layers = encoder.layers[:kept]
+    # Negative indices would count from the new end and silently read another layer.
+    shorter.config.vision_feature_layer = kept
+    shorter.config.vision_config.num_hidden_layers = kept
+    shorter.model.vision_tower.config.num_hidden_layers = kept
+    return shorter
+
+
+def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
+    """Three rows, or with `full` all six. The STF projector is the exact warm start until it is randomised."""
+    from llava_integration import from_llava
+
+    many, few = preset.image_tokens(1), preset.image_tokens(2)
+    rows = [Row("llava-1.5", "mlp2x", stock, many)]
+    if full:
+        pooled = share(stock)
+        pooled.model.multi_modal_projector = PooledProjector(pooled.model.multi_modal_projector, preset.grid)
+        rows += [Row(SKIP, "mlp2x", without_last_layer(stock), many), Row(POOLED, "mlp2x", pooled, few)]
+    saving = from_llava(stock).eval().requires_grad_(False)
+    fused = share(saving)
+    make_plain(fused)
+    plain = share(fused)
+    plain.model.multi_modal_projector = reference_projector(fused.model.multi_modal_projector)
+    rows += [Row("llava-stf", "reference", plain, few), Row("llava-stf", "fused", fused, few)]
+    return rows + [Row("llava-stf", "fused", saving, few, every_saving=True)] * full
+
+
+@dataclass
+class Inputs:
+    """One prompt: seeded random ids around the images, which all are the same photograph."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor
+
+
+def image_processor(preset: Preset) -> Callable[[Any, int], Tensor]:
+    """(photograph, count) -> pixel values, through the processor of LLaVA-1.5 (resize, crop, normalise)."""
+    from transformers import CLIPImageProcessorPil
+
+    size = preset.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return lambda image, count: processor(images=[image] * count, return_tensors="pt")["pixel_values"]
+
+
+def build_inputs(
+    preset: Preset, pixels: Tensor, point: Point, image_tokens: int, *, device: str, dtype: torch.dtype, seed: int = 0
+) -> Inputs:
+    """`image_tokens` of each of the images of a sequence, which stand one behind the other: frames of a clip."""
+    shape, generator = (point.batch, point.text_tokens), torch.Generator().manual_seed(seed)
+    text = torch.randint(3, preset.image_token_id, shape, generator=generator)
+    before = point.text_tokens // 2  # the system sentence stands before the image, the question after it
+    placeholder = torch.full((point.batch, point.images * image_tokens), preset.image_token_id)
+    ids = torch.cat([text[:, :before], placeholder, text[:, before:]], dim=1).to(device)
+    return Inputs(ids, torch.ones_like(ids), pixels.to(device, dtype))

@@ -1,0 +1,123 @@
+"""The stages of a prefill, timed from outside, on the model as users call it.
+
+    embed | vision | projector | insert | prefill | first token
+          ^tower   ^projector  ^its end ^language model  ^logits  ^token id on the host
+
+    vision_ms      tower -> projector           (with the selection of hidden states)
+    projector_ms   the projector's call         (where it writes into inputs_embeds itself, that is part of it)
+    insert_ms      start -> tower, and the projector's end -> language model: embedding and insertion
+    prefill_ms     language model and head, up to the logits
+    first_token_ms argmax, and the id on the host
+    total_ms       the sum: pixel values on the device -> first token on the host
+
+A boundary is a wrapped `forward` of one submodule; of the projector, of its class. Hooks would do for the stock model,
+but an STF model that sees a hook or a forward on its projector takes the plain insertion path: a stopwatch that changes
+what it times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor, nn
+
+from ..meters import Stopwatch, synchronize
+
+STAGES = ("vision_ms", "projector_ms", "insert_ms", "prefill_ms", "first_token_ms")
+# start of each interval -> stage; "start" and "insert" are both embedding and insertion
+INTERVALS = dict(
+    start="insert_ms",
+    vision="vision_ms",
+    projector="projector_ms",
+    insert="insert_ms",
+    prefill="prefill_ms",
+    first_token="first_token_ms",
+)
+BOUNDARIES = (*INTERVALS, "end")
+Mark = Callable[[str], None]
+
+
+def stage_times(watch: Stopwatch) -> dict[str, float]:
+    """Milliseconds per stage and their sum; ValueError when a boundary was never met."""
+    if missing := [name for name in BOUNDARIES if name not in watch.marks]:
+        raise ValueError(f"model: the boundaries {missing} were not met; its submodules are not called as expected")
+    times = dict.fromkeys(STAGES, 0.0)
+    for begin, end in itertools.pairwise(BOUNDARIES):
+        times[INTERVALS[begin]] += watch.between(begin, end)
+    return {**times, "total_ms": watch.between("start", "end")}
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, mark: Mark) -> Iterator[None]:
+    """Within the block, calls of the model's submodules mark the boundaries."""
+    inner = model.model
+    tower, projector, language = vision_entry(inner.vision_tower), inner.multi_modal_projector, inner.language_model
+    forward = type(projector).forward
+
+    def begin(name: str, module: nn.Module) -> Any:
+        original = module.forward
+        return patch.object(module, "forward", lambda *args, **kwargs: (mark(name), original(*args, **kwargs))[1])
+
+    def project(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is not projector:
+            return forward(self, *args, **kwargs)
+        mark("projector")
+        result = forward(self, *args, **kwargs)
+        mark("insert")
+        return result
+
+    with begin("vision", tower), patch.object(type(projector), "forward", project), begin("prefill", language):
+        yield
+
+
+@contextlib.contextmanager
+def inserted(model: nn.Module, keep: Callable[[Tensor | None], None]) -> Iterator[None]:
+    """Within the block `keep` gets the inputs_embeds of the language model, and None where the next ones are begun."""
+    hooks = [
+        model.get_input_embeddings().register_forward_pre_hook(lambda *_: keep(None)),
+        model.model.language_model.register_forward_pre_hook(
+            lambda _, args, kwargs: keep(kwargs["inputs_embeds"]), with_kwargs=True
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def vision_entry(tower: nn.Module) -> nn.Module:
+    """The tower's embeddings: the first thing that both the stock forward and a shortened loop call."""
+    for name, module in tower.named_modules():
+        if name.rsplit(".", 1)[-1] == "embeddings":
+            return module
+    raise ValueError(f"vision_tower: expected a tower with an `embeddings` module, got {type(tower).__name__}")
+
+
+def first_token(model: nn.Module, inputs: dict[str, Tensor], mark: Mark = lambda _: None) -> tuple[Any, list[int]]:
+    """One prefill as `generate()` does it: all keys and values kept, logits of the last position only, greedy."""
+    mark("start")
+    output = model(**inputs, logits_to_keep=1, use_cache=True)
+    mark("first_token")
+    token = output.logits[:, -1].argmax(-1).tolist()
+    mark("end")
+    return output, token
+
+
+def measure(model: nn.Module, inputs: dict[str, Tensor], device: str) -> dict[str, float]:
+    """One timed prefill. The device is idle when the clock starts."""
+    watch = Stopwatch(device)
+    synchronize(device)
+    with watched(model, watch.mark):
+        first_token(model, inputs, watch.mark)
+    return stage_times(watch)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of every key and value tensor that a cache of transformers holds."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if isinstance(tensor, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
