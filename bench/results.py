@@ -7,6 +7,7 @@ way its file says `"complete": false`; an interrupted run therefore leaves what 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -16,48 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jsonschema import Draft202012Validator, ValidationError
+from jsonschema.exceptions import best_match
+
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
-HUGE = 1e300  # JSON has integers that no float holds
-
-
-class Above(float):
-    """In a shape: a finite number above this one."""
-
-
-_TIME = (float, None)  # None may stand where a stage does not exist in a mode
-_TOTAL = (Above(0), None)  # ratios divide by it
-_FILE = {"device": str, "torch": str, "commit": str, "complete": bool, "notes": [str]}
-_PLACE = {"batch": int, "text_tokens": int, "images": int, "mode": str}
-_STAGES = ("vision_ms", "projector_ms", "insert_ms", "prefill_ms", "first_token_ms")
-_PREFILL_ROW = {
-    **_PLACE,
-    **{"model": str, "projector": str, "image_tokens": int, "savings": [str], "failed": (str, None), "rounds": int},
-    **dict.fromkeys((*_STAGES, "preprocess_ms", "decode_ms_per_token", "projector_share"), _TIME),
-    **dict.fromkeys(("spread_percent", "peak_mb", "kv_mb", "warm_up_s"), _TIME),
-    **{"total_ms": _TOTAL, "floor_ratio": {...: _TIME}, "samples": {"total_ms": [_TOTAL]}},
-}
-_COMPARISON = {
-    **_PLACE,
-    **{"row": str, "baseline": str, "baseline_mode": str, "beyond_noise": (bool, None)},
-    **dict.fromkeys(("ratio", "low", "high"), float),
-}
-_PREFILL = {
-    **_FILE,
-    **dict.fromkeys(("dtype", "transformers", "preset", "attention", "weights"), str),
-    **{"triton": (str, None), "refused": (str, None), "savings_mean": {...: str}, "speedup": {...: float}},
-    **{"flags": dict, "ceilings": {"flops": Above(0), "bandwidth": Above(0), "source": str}, "clocks_mhz": [_TIME]},
-    **{"rows": [_PREFILL_ROW], "comparisons": [_COMPARISON]},
-    "checks": [{"name": str, "error": _TIME, "bound": float, "agrees": bool}],
-}
-_KERNEL_ROW = {
-    **{"stage": str, "pass": str, "batch": int, "dtype": str, "provider": str, "floor_us": Above(0)},
-    **dict.fromkeys(("us", "us_eager"), _TOTAL),
-    **{"rel_error": _TIME, "us_host": _TIME, "peak_mb": _TIME, "failed": (str, None), "samples": [_TOTAL]},
-}
-_KERNELS = {**_FILE, "triton": (str, None), "clock_mhz": _TIME, "sizes": str, "rows": [_KERNEL_ROW]}
-_TESTS = {**_FILE, "passed": int, "failed": int, "skipped": int, "failures": [str]}
-KINDS = {"prefill": _PREFILL, "kernels": _KERNELS, "tests": _TESTS}
 
 
 class ResultError(ValueError):
@@ -83,13 +47,17 @@ def write(path: Path, result: dict[str, Any]) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The checked content of a result file."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as error:
         raise ResultError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # also of integers with thousands of digits
         raise ResultError(f"{path}: not JSON, perhaps cut short ({error}); measure again") from None
     check(result, str(path))
     return result
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def check(result: Any, name: str) -> None:
@@ -101,48 +69,29 @@ def check(result: Any, name: str) -> None:
         raise ResultError(f"{name}: kind: expected one of {sorted(KINDS)}, got {kind!r}")
     if result.get("schema") != SCHEMA:
         raise ResultError(f"{name}: schema: expected {SCHEMA}, got {result.get('schema')!r}; measure again")
-    if found := problem(result, KINDS[kind], name):
-        raise ResultError(found)
+    if error := best_match(_validator(kind).iter_errors(result)):
+        raise ResultError(f"{name}: {_said(error)}")
 
 
-def problem(value: Any, shape: Any, name: str) -> str | None:
-    """The first place where `value` has another shape, in words.
-
-    A shape is a type, Above(0), None, (either, or), [of each], {"field": shape} with others beside, {...: of each}.
-    """
-    inside = []
-    if isinstance(shape, tuple):
-        fits = any(problem(value, each, name) is None for each in shape)
-    elif isinstance(shape, list):
-        if fits := isinstance(value, list):
-            inside = [(f"{name}[{i}]", each, shape[0]) for i, each in enumerate(value)]
-    elif isinstance(shape, dict):
-        if fits := isinstance(value, dict):
-            fields = dict.fromkeys(value, shape[...]) if ... in shape else shape
-            if missing := next((field for field in fields if field not in value), None):
-                return f"{name}: {missing}: missing"
-            inside = [(f"{name}: {field}", value[field], expected) for field, expected in fields.items()]
-    elif shape is float or isinstance(shape, Above):
-        least = shape if isinstance(shape, Above) else -HUGE
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and least < value < HUGE
-    else:
-        fits = (
-            value is None if shape is None else isinstance(value, shape) and (shape is bool) == isinstance(value, bool)
-        )
-    if not fits:
-        text = repr(value)
-        return f"{name}: expected {_said(shape)}, got {text if len(text) <= 60 else f'{text[:57]}...'}"
-    return next(filter(None, (problem(each, expected, place) for place, each, expected in inside)), None)
+@functools.cache
+def _validator(kind: str) -> Draft202012Validator:
+    schema = json.loads(Path(__file__).with_name("schema.json").read_text(encoding="utf-8"))
+    return Draft202012Validator({"$ref": f"#/$defs/{kind}", "$defs": schema["$defs"]})
 
 
-def _said(shape: Any) -> str:
-    if isinstance(shape, tuple):
-        return " or ".join(map(_said, shape))
-    if isinstance(shape, Above):
-        return f"a number above {shape:g}"
-    if isinstance(shape, (list, dict)):
-        return "list" if isinstance(shape, list) else "an object"
-    return "null" if shape is None else shape.__name__
+def _said(error: ValidationError) -> str:
+    """`rows[0]: us: expected a number above 0 or null, got 'fast'`"""
+    place = "".join(f"[{part}]" if isinstance(part, int) else f": {part}" for part in error.absolute_path)
+    place = place.removeprefix(": ") + ": " * bool(place)
+    if error.validator == "required":
+        missing = next(field for field in error.validator_value if field not in error.instance)
+        return f"{place}{missing}: missing"
+    kinds = error.schema["type"] if isinstance(error.schema["type"], list) else [error.schema["type"]]
+    expected = " or ".join(kinds).replace(
+        "number", "a number above 0" if "exclusiveMinimum" in error.schema else "number"
+    )
+    text = repr(error.instance)
+    return f"{place}expected {expected}, got {text if len(text) <= 60 else f'{text[:57]}...'}"
 
 
 def commit() -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 from .. import command
 from ..command import positive_float, positive_int
-from .presets import PRESETS, memory_problem, points
+from .presets import SIZES, CheckpointError, memory_problem, points, preset, preset_of
 
 PHOTOGRAPH = Path(__file__).parent.parent / "assets" / "rocket.jpg"
 FLAGS = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages for torch's CPU tensors; see METHOD.md
@@ -67,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     def add(name: str, kind: Any = None, help: str = "", **options: Any) -> None:
         parser.add_argument(name, type=kind, help=help, **options)
 
-    add("--preset", choices=sorted(PRESETS), help="sizes; default: 7b with a GPU, cpu without")
+    add("--preset", choices=sorted(SIZES), help="sizes; default: 7b with a GPU, cpu without")
     add("--model", llava_folder, "a LLaVA-1.5 checkpoint instead of a preset", metavar="FOLDER")
     add("--image", photograph, "default: the photograph in bench/assets", metavar="FILE")
     add("--batch", positive_int, "batch sizes", nargs="+", metavar="N")
@@ -99,17 +99,17 @@ def main(argv: list[str] | None = None) -> int:
 
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    from .models import CheckpointError, preset_of
-
     has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:
         return command.bad_input(NAME, "--device: 'cuda' was asked for and torch sees no GPU; use --device cpu")
     try:
-        args.preset = preset_of(args.model) if args.model else PRESETS[args.preset or _default(args, has_gpu)]
+        args.preset = preset_of(args.model) if args.model else preset(args.preset or _default(args, has_gpu))
         device = args.device if args.device != "auto" else "cuda" if has_gpu and args.preset.name != "cpu" else "cpu"
         if "graph" in (args.modes or ()) and device == "cpu":
             return command.bad_input(NAME, "--modes: 'graph' needs a GPU; on a CPU use eager or compile")
-        if problem := memory_problem(args.preset, points(args), device, "--model" if args.model else "--preset"):
+        if problem := memory_problem(
+            args.preset, points(args, args.preset), device, "--model" if args.model else "--preset"
+        ):
             return command.bad_input(NAME, problem)
         return measure(args, device, began)
     except CheckpointError as error:
@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace, device: str, began: float) -> int:
     """Run, write the file and the page, print the table -> exit code."""
     from .. import results
     from .run import Run, is_broken
-    from .terminal import report
+    from .table import report
 
     gpu = device == "cuda"
     args.modes = args.modes or (["eager", "graph", *["compile"] * args.full] if gpu else ["eager"])

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .presets import Point, Preset
+from .presets import CheckpointError, Point, Preset, first_line
 from .savings import make_plain, savings_in
 from .speedup import label
 
@@ -53,76 +53,6 @@ class Row:
         return label({"model": self.model, "projector": self.projector, "savings": self.every_saving})
 
 
-class CheckpointError(ValueError):
-    """A folder that is no checkpoint of LLaVA-1.5, or half of one."""
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
-
-
-# field of a Preset -> transformers' name of it
-TEXT = {
-    "dim": "hidden_size",
-    "intermediate": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "vocabulary": "vocab_size",
-}
-VISION = {
-    "vision_dim": "hidden_size",
-    "vision_intermediate": "intermediate_size",
-    "vision_layers": "num_hidden_layers",
-    "vision_heads": "num_attention_heads",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-}
-
-
-def _taken(preset: Preset, names: dict[str, str]) -> dict[str, int]:
-    """What the preset sets; the rest is transformers' default."""
-    return {theirs: value for ours, theirs in names.items() if (value := getattr(preset, ours)) is not None}
-
-
-def config_of(preset: Preset) -> Any:
-    """transformers' LlavaConfig at the preset's sizes."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    vision = CLIPVisionConfig(projection_dim=preset.vision_dim, **_taken(preset, VISION))
-    text = LlamaConfig(**_taken(preset, TEXT))
-    tokens = {"image_token_id": preset.image_token_id, "image_seq_length": preset.image_tokens(1)}
-    layer = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "attn_implementation": "sdpa"}
-    return LlavaConfig(vision_config=vision, text_config=text, **tokens, **layer)
-
-
-def preset_of(folder: Path) -> Preset:
-    """The sizes of a LLaVA-1.5 checkpoint, from its config.json."""
-    from transformers import LlavaConfig
-
-    name = f"the config.json of {str(folder)!r}"
-    try:
-        config = LlavaConfig.from_pretrained(folder)
-    except Exception as error:
-        raise CheckpointError(f"{name} cannot be used: {first_line(error)}") from error
-    text, vision = config.text_config, config.vision_config
-    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-    if layer not in (-2, vision.num_hidden_layers - 1) or strategy != "default":
-        raise CheckpointError(
-            f"{name}: expected vision_feature_layer -2 and vision_feature_select_strategy 'default', "
-            f"got {layer} and {strategy!r}"
-        )
-    if vision.image_size // vision.patch_size % 2:
-        raise CheckpointError(
-            f"{name}: expected a grid that 2x2 windows divide, got an image of {vision.image_size} "
-            f"in patches of {vision.patch_size}"
-        )
-    sizes = {ours: getattr(text, theirs, None) for ours, theirs in TEXT.items()}
-    sizes |= {ours: getattr(vision, theirs) for ours, theirs in VISION.items()}
-    return Preset(folder.name, image_token=config.image_token_id, **sizes)
-
-
 def build_stock(preset: Preset, *, device: str, dtype: torch.dtype, seed: int) -> nn.Module:
     """LlavaForConditionalGeneration at the preset's sizes with random weights."""
     from transformers import LlavaForConditionalGeneration
@@ -132,7 +62,7 @@ def build_stock(preset: Preset, *, device: str, dtype: torch.dtype, seed: int) -
     torch.set_default_dtype(dtype)
     try:
         with no_init_weights(), torch.device(device):
-            model = LlavaForConditionalGeneration(config_of(preset))
+            model = LlavaForConditionalGeneration(preset.config)
     finally:
         torch.set_default_dtype(before)
     randomise(model, seed)
@@ -258,7 +188,7 @@ def image_processor(preset: Preset) -> Callable[[Any, int], Tensor]:
     """(photograph, count) -> pixel values, through the processor of LLaVA-1.5 (resize, crop, normalise)."""
     from transformers import CLIPImageProcessorPil
 
-    size = preset.image_size
+    size = preset.config.vision_config.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return lambda image, count: processor(images=[image] * count, return_tensors="pt")["pixel_values"]
 
@@ -267,9 +197,9 @@ def build_inputs(
     preset: Preset, pixels: Tensor, point: Point, image_tokens: int, *, device: str, dtype: torch.dtype, seed: int = 0
 ) -> Inputs:
     """`image_tokens` of each of the images of a sequence, which stand one behind the other: frames of a clip."""
-    shape, generator = (point.batch, point.text_tokens), torch.Generator().manual_seed(seed)
-    text = torch.randint(3, preset.image_token_id, shape, generator=generator)
+    shape, token = (point.batch, point.text_tokens), preset.config.image_token_id
+    text = torch.randint(3, token, shape, generator=torch.Generator().manual_seed(seed))
     before = point.text_tokens // 2  # the system sentence stands before the image, the question after it
-    placeholder = torch.full((point.batch, point.images * image_tokens), preset.image_token_id)
+    placeholder = torch.full((point.batch, point.images * image_tokens), token)
     ids = torch.cat([text[:, :before], placeholder, text[:, before:]], dim=1).to(device)
     return Inputs(ids, torch.ones_like(ids), pixels.to(device, dtype))

@@ -8,7 +8,6 @@ compile  torch.compile of the model's forward, default settings, static shapes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The sizes that are measured, and the memory they need, as plain numbers (no torch: read before it is imported).
+"""The sizes that are measured, and the memory they need.
 
 cpu   the real vision tower and projector, and two layers of a language model of 7B width: every ratio is a real one
 7b    LLaVA-1.5-7B          13b   LLaVA-1.5-13B          tiny   a toy for tests; its times mean nothing
@@ -8,95 +8,113 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)  # LLaVA-STF's, of a tower of 24 layers, deepest first
 SWEEP = {"batch": (1, 2, 4, 8, 16, 32), "text": (64, 256, 1024), "images": (1, 4, 16)}
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336}
+CLIP_TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "image_size": 56}
+# name -> width, MLP width, layers, heads and vocabulary of the language model, the tower, batch sizes, text tokens
+SIZES = {
+    "cpu": ((4096, 11008, 2, 32, 32064), CLIP_L, (1,), 40),
+    "7b": ((4096, 11008, 32, 32, 32064), CLIP_L, (1, 8), 64),
+    "13b": ((5120, 13824, 40, 40, 32064), CLIP_L, (1, 8), 64),
+    "tiny": ((64, 96, 2, 4, 512), CLIP_TINY, (1,), 8),
+}
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Sizes of a LLaVA-1.5: the language model's, then the tower's."""
+class Preset(NamedTuple):
+    """A LLaVA-1.5 as transformers describes it, and what is measured unless the user says otherwise."""
 
     name: str
-    dim: int
-    intermediate: int
-    layers: int
-    heads: int
-    vocabulary: int = 32064
-    vision_dim: int = 1024
-    vision_intermediate: int = 4096
-    vision_layers: int = 24
-    vision_heads: int = 16
-    image_size: int = 336
-    patch_size: int = 14
+    config: Any
     batches: tuple[int, ...] = (1,)
     text_tokens: int = 64
-    image_token: int | None = None  # of a checkpoint; a random model takes one of the last ids
-    kv_heads: int | None = None  # fewer than heads: grouped queries
-    head_dim: int | None = None  # where it is not dim / heads
-
-    @property
-    def image_token_id(self) -> int:
-        return self.vocabulary - 8 if self.image_token is None else self.image_token
-
-    @property
-    def query_dim(self) -> int:
-        """Width of all queries of a token, and of what attention returns."""
-        return self.heads * self.head_dim if self.head_dim else self.dim
-
-    @property
-    def kv_dim(self) -> int:
-        """Width of all keys of a token, and of all values."""
-        return self.query_dim * (self.kv_heads or self.heads) // self.heads
 
     @property
     def grid(self) -> int:
-        return self.image_size // self.patch_size
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size
 
     def image_tokens(self, merge_size: int) -> int:
         return (self.grid // merge_size) ** 2
 
     @property
-    def vision_parameters(self) -> int:
-        layer = 4 * self.vision_dim**2 + 2 * self.vision_dim * self.vision_intermediate
-        return self.vision_layers * layer + (self.grid**2 + 1 + 3 * self.patch_size**2) * self.vision_dim
-
-    @property
-    def language_parameters(self) -> int:
-        layer = 2 * self.dim * (self.query_dim + self.kv_dim) + 3 * self.dim * self.intermediate
-        return self.layers * layer + 2 * self.vocabulary * self.dim
-
-    @property
-    def projector_parameters(self) -> dict[str, int]:
-        """mlp2x: the stock projector. stf: with the hidden width that the exact warm start needs."""
-        c, d = self.vision_dim, self.dim
-        return {"mlp2x": c * d + d * d, "stf": 4 * len(BLOCKS) * c * c + 4 * c * c + 16 * c * d + 4 * d * d}
+    def heads_dims(self) -> tuple[int, int]:
+        """Widths of all queries and of all keys of a token."""
+        text = self.config.text_config
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return text.num_attention_heads * width, (text.num_key_value_heads or text.num_attention_heads) * width
 
     def kv_bytes(self, tokens: int, batch: int, item: int) -> int:
-        return 2 * self.layers * tokens * self.kv_dim * batch * item
+        return 2 * self.config.text_config.num_hidden_layers * tokens * self.heads_dims[1] * batch * item
+
+    def weight_bytes(self, item: int) -> int:
+        """Of all rows, which share tower and language model; LLaVA-STF's projector as the exact warm start needs it."""
+        import torch
+        from transformers import LlavaForConditionalGeneration
+
+        with torch.device("meta"):
+            stock = sum(p.numel() for p in LlavaForConditionalGeneration(self.config).parameters())
+        c, d = self.config.vision_config.hidden_size, self.config.text_config.hidden_size
+        return item * (stock + 4 * len(BLOCKS) * c * c + 4 * c * c + 16 * c * d + 4 * d * d)
 
     def activation_bytes(self, point: Point, item: int) -> int:
         """What a prompt adds to the weights: its cache, and a few buffers as wide as the widest that live at once."""
+        text, vision = self.config.text_config, self.config.vision_config
         tokens = point.images * self.image_tokens(1) + point.text_tokens
         # The stock model keeps every hidden state of its tower.
-        widest = max(3 * self.intermediate, 16 * self.vision_dim, self.vision_layers * self.vision_dim)
+        every_state = vision.num_hidden_layers * vision.hidden_size
+        widest = max(3 * text.intermediate_size, 16 * vision.hidden_size, every_state)
         return self.kv_bytes(tokens, point.batch, item) + 2 * item * point.batch * tokens * widest
 
-    def memory_bytes(self, point: Point, item: int) -> int:
-        """What a run of all rows holds at its peak; they share their weights."""
-        weights = self.vision_parameters + self.language_parameters + sum(self.projector_parameters.values())
-        return item * weights + self.activation_bytes(point, item)
+
+class CheckpointError(ValueError):
+    """A folder that is no checkpoint of LLaVA-1.5, or half of one."""
 
 
-TINY = {"vocabulary": 512, "vision_dim": 32, "vision_intermediate": 64, "vision_heads": 4, "image_size": 56}
-PRESETS = {
-    "cpu": Preset("cpu", dim=4096, intermediate=11008, layers=2, heads=32, text_tokens=40),
-    "7b": Preset("7b", dim=4096, intermediate=11008, layers=32, heads=32, batches=(1, 8)),
-    "13b": Preset("13b", dim=5120, intermediate=13824, layers=40, heads=40, batches=(1, 8)),
-    "tiny": Preset("tiny", dim=64, intermediate=96, layers=2, heads=4, text_tokens=8, **TINY),
-}
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
+
+
+def preset(name: str, **text_options: int) -> Preset:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    (width, mlp, layers, heads, vocabulary), tower, batches, text_tokens = SIZES[name]
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(num_hidden_layers=24, patch_size=14, **tower),
+        text_config=LlamaConfig(
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            vocab_size=vocabulary,
+            **text_options,
+        ),
+        image_token_id=vocabulary - 8,
+        image_seq_length=(tower["image_size"] // 14) ** 2,
+        attn_implementation="sdpa",
+    )
+    return Preset(name, config, batches, text_tokens)
+
+
+def preset_of(folder: Path) -> Preset:
+    """The sizes of a LLaVA-1.5 checkpoint, from its config.json."""
+    from transformers import LlavaConfig
+
+    name = f"the config.json of {str(folder)!r}"
+    try:
+        config = LlavaConfig.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"{name} cannot be used: {first_line(error)}") from error
+    vision, layer, strategy = config.vision_config, config.vision_feature_layer, config.vision_feature_select_strategy
+    if layer not in (-2, vision.num_hidden_layers - 1) or strategy != "default":
+        expected = "expected vision_feature_layer -2 and vision_feature_select_strategy 'default'"
+        raise CheckpointError(f"{name}: {expected}, got {layer} and {strategy!r}")
+    if vision.image_size // vision.patch_size % 2:
+        got = f"got an image of {vision.image_size} in patches of {vision.patch_size}"
+        raise CheckpointError(f"{name}: expected a grid that 2x2 windows divide, {got}")
+    return Preset(folder.name, config)
 
 
 class Point(NamedTuple):
@@ -110,9 +128,9 @@ class Point(NamedTuple):
         return f"batch {self.batch}, text {self.text_tokens}" + f", {self.images} images" * (self.images > 1)
 
 
-def points(args: argparse.Namespace) -> list[Point]:
+def points(args: argparse.Namespace, preset: Preset) -> list[Point]:
     """In the order they are measured: of a sweep, the first point is part of each line."""
-    batches, texts = args.batch or list(args.preset.batches), args.text or [args.preset.text_tokens]
+    batches, texts = args.batch or list(preset.batches), args.text or [preset.text_tokens]
     images = args.images or [1]
     if not args.sweep:
         return list(itertools.starmap(Point, itertools.product(batches, texts, images)))
@@ -127,8 +145,8 @@ def memory_problem(preset: Preset, wanted: list[Point], device: str, option: str
     from ..meters import available_bytes
 
     item = 2 if device == "cuda" else 4
-    need, smallest = min((preset.memory_bytes(point, item), point) for point in wanted)
-    available = available_bytes(device)
+    need, smallest = min((preset.activation_bytes(point, item), point) for point in wanted)
+    need, available = need + preset.weight_bytes(item), available_bytes(device)
     if available is None or need <= available:
         return None
     return (

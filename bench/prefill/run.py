@@ -26,7 +26,7 @@ from ..stats import spread_percent
 from . import models
 from .floors import with_floor
 from .modes import MODES, Eager, Output
-from .presets import Point, Preset, point_problem, points
+from .presets import Point, first_line, point_problem, points
 from .speedup import compare_rows, refusal, speedup_field
 from .stages import STAGES
 
@@ -105,7 +105,7 @@ def warm_up(cell: Cell, inputs: models.Inputs) -> None:
             cell.run.run()
         cell.warm_up_s = time.monotonic() - start
     except Exception as error:  # a defect of one row must not cost the others'
-        reason, cell.run = models.first_line(error), None
+        reason, cell.run = first_line(error), None
         if isinstance(error, out_of_memory):
             cell.failed = f"does not fit into memory ({reason})"
             free(cell.device)
@@ -181,7 +181,7 @@ class Run:
         self.args, self.preset, self.device, self.until = args, args.preset, device, until
         self.result, self.save, self.gpu = result, save, device == "cuda"
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
-        self.points = points(args)
+        self.points = points(args, args.preset)
         self.plan = [(mode, point) for point in self.points for mode in args.modes]
         self.fewest, self.most = (args.rounds, args.rounds) if args.rounds else (2, 20 if self.gpu else 6)
         self.process = models.image_processor(self.preset)

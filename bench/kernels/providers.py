@@ -1,0 +1,194 @@
+"""Who computes a product: this library's paths ("stf...") and what they have to beat. A rival is one function here.
+
+It gets the operands and the name of a product, and returns that product as a function of its input. In a chain its
+products take the places of the eager ones; a function that is registered for "chain" itself is the whole chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from stf_kernels.ops.segments import Stage
+from torch import Tensor
+
+import stf_kernels
+from stf_kernels.ops import launch, torch_path
+
+from .problems import PRODUCTS, Operands, merge
+
+Product = Callable[[Any], Tensor]
+PROVIDERS: dict[str, Provider] = {}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`build` gives each of `stages`, autograd differentiates it where it `trains`, torch.compile makes it if `slow`.
+
+    extra_error: of a formula that is not quite ours, in the norm.
+    """
+
+    build: Callable[[Operands, str], Product]
+    stages: tuple[str, ...]
+    trains: bool = True
+    slow: bool = False
+    gpu: bool = False
+    extra_error: float = 0.0
+
+    def call(self, operands: Operands, stage: str) -> Callable[[], Tensor]:
+        x, product = operands.inputs[stage], self.build
+        if stage in self.stages:
+            one = product(operands, stage)
+            return lambda: one(x)
+        products = [(product if s in self.stages else eager)(operands, s) for s in PRODUCTS]
+
+        def chain() -> Tensor:
+            y = x
+            for each in products:
+                y = each(y)
+            return y
+
+        return chain
+
+
+def provider(name: str, *stages: str, **kinds: Any) -> Callable[[Callable], Callable]:
+    def register(build: Callable[[Operands, str], Product]) -> Callable:
+        PROVIDERS[name] = Provider(build, stages, **kinds)
+        return build
+
+    return register
+
+
+def of_stage(stage: str, *, slow: bool = False, trains: bool = False, gpu: bool = False) -> dict[str, Provider]:
+    """`eager` first. Own paths are no rivals: in a chain they do not stand beside eager products."""
+    return {
+        name: p
+        for name, p in PROVIDERS.items()
+        if (stage in p.stages or (stage == "chain" and not name.startswith("stf")))
+        and p.slow == slow
+        and p.trains >= trains
+        and p.gpu <= gpu
+    }
+
+
+@provider("eager", "chain", *PRODUCTS)
+def eager(operands: Operands, stage: str) -> Product:
+    """Plain PyTorch: cat, the copy that merges, F.linear, GELU."""
+    return lambda x: operands.eager(stage, x)
+
+
+@provider("stf", "chain", *PRODUCTS)
+def stf(operands: Operands, stage: str, **options: Any) -> Product:
+    """The default path: of a chain the module, of a product what the chain runs."""
+    if stage == "chain":
+        return operands.projector
+    (w, b), sizes, x = operands.parameters[stage], operands.sizes, operands.inputs[stage]
+    blocks = [block[:, 1:] for block in x] if stage == "concat" else [merge(x, sizes) if stage == "linear" else x]
+    geometry = Stage(merge_out=sizes.merge, grid=sizes.grid) if stage == "linear_merge" else Stage(
+        "gelu" if stage in ("concat", "linear") else None)  # fmt: skip
+    if blocks[0].is_cuda:
+        return lambda _: launch.run_stage(blocks, w, b, geometry, **options)[0]
+    return lambda _: torch_path.run_stage(blocks, w, b, geometry, False)[0]
+
+
+@provider("stf-triton", "chain", *PRODUCTS, gpu=True)
+def stf_triton(operands: Operands, stage: str) -> Product:
+    """The same in Triton throughout: it differs where plain torch was selected."""
+    product = stf(operands, stage, forced=True)
+
+    def call(x: Any) -> Tensor:
+        with stf_kernels.use_backend("triton"):
+            return product(x)
+
+    return call
+
+
+@provider("stf-merge_in", "linear")
+def stf_merge_in(operands: Operands, stage: str) -> Product:
+    """spatial_merge_linear: merged on load, by the kernel that also multiplies."""
+    w, b = operands.parameters[stage]
+    options = {"grid": operands.sizes.grid, "merge_size": operands.sizes.merge, "activation": "gelu"}
+    return lambda x: stf_kernels.spatial_merge_linear(x, w, b, **options)
+
+
+def _form(form: str) -> Callable[[Operands, str], Product]:
+    def build(operands: Operands, stage: str) -> Product:
+        """The kernel form with the configuration that the tuner would try first."""
+        import triton
+        from stf_kernels.configs import device_identity
+        from stf_kernels.tune.candidates import candidates, forms_for
+        from stf_kernels.tune.problems import PROBLEMS
+
+        index, item = torch.cuda.current_device(), operands.blocks[0].element_size()
+        arch = device_identity(index)[1]
+        if form not in forms_for(PROBLEMS[stage], arch, item):
+            raise NotImplementedError(f"{arch} has no {form} form of {stage}")
+        config = candidates(
+            *operands.sizes.gemm(stage, operands.batch),
+            item,
+            shared_limit=triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"],
+            multiprocessors=torch.cuda.get_device_properties(index).multi_processor_count,
+            splits=(1,) if arch.startswith("gfx") else (1, 2, 4, 8),
+            forms=(form,),
+        )[0]
+        return stf(operands, stage, config=config)
+
+    return build
+
+
+for form in ("pointer", "tma", "swap_ab"):
+    provider(f"stf-{form}", *PRODUCTS, gpu=True, trains=False)(_form(form))
+
+
+@provider("strided", "concat")
+def strided(operands: Operands, stage: str) -> Product:
+    """One cuBLAS operand over a preallocated [B, 577, 8, C] buffer that the tower would fill."""
+    w, b = operands.parameters[stage]
+    buffer = torch.stack(operands.blocks, dim=2).flatten(2)  # filled before the clock starts
+    return lambda _: F.gelu(F.linear(buffer[:, 1:], w, b))
+
+
+@provider("conv2d", "linear")
+def conv2d(operands: Operands, stage: str) -> Product:
+    """cuDNN's convolution of window 2, stride 2, on channels_last."""
+    sizes, (w, b) = operands.sizes, operands.parameters[stage]
+
+    def call(x: Tensor) -> Tensor:
+        # Views alone: W[n, (dy dx c)] lies as a kernel [n, c, dy, dx] in channels_last does, tokens as an image.
+        kernel = w.view(w.shape[0], sizes.merge, sizes.merge, sizes.dim).permute(0, 3, 1, 2)
+        image = x.transpose(1, 2).unflatten(2, sizes.grid)
+        return F.gelu(F.conv2d(image, kernel, b, stride=sizes.merge)).flatten(2).transpose(1, 2)
+
+    return call
+
+
+@provider("addmm_activation", "concat", "linear", trains=False, extra_error=5e-3)
+def addmm_activation(operands: Operands, stage: str) -> Product:
+    """cuBLASLt's epilogue; its GELU is tanh on CUDA, an error that is reported and not hidden."""
+    w, b = operands.parameters[stage]
+
+    def call(x: Any) -> Tensor:
+        a = torch.cat([block[:, 1:] for block in x], -1) if stage == "concat" else merge(x, operands.sizes)
+        return torch._addmm_activation(b, a.flatten(0, 1), w.t(), use_gelu=True).unflatten(0, a.shape[:2])
+
+    return call
+
+
+@provider("compile-tma", "chain", *PRODUCTS, slow=True)
+def compile_tma(operands: Operands, stage: str) -> Product:
+    """torch.compile of the eager form, max-autotune, persistent TMA kernels among what it chooses from."""
+    return compiled(operands, stage, {"triton.enable_persistent_tma_matmul": True})
+
+
+@provider("compile", "chain", *PRODUCTS, slow=True)
+def compiled(operands: Operands, stage: str, more: dict[str, Any] | None = None) -> Product:
+    """torch.compile of the eager form, max-autotune without its own CUDA graphs."""
+    import torch._inductor
+
+    # One piece or an error, and no limit of recompilations from steps before: a rival must not be eager in disguise.
+    torch._dynamo.reset()
+    options = {**torch._inductor.list_mode_options("max-autotune-no-cudagraphs"), **(more or {})}
+    return torch.compile(eager(operands, stage), fullgraph=True, dynamic=False, options=options)

@@ -1,0 +1,81 @@
+"""The rows of a prefill result as text, for the terminal and for the page, and what to know about their numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..command import number, table
+from .speedup import BASELINE, doubt, label, place, same_mode
+
+TIMES = {"vision": "vision_ms", "projector": "projector_ms", "insert": "insert_ms", "prefill": "prefill_ms"}
+# Not of the insertion: what it takes is launches, not the few bytes that it moves.
+FLOORS = ("vision", "projector", "prefill", "total")
+
+
+def cells(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Column -> what it says, for every row."""
+    speedups = same_mode(result["comparisons"])
+    return [_cells(row, speedups.get((label(row), place(row), row["mode"]))) for row in result["rows"]]
+
+
+def _cells(row: dict[str, Any], speedup: dict[str, Any] | None) -> dict[str, str]:
+    share, one = row["projector_share"], label(row) == BASELINE and row["total_ms"] is not None
+    found = {"model": label(row), "mode": row["mode"], "at": str(place(row)), "image tokens": str(row["image_tokens"])}
+    found |= {"total ms": number(row["total_ms"]), "speed-up": "1.00x" if one else "-", "p10 to p90": ""}
+    if speedup:
+        found["speed-up"] = f"{speedup['ratio']:.2f}x"
+        found["p10 to p90"] = f"{speedup['low']:.2f} to {speedup['high']:.2f}"
+    found |= {name: number(row[stage]) for name, stage in TIMES.items()}
+    found |= {"first": number(row["first_token_ms"]), "preprocess": number(row["preprocess_ms"])}
+    found |= {"spread %": number(row["spread_percent"]), "rounds": str(row["rounds"])}
+    found |= {"projector %": number(None if share is None else 100 * share)}
+    found |= {"peak MB": number(row["peak_mb"], 0), "KV MB": number(row["kv_mb"])}
+    found |= {"decode ms/token": number(row["decode_ms_per_token"])}
+    found |= {f"{name} / floor": number(row["floor_ratio"].get(f"{name}_ms"), 2) for name in FLOORS}
+    return found | {"remark": row["failed"] or (speedup and doubt(speedup)) or ""}
+
+
+def report(result: dict[str, Any], *, full: bool) -> str:
+    """What the terminal shows. full: every column."""
+    rows, shown = result["rows"], cells(result)
+    columns = ["model", "mode", "at", "image tokens", "total ms", "speed-up", *TIMES]
+    if not full:
+        columns = [c for c in columns if c not in ("mode", "at") or len({row[c] for row in shown}) > 1]
+    rounds, ceilings = max((row["rounds"] for row in rows), default=0), result["ceilings"]
+    versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "transformers"))
+    out = [
+        f"{result['device']}   {result['dtype']}, {versions}, commit {result['commit'][:12]}",
+        f"{result['preset']}, weights: {result['weights']}, {shown[0]['at'] if shown else 'nothing measured'}, "
+        f"median of {rounds} interleaved rounds",
+        "",
+        table(columns, [[row[c] for c in columns] for row in shown], left=len(columns) - 7),
+        "",
+        "Milliseconds from pixel values on the device to the first token on the host, preprocessing not included.",
+    ]
+    if full:
+        more = [c for c in next(iter(shown), {}) if c not in columns[3:] and c not in ("p10 to p90", "remark")]
+        at = f"{ceilings['flops'] / 1e12:.3g} TFLOP/s, {ceilings['bandwidth'] / 1e9:.0f} GB/s ({ceilings['source']})"
+        out += ["", table(more, [[row[c] for c in more] for row in shown], left=3), f"Floors at {at}.", ""]
+    used = {name for row in rows if row["model"] == "llava-stf" for name in row["savings"]}
+    out += [f"+savings, {name}: {what}." for name, what in result["savings_mean"].items() if name in used]
+    out += [f"{label(row)} {row['mode']}, {place(row)}: {row['failed']}" for row in rows if row["failed"]]
+    compiled = [row for row in rows if row["mode"] == "compile" and row["warm_up_s"]]
+    out += [f"{label(row)}: {row['warm_up_s']:.0f} s of torch.compile before the first timed run" for row in compiled]
+    out += [f"note: {note}" for note in (*_doubts(result), *result["notes"])]
+    out += [f"checked: {sentence(check)}" for check in result["checks"]]
+    return "\n".join(out + [f"\nNO SPEED-UP IS REPORTED: {result['refused']}"] * bool(result["refused"]))
+
+
+def _doubts(result: dict[str, Any]) -> list[str]:
+    """One sentence for all speed-ups over the same mode that may be noise for the same reason."""
+    named: dict[str, list[str]] = {}
+    for (row, where, mode), c in same_mode(result["comparisons"]).items():
+        if why := doubt(c):
+            ratio = f"{c['ratio']:.2f}x [{c['low']:.2f}, {c['high']:.2f}]"
+            named.setdefault(why, []).append(f"{row} {mode}, {where} {ratio}")
+    return [f"{why}: {'; '.join(names)}" for why, names in named.items()]
+
+
+def sentence(check: dict[str, Any]) -> str:
+    error = "not finite" if check["error"] is None else f"{check['error']:.1e}"
+    return f"{check['name']}: difference {error} (allowed {check['bound']:.0e})" + "  DIFFERS" * (not check["agrees"])
