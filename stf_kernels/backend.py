@@ -1,7 +1,7 @@
 """Which path computes: Triton kernels or plain torch.
 
-    auto     Triton for tensors on a GPU that Triton serves, plain torch elsewhere; where the device's tuning
-             table names cuBLAS for a shape, plain torch for that shape
+    auto     Triton for tensors on a GPU that Triton serves, plain torch elsewhere; where the device's table names
+             plain torch for a product, plain torch for that product
     triton   Triton always; CPU tensors need TRITON_INTERPRET=1
     torch    plain torch always
 
@@ -24,11 +24,6 @@ _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _state = threading.local()
 
 
-def _validated(name: object, source: str) -> str:
-    check_choice(source, name, BACKENDS)
-    return name
-
-
 @contextmanager
 def _switched(backend: str) -> Iterator[None]:
     previous = getattr(_state, "backend", None)
@@ -42,19 +37,24 @@ def _switched(backend: str) -> Iterator[None]:
 def use_backend(backend: str):
     """Context manager: run the operators of this thread on "auto", "triton" or "torch".
 
-    A backward takes the path of its forward, wherever it is called. Not one that torch.compile made: on a GPU autograd
-    runs it in a thread of its own, where STF_KERNELS_BACKEND decides.
+    A backward takes the backend of its forward, in whatever thread autograd runs it.
 
     Raises ValueError for another name, at once rather than on entry.
     """
-    return _switched(_validated(backend, "backend"))
+    check_choice("backend", backend, BACKENDS)
+    return _switched(backend)
 
 
 def current_backend() -> str:
     """The innermost `use_backend` of this thread, else STF_KERNELS_BACKEND, else "auto"."""
-    backend = getattr(_state, "backend", None)
-    if backend is None:
-        backend = _validated(os.environ.get("STF_KERNELS_BACKEND") or "auto", "backend (STF_KERNELS_BACKEND)")
+    return getattr(_state, "backend", None) or _default_backend()
+
+
+@functools.cache
+def _default_backend() -> str:
+    """Read at the first call that needs it, then kept."""
+    backend = os.environ.get("STF_KERNELS_BACKEND") or "auto"
+    check_choice("backend (STF_KERNELS_BACKEND)", backend, BACKENDS)
     return backend
 
 
@@ -81,19 +81,23 @@ def triton_serves(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def use_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Decide the path for operands of one device and dtype; ValueError or TypeError where "triton" cannot be had."""
-    backend = current_backend()
+def resolve(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+    """The path for operands of one device and dtype under a backend, by default the current one.
+
+    "torch"; "auto": Triton, and plain torch for the products where a table says so; "triton": Triton throughout.
+    ValueError or TypeError where "triton" was asked for and cannot be had.
+    """
+    backend = backend or current_backend()
     if backend == "torch":
-        return False
+        return backend
     if backend == "auto":
-        return dtype in _TRITON_DTYPES and triton_serves(device)
+        return backend if dtype in _TRITON_DTYPES and triton_serves(device) else "torch"
     if dtype not in _TRITON_DTYPES:
         raise TypeError(
             f"dtype: backend 'triton' takes float16, bfloat16 or float32, got {dtype}; use_backend('torch') takes it"
         )
     if triton_serves(device) or (interpreting() and device.type == "cpu"):
-        return True
+        return backend
     if not has_triton():
         raise ValueError("backend: 'triton' was asked for and triton is not installed; install it or use 'auto'")
     raise ValueError(

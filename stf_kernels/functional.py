@@ -6,10 +6,10 @@ spatial_merge_linear   y = act(merge_rxr(x) @ W^T + b)           Spatial Token F
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import checks, ops
-from .autocast import cast_operands
 from .relayout import channel_to_patch_major
 
 
@@ -41,12 +41,13 @@ def concat_linear(
     """
     checks.check_choice("activation", activation, checks.ACTIVATIONS)
     checks.check_blocks(blocks)
-    blocks, (weight,), (bias,) = cast_operands(blocks, (weight,), (bias,))
+    blocks, (weight, bias) = under_autocast(blocks[0], blocks, (weight, bias))
     x = blocks[0]
     checks.check_skip(skip_tokens, x.shape[1])
     k = len(blocks) * x.shape[2]
     checks.check_linear(weight, bias, k, f"{len(blocks)} blocks of {x.shape[2]} channels", "blocks", x)
-    return ops.concat_linear(list(blocks), weight, bias, activation, skip_tokens)
+    biases = [] if bias is None else [bias]
+    return ops.concat_linear(list(blocks), [weight], biases, activation, skip_tokens, 1, 0, 0)
 
 
 def spatial_merge_linear(
@@ -73,7 +74,8 @@ def spatial_merge_linear(
         skip_tokens: leading tokens that are not part of the grid (1 for a CLS token).
         feature_order: order of the weight's columns, c the channel, (dy, dx) the place in the window:
             "patch_major" (dy*r + dx)*C + c, or "channel_major" c*r*r + dy*r + dx (F.unfold, the official weights).
-            "channel_major" copies the weight on every call; relayout it once with `channel_to_patch_major` instead.
+            "channel_major" copies the weight on every call; convert it once with `channel_to_patch_major` instead. A
+            wrong order raises no error, only wrong outputs, so state it.
         truncate: drop the last rows and columns of a grid that r does not divide; without it that is an error.
 
     Returns:
@@ -91,11 +93,22 @@ def spatial_merge_linear(
     checks.check_tokens("x", x)
     if grid is None:
         raise TypeError("grid: expected (H, W), got None; the modules take None for a square")
-    (x,), (weight,), (bias,) = cast_operands((x,), (weight,), (bias,))
+    ((x, weight, bias),) = under_autocast(x, (x, weight, bias))
     checks.check_skip(skip_tokens, x.shape[1])
     height, width = checks.resolve_grid(grid, x.shape[1] - skip_tokens, merge_size, truncate)
     meaning = f"{merge_size}x{merge_size} windows of {x.shape[2]} channels"
     checks.check_linear(weight, bias, merge_size**2 * x.shape[2], meaning, "x", x)
     if feature_order == "channel_major":
         weight = channel_to_patch_major(weight, merge_size)
-    return ops.spatial_merge_linear(x, weight, bias, activation, skip_tokens, merge_size, height, width)
+    biases = [] if bias is None else [bias]
+    return ops.spatial_merge_linear([x], [weight], biases, activation, skip_tokens, merge_size, height, width)
+
+
+def under_autocast(x: Tensor, *groups: Sequence) -> Sequence[Sequence]:
+    """The groups of operands in the dtype that nn.Linear would compute in under autocast; float64 stays, as it does
+    there, and so does what is no tensor, for the checks that follow to name."""
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return groups
+    dtype = torch.get_autocast_dtype(device_type)
+    return [[value.to(dtype) if isinstance(value, Tensor) else value for value in group] for group in groups]

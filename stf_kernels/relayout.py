@@ -3,7 +3,7 @@
     patch-major    (dy*r + dx)*C + c     what this library computes with: a window row is one run of memory
     channel-major  c*r*r + dy*r + dx     F.unfold, pixel_unshuffle, the official LLaVA-STF weights
 
-The shapes agree, so a wrong order is silent: relayout once, at load, and keep the order in the configuration.
+The shapes agree, so a wrong order raises no error, only wrong outputs: convert a channel-major weight once, at load.
 """
 
 from torch import Tensor

@@ -1,10 +1,10 @@
 """Triton device code and nothing else: every file here holds `@triton.jit` functions and their formula.
 
-segmented_linear.py    the GEMM: read this first
-activations.py         what its epilogue applies
-split_k.py, descriptor.py, swapped.py   the same GEMM with K shared out, with tiles by TMA, with its operands swapped
-segmented_wgrad.py     the weight gradient;  activation_bwd.py  the activation's
-pdl.py                 two instructions of dependent launches
+segmented_linear.py   the GEMM: read this first
+split_k.py            how programs share its K axis
+activations.py        what its epilogue applies, and the kernel of their backward
+tma.py, swap_ab.py    the same GEMM with its tiles fetched by TMA, and with A and B swapped
+wgrad.py              the weight gradient
 
-No tile size is written here: they are arguments, and come from `stf_kernels/tuning/`.
+No tile size is written here: they are arguments, and come from `stf_kernels/configs/`.
 """

@@ -2,39 +2,60 @@
 
 The K axis of A is cut into segments of C columns, and each segment says where its rows live:
 
-    concat   segment s            -> block s,  token t
-    merge    segment s = (dy, dx) -> block 0,  token (r*i + dy) * grid_w + (r*j + dx)
+    concatenated     segment s            -> block s,  token t
+    merged on load   segment s = (dy, dx) -> block 0,  token (r*i + dy) * grid_w + (r*j + dx)       r = MERGE_IN
 
-A segment is (block, dy, dx) here, so concat is r = 1, merge is one block, and a plain linear layer is both.
+A segment is (block, dy, dx) here, so a concatenation is r = 1, a merge is one block, and a plain linear layer is both.
 Row m of A is (image b, row t of `tokens`); for a merge t = (i, j) on the grid divided by r.
 
 The store side places its rows as well:
 
-    STORE "rows"     y[m, n]
-    STORE "merge"    y[image, (i//r, j//r), ((i%r)*r + j%r) * N + n]    the merged layout, for the next GEMM
-    STORE "scatter"  y[rows[m], n]                                       e.g. the image positions of inputs_embeds
+    dense            y[m, n]
+    merged on store  y[image, (i//r, j//r), ((i%r)*r + j%r) * N + n]    the next GEMM's dense operand; r = MERGE_OUT
+    indexed          y[rows[m], n]                                       e.g. the image positions of inputs_embeds
 
 W is [N, K], K = blocks * r * r * C, as nn.Linear keeps it. All address products are int64.
+
+Read `_segmented_linear_fwd_kernel` first, at the end: it finds its tile, accumulates it and stores it.
 """
 
 import triton
 import triton.language as tl
-from triton.knobs import runtime as _runtime
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .activations import activate
-from .pdl import launch_next, wait_for_previous
-
-# The interpreter multiplies the bit patterns of bf16 operands: there they are widened before the product.
-INTERPRETED: tl.constexpr = tl.constexpr(bool(_runtime.interpret))
+from .activations import INTERPRETED, activate
+from .split_k import is_last_to_arrive, publish_part, sum_of_parts
 
 
 @triton.jit
-def _pick(values, index, COUNT: tl.constexpr):
+def begin_dependent(PDL: tl.constexpr):
+    """Stand before the first access to memory of a programmatic dependent launch (NVIDIA from sm_90 on).
+
+    Such a kernel may start before the one ahead of it has ended. It waits here until all of that one's stores are
+    visible, and lets the next kernel's programs take the multiprocessors that have none of this one left to start.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def pick(values, index, COUNT: tl.constexpr):
     """values[index] for a run-time index: a chain of selects, which keeps the loop pipelined."""
     picked = values[0]
     for i in tl.static_range(1, COUNT):
         picked = tl.where(index == i, values[i], picked)
     return picked
+
+
+@triton.jit
+def bytes_ahead(block_ptrs, base_ptr, index, COUNT: tl.constexpr):
+    """How far block_ptrs[index] lies behind base_ptr. Differences do not change in a loop, so registers hold them; a
+    choice among the pointers themselves is a chain of constant loads in every step (sm_90)."""
+    ahead = block_ptrs[0].to(tl.int64) - base_ptr.to(tl.int64)
+    for i in tl.static_range(1, COUNT):
+        ahead = tl.where(index == i, block_ptrs[i].to(tl.int64) - base_ptr.to(tl.int64), ahead)
+    return ahead
 
 
 @triton.jit
@@ -54,22 +75,24 @@ def tile_of_program(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 def accumulate(
     block_ptrs, w_ptr, tile_m, tile_n, step_begin, step_end,
     M, N, tokens, grid_w, x_strides_b, x_strides_t, w_stride_n,
-    NUM_BLOCKS: tl.constexpr, C: tl.constexpr, GATHER: tl.constexpr, UNIFORM_STRIDES: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, C: tl.constexpr, ALIGNMENT: tl.constexpr, MERGE_IN: tl.constexpr,
+    UNIFORM_STRIDES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One fp32 tile of A @ W^T over the K steps [step_begin, step_end); a step is BLOCK_K columns of one segment."""
     STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    WINDOW: tl.constexpr = GATHER * GATHER
+    WINDOW: tl.constexpr = MERGE_IN * MERGE_IN
+    ITEMSIZE: tl.constexpr = block_ptrs[0].dtype.element_ty.primitive_bitwidth // 8
 
     # Rows and columns past the end read the last one: their results are never stored, and the loads need no mask.
     m = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
     n = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
     image = m // tokens
     token = m - image * tokens
-    if GATHER > 1:
-        out_w = grid_w // GATHER
+    if MERGE_IN > 1:
+        out_w = grid_w // MERGE_IN
         i = token // out_w
-        token = (i * grid_w + token - i * out_w) * GATHER
+        token = (i * grid_w + token - i * out_w) * MERGE_IN
 
     k = tl.arange(0, BLOCK_K)
     w_tile = w_ptr + n.to(tl.int64)[None, :] * w_stride_n + k[:, None]
@@ -81,14 +104,17 @@ def accumulate(
         # Not `% C`: a remainder of the loop variable hides the alignment and with it the asynchronous copies.
         column = (step - segment * STEPS) * BLOCK_K
         block = segment // WINDOW
-        base = _pick(block_ptrs, block, NUM_BLOCKS) + column
+        base = block_ptrs[0] + column
+        if NUM_BLOCKS > 1:
+            ahead = bytes_ahead(block_ptrs, block_ptrs[0], block, NUM_BLOCKS) // ITEMSIZE
+            base += tl.multiple_of(ahead, ALIGNMENT)
         if not UNIFORM_STRIDES:
-            row_offset = image.to(tl.int64) * _pick(x_strides_b, block, NUM_BLOCKS)
-            row_offset += token.to(tl.int64) * _pick(x_strides_t, block, NUM_BLOCKS)
-        if GATHER > 1:
-            dy = (segment % WINDOW) // GATHER
-            dx = segment % GATHER
-            stride_t = x_strides_t[0] if UNIFORM_STRIDES else _pick(x_strides_t, block, NUM_BLOCKS)
+            row_offset = image.to(tl.int64) * pick(x_strides_b, block, NUM_BLOCKS)
+            row_offset += token.to(tl.int64) * pick(x_strides_t, block, NUM_BLOCKS)
+        if MERGE_IN > 1:
+            dy = (segment % WINDOW) // MERGE_IN
+            dx = segment % MERGE_IN
+            stride_t = x_strides_t[0] if UNIFORM_STRIDES else pick(x_strides_t, block, NUM_BLOCKS)
             base += (dy * grid_w + dx).to(tl.int64) * stride_t
         a_tile = base + row_offset[:, None] + k[None, :]
         w_step = w_tile + (segment * C + column)
@@ -99,7 +125,7 @@ def accumulate(
             inside = k < C - column
             a = tl.load(a_tile, mask=inside[None, :], other=0.0)
             w = tl.load(w_step, mask=inside[:, None], other=0.0)
-        if INTERPRETED:
+        if INTERPRETED:  # which multiplies the bit patterns of bf16 operands
             a = a.to(tl.float32)
             w = w.to(tl.float32)
         acc = tl.dot(a, w, acc, input_precision=INPUT_PRECISION)
@@ -108,8 +134,8 @@ def accumulate(
 
 @triton.jit
 def store_tile(
-    acc, bias_ptr, y_ptr, pre_ptr, rows_ptr, first_m, first_n, M, N, tokens, grid_w, grid_h, y_stride, y_rows,
-    STORE: tl.constexpr, MERGE: tl.constexpr, ACTIVATION: tl.constexpr, FAST_ACTIVATION: tl.constexpr,
+    acc, bias_ptr, y_ptr, pre_ptr, rows_ptr, first_m, first_n, M, N, tokens, grid_h, grid_w, y_stride, y_rows,
+    MERGE_OUT: tl.constexpr, INDEX_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, FAST_ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, SAVE_PRE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of the tile whose corner is (first_m, first_n), BLOCK_M x BLOCK_N: bias, optional copy of the
@@ -125,24 +151,23 @@ def store_tile(
         tl.store(pre_tile, acc.to(pre_ptr.dtype.element_ty), mask=inside_m[:, None] & inside_n[None, :])
     acc = activate(acc, ACTIVATION, FAST_ACTIVATION)
 
-    if STORE == "merge":
+    if MERGE_OUT > 1:
         image = m // tokens
         token = m - image * tokens
         i = token // grid_w
         j = token - i * grid_w
-        out_h = grid_h // MERGE
-        out_w = grid_w // MERGE
+        out_h = grid_h // MERGE_OUT
+        out_w = grid_w // MERGE_OUT
         # A truncated grid leaves rows and columns that belong to no window.
-        inside_m = inside_m & (i < out_h * MERGE) & (j < out_w * MERGE)
-        row = image.to(tl.int64) * (out_h * out_w) + (i // MERGE) * out_w + j // MERGE
-        window = (i % MERGE) * MERGE + j % MERGE
+        inside_m = inside_m & (i < out_h * MERGE_OUT) & (j < out_w * MERGE_OUT)
+        row = image.to(tl.int64) * (out_h * out_w) + (i // MERGE_OUT) * out_w + j // MERGE_OUT
+        window = (i % MERGE_OUT) * MERGE_OUT + j % MERGE_OUT
         row_offset = row * y_stride + window.to(tl.int64) * N
-    elif STORE == "scatter":
+    elif INDEX_ROWS:
         row = tl.load(rows_ptr + m, mask=inside_m, other=0)
         inside_m = inside_m & (row >= 0) & (row < y_rows)  # a wrong index must not write into foreign memory
         row_offset = row * y_stride
     else:
-        tl.static_assert(STORE == "rows")
         row_offset = m.to(tl.int64) * y_stride
     y_tile = y_ptr + row_offset[:, None] + n[None, :]
     tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=inside_m[:, None] & inside_n[None, :])
@@ -150,33 +175,46 @@ def store_tile(
 
 @triton.jit(do_not_specialize=["M", "y_rows"])
 def _segmented_linear_fwd_kernel(
-    block_ptrs, w_ptr, bias_ptr, y_ptr, pre_ptr, rows_ptr,
-    M, N, tokens, grid_w, grid_h, x_strides_b, x_strides_t, w_stride_n, y_stride, y_rows,
-    NUM_BLOCKS: tl.constexpr, C: tl.constexpr, GATHER: tl.constexpr, UNIFORM_STRIDES: tl.constexpr,
-    STORE: tl.constexpr, MERGE: tl.constexpr, ACTIVATION: tl.constexpr, FAST_ACTIVATION: tl.constexpr,
+    block_ptrs, w_ptr, bias_ptr, y_ptr, pre_ptr, rows_ptr, workspace_ptr, arrived_ptr,
+    M, N, tokens, grid_h, grid_w, y_stride, y_rows, x_strides_b, x_strides_t, w_stride_n,
+    NUM_BLOCKS: tl.constexpr, C: tl.constexpr, ALIGNMENT: tl.constexpr, MERGE_IN: tl.constexpr,
+    UNIFORM_STRIDES: tl.constexpr,
+    MERGE_OUT: tl.constexpr, INDEX_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, FAST_ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, SAVE_PRE: tl.constexpr, INPUT_PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """One program, one BLOCK_M x BLOCK_N tile of y.
+    """Grid (tiles, SPLIT_K); one program, one BLOCK_M x BLOCK_N tile of y, or its share of the K steps (split_k.py).
 
-    block_ptrs    NUM_BLOCKS pointers to [B, >= tokens, C], last axis contiguous, skipped tokens already behind
+    block_ptrs    NUM_BLOCKS pointers to [B, >= tokens, C], last axis contiguous, skipped tokens already behind;
+                  their distances are multiples of ALIGNMENT elements
     x_strides_*   strides (image, token) in elements: one pair if UNIFORM_STRIDES, else one per block
-    w_ptr         [N, NUM_BLOCKS * GATHER^2 * C], row stride w_stride_n;  bias_ptr [N]
+    w_ptr         [N, NUM_BLOCKS * MERGE_IN^2 * C], row stride w_stride_n;  bias_ptr [N]
     y_ptr         row stride y_stride, last axis contiguous;  pre_ptr [M, N] contiguous if SAVE_PRE
-    rows_ptr      int64 [M], each in [0, y_rows), if STORE is "scatter"
-    M = B * tokens;  grid_h, grid_w: the token grid before merging;  PDL: see pdl.py
+    rows_ptr      int64 [M], each in [0, y_rows), if INDEX_ROWS
+    workspace_ptr fp32 [tiles, SPLIT_K, BLOCK_M, BLOCK_N], arrived_ptr int32 [tiles] of zeros, if SPLIT_K > 1
+    M = B * tokens;  grid_h, grid_w: the token grid before merging;  PDL: see begin_dependent
     """
-    tile_m, tile_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    steps: tl.constexpr = NUM_BLOCKS * GATHER * GATHER * ((C + BLOCK_K - 1) // BLOCK_K)
-    wait_for_previous(PDL)
-    launch_next(PDL)
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    tile_m, tile_n = tile_of_program(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    STEPS: tl.constexpr = NUM_BLOCKS * MERGE_IN * MERGE_IN * ((C + BLOCK_K - 1) // BLOCK_K)
+    ROOM: tl.constexpr = BLOCK_M * BLOCK_N
+    begin_dependent(PDL)
     acc = accumulate(
-        block_ptrs, w_ptr, tile_m, tile_n, 0, steps,
+        block_ptrs, w_ptr, tile_m, tile_n, STEPS * split // SPLIT_K, STEPS * (split + 1) // SPLIT_K,
         M, N, tokens, grid_w, x_strides_b, x_strides_t, w_stride_n,
-        NUM_BLOCKS, C, GATHER, UNIFORM_STRIDES, BLOCK_M, BLOCK_N, BLOCK_K, INPUT_PRECISION,
+        NUM_BLOCKS, C, ALIGNMENT, MERGE_IN, UNIFORM_STRIDES, BLOCK_M, BLOCK_N, BLOCK_K, INPUT_PRECISION,
     )  # fmt: skip
-    store_tile(
-        acc, bias_ptr, y_ptr, pre_ptr, rows_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N,
-        M, N, tokens, grid_w, grid_h, y_stride, y_rows,
-        STORE, MERGE, ACTIVATION, FAST_ACTIVATION, HAS_BIAS, SAVE_PRE, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    last = True
+    if SPLIT_K > 1:
+        publish_part(acc, workspace_ptr, tile, split, SPLIT_K, BLOCK_M, BLOCK_N, ROOM)
+        last = is_last_to_arrive(arrived_ptr + tile, SPLIT_K)
+    if last:
+        if SPLIT_K > 1:
+            acc = sum_of_parts(workspace_ptr, tile, SPLIT_K, BLOCK_M, BLOCK_N, ROOM)
+        store_tile(
+            acc, bias_ptr, y_ptr, pre_ptr, rows_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N,
+            M, N, tokens, grid_h, grid_w, y_stride, y_rows,
+            MERGE_OUT, INDEX_ROWS, ACTIVATION, FAST_ACTIVATION, HAS_BIAS, SAVE_PRE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip

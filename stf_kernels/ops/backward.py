@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backend
 from . import launch, torch_path
-from .stage import Stage, unmerge_windows
+from .segments import Stage, unmerge_windows
 from .weight_grad import first_weight_grad
 
 
@@ -46,8 +45,8 @@ class Sizes(NamedTuple):
     def weights(self, stages: Sequence[Stage]) -> list[tuple[int, int]]:
         shapes, k = [], self.num_blocks * self.block[2]
         for stage, n in zip(stages, self.widths, strict=True):
-            shapes.append((n, k * stage.gather**2))
-            k = n * stage.scatter**2
+            shapes.append((n, k * stage.merge_in**2))
+            k = n * stage.merge_out**2
         return shapes
 
 
@@ -99,11 +98,13 @@ def chain_bwd(
     sizes: Sizes,
     stages: Sequence[Stage],
     needs: Needs,
+    path: str,
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
     """Gradients of (blocks, weights, biases), None where not needed. dy has the shape of the chain's output.
 
     `saved` has an entry for every stage, None where `needs.keeps` has no flag. It is consumed from its end, so that it
-    is freed as the backward passes it. Blocks and weights that `needs.reads` does not flag may be None.
+    is freed as the backward passes it. Blocks and weights that `needs.reads` does not flag may be None. path: see
+    backend.resolve.
     """
     last = len(stages) - 1
     shapes, weight_shapes = sizes.outputs(stages), sizes.weights(stages)
@@ -114,19 +115,19 @@ def chain_bwd(
     g, kept = _rows_of(dy, stages[last]), saved.pop()
     if kept is not None:
         g, _, d_biases[last] = _through_activation(
-            g.contiguous(), kept, stages[last], own=False, write_act=False, sum_rows=needs.biases[last]
+            g.contiguous(), kept, stages[last], path, own=False, write_act=False, sum_rows=needs.biases[last]
         )
     for i in range(last, 0, -1):
         if needs.biases[i] and d_biases[i] is None:
             d_biases[i] = g.sum(0)
         before, upstream = stages[i - 1], needs.upstream_of(i)
         kept = saved.pop()
-        fused = before.activation is not None and upstream and backend.use_triton(kept.device, kept.dtype)
+        fused = before.activation is not None and upstream and path != "torch"
         x = None
         if fused:
             dx = torch.mm(g, weights[i])
             dx, x, d_biases[i - 1] = _through_activation(
-                dx, kept, before, own=True, write_act=needs.weights[i], sum_rows=needs.biases[i - 1]
+                dx, kept, before, path, own=True, write_act=needs.weights[i], sum_rows=needs.biases[i - 1]
             )
         if needs.weights[i]:
             if x is None:
@@ -139,14 +140,14 @@ def chain_bwd(
             dx = _rows_of(torch.mm(g, weights[i]).view(shapes[i - 1]), before)
             if before.activation is not None:
                 dx, _, d_biases[i - 1] = _through_activation(
-                    dx, kept, before, own=True, write_act=False, sum_rows=needs.biases[i - 1]
+                    dx, kept, before, path, own=True, write_act=False, sum_rows=needs.biases[i - 1]
                 )
         g, kept = dx, None
     else:
         if needs.biases[0] and d_biases[0] is None:
             d_biases[0] = g.sum(0)
         if needs.weights[0]:
-            d_weights[0] = first_weight_grad(g, blocks, weight_shapes[0], stages[0])
+            d_weights[0] = first_weight_grad(g, blocks, weight_shapes[0], stages[0], path)
         if any(needs.blocks):
             d_blocks = _block_grads(g, sizes.block, weights[0], stages[0], needs.blocks)
     d_biases = [None if db is None else db.to(dy.dtype) for db in d_biases]
@@ -155,17 +156,17 @@ def chain_bwd(
 
 def _rows_of(dy: Tensor, stage: Stage) -> Tensor:
     """Gradient of a stage's output -> [rows, N], rows in the order of its GEMM."""
-    if stage.scatter > 1:
-        dy = unmerge_windows(dy, stage.grid, stage.scatter)
+    if stage.merge_out > 1:
+        dy = unmerge_windows(dy, stage.grid, stage.merge_out)
     return dy.flatten(0, 1)
 
 
 def _through_activation(
-    dy: Tensor, pre: Tensor, stage: Stage, *, own: bool, write_act: bool, sum_rows: bool
+    dy: Tensor, pre: Tensor, stage: Stage, path: str, *, own: bool, write_act: bool, sum_rows: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dy * act'(pre), act(pre) if write_act, column sums of the first if sum_rows); takes dy's memory if `own`."""
-    if backend.use_triton(pre.device, pre.dtype):
-        return launch.launch_activation_bwd(
+    if path != "torch":
+        return launch.run_activation_bwd(
             dy, pre, stage.activation, overwrite=own, write_act=write_act, sum_rows=sum_rows
         )
     dpre = torch_path.activation_backward(dy, pre, stage.activation, into=dy if own else None)
@@ -177,11 +178,11 @@ def _block_grads(
 ) -> list[Tensor | None]:
     """dX of each needed block. Windows tile the grid, so every row is written once: no atomics, no accumulation."""
     c = shape[2]
-    if stage.gather == 1:
+    if stage.merge_in == 1:
         return [
             torch.mm(g, weight[:, s * c : (s + 1) * c]).view(shape) if need else None for s, need in enumerate(needed)
         ]
-    whole = all(side % stage.gather == 0 for side in stage.grid)
+    whole = all(side % stage.merge_in == 0 for side in stage.grid)
     dx = g.new_empty(shape) if whole else g.new_zeros(shape)
     for s, segment in enumerate(stage.segments([dx])):
         segment.copy_(torch.mm(g, weight[:, s * c : (s + 1) * c]).view(segment.shape))

@@ -9,75 +9,51 @@ not kept: where only the last layer trains, h's pre-activation alone, 4.7 MB (`N
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import backend, tuning
 from . import launch, torch_path
-from .stage import Stage
+from .segments import Stage
 
 
-def run_stage(
-    blocks: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    stage: Stage,
-    *,
-    save_pre: bool = False,
-    out: Tensor | None = None,
-    rows: Tensor | None = None,
-    triton: bool | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """One stage on the path that the backend and the device's table say -> (y or out, pre-activation or None).
+class Plan(NamedTuple):
+    """What an operator computes: its stages, and how many leading tokens of every block are not read."""
 
-    triton: the backend's answer, for who has asked it already.
-    """
-    x = blocks[0]
-    if backend.use_triton(x.device, x.dtype) if triton is None else triton:
-        config = _configuration(x, len(blocks), weight, stage, save_pre)
-        if config is not None:
-            try:
-                return launch.launch_stage(blocks, weight, bias, stage, config, save_pre=save_pre, out=out, rows=rows)
-            except launch.does_not_run() as error:
-                tuning.reject(x.device, x.dtype, config, error)
-            config = _configuration(x, len(blocks), weight, stage, save_pre)
-            return launch.launch_stage(blocks, weight, bias, stage, config, save_pre=save_pre, out=out, rows=rows)
-    y, pre = torch_path.run_stage(blocks, weight, bias, stage, save_pre)
-    if out is None:
-        return y, pre
-    return out.index_copy_(0, rows, y.flatten(0, 1).to(out.dtype)), pre
-
-
-def _configuration(
-    x: Tensor, num_blocks: int, weight: Tensor, stage: Stage, save_pre: bool
-) -> tuning.GemmConfig | None:
-    """The device's choice; None is cuBLAS, the table's to name unless the user asked for Triton."""
-    m = x.shape[0] * stage.tokens(x.shape)
-    may_decline = backend.current_backend() == "auto"
-    kind = stage.kind(num_blocks)
-    return tuning.choose(x.device, kind, x.dtype, m, *weight.shape, may_decline=may_decline, save_pre=save_pre)
+    stages: tuple[Stage, ...]
+    skip_tokens: int
 
 
 def chain_fwd(
+    plan: Plan,
+    path: str,
     blocks: Sequence[Tensor],
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stages: Sequence[Stage],
+    biases: Sequence[Tensor],
     *,
     keep: Sequence[bool] = (),
     out: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run the stages -> (output of the last, what is kept of the stages that `keep` flags). blocks: [B, T, C] each."""
+    """Run the stages -> (output of the last, what is kept of the stages that `keep` flags).
+
+    path: "torch", "auto" or "triton", see backend.resolve. blocks: [B, T, C] each; biases may be empty. With out and
+    rows the last stage writes its row i to out[rows[i]].
+    """
+    stages, skip = plan
+    x: Sequence[Tensor] = [block[:, skip:] for block in blocks] if skip else blocks
     saved: list[Tensor] = []
-    x: Sequence[Tensor] = blocks
     last = len(stages) - 1
-    triton = backend.use_triton(x[0].device, x[0].dtype)
-    for i, (stage, weight, bias) in enumerate(zip(stages, weights, biases, strict=True)):
+    for i, (stage, weight) in enumerate(zip(stages, weights, strict=True)):
+        bias = biases[i] if biases else None
         kept = bool(keep) and keep[i]
         save_pre = kept and stage.activation is not None
         into, at = (out, rows) if i == last else (None, None)
-        y, pre = run_stage(x, weight, bias, stage, save_pre=save_pre, out=into, rows=at, triton=triton)
+        if path == "torch":
+            y, pre = torch_path.run_stage(x, weight, bias, stage, save_pre, out=into, rows=at)
+        else:
+            forced = path == "triton"
+            y, pre = launch.run_stage(x, weight, bias, stage, forced=forced, save_pre=save_pre, out=into, rows=at)
         if kept:
             saved.append(y if pre is None else pre)
         x = [y]

@@ -1,21 +1,138 @@
-"""The Triton launchers: explicit configuration in, kernel launched, nothing searched.
+"""A stage in Triton: configuration in, kernel started; nothing is searched.
 
-Under the interpreter outputs are fp32 and torch rounds them: a store into bf16 truncates there.
+    run_stage             y = act(A @ W^T + b)    kernels/segmented_linear.py, tma.py or swap_ab.py
+    run_activation_bwd    dy * act'(pre)          kernels/activations.py
+
+The form of a configuration names its kernel; one function a form lists that kernel's arguments. What a call repeats
+of an earlier one, it launches as that one did: the JIT's binding of arguments and our own look-ups cost more host time
+than the launch itself. Under the interpreter outputs are fp32 and torch rounds them: a store into bf16 truncates there.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import configs
 from ..backend import interpreting
-from ..tuning import GemmConfig
-from .forms import HALF, Call, DescriptorRefused
-from .stage import Stage
+from ..configs import GemmConfig
+from . import tma, torch_path
+from .segments import Stage
 
 # The elementwise backward: a program takes a strip of rows, tile by tile; 16 rows a tile spill with Triton 3.6.
 ROWS_PER_PROGRAM, BLOCK_M, BLOCK_N = 128, 8, 128
+
+
+class Ready(NamedTuple):
+    """What every call with the same layout of its operands repeats."""
+
+    config: GemmConfig | None  # None: plain torch
+    compiled: object = None  # Triton's compiled kernel
+    grid: tuple[int, int, int] = (0, 0, 0)
+    sizes: tuple = ()  # its arguments behind the tensors
+
+
+_ready: dict[tuple, Ready] = {}
+_MOST_READY = 4096
+_warned: set[tuple[str, bool]] = set()
+
+
+def run_stage(
+    blocks: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    stage: Stage,
+    config: GemmConfig | None = None,
+    *,
+    forced: bool = False,
+    save_pre: bool = False,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run one stage -> (y, pre-activation [M, N] or None).
+
+    blocks: [B, T, C] each, weight [N, K], bias [N]; read in place where the last axis is contiguous, else copied.
+    config: that kernel and no other, or an error that says why it does not run. None is the device's choice, which
+        may be plain torch unless `forced`, and is another one where the first does not run.
+    out [R, N], rows [M] int64: row i of the GEMM is written to out[rows[i]], and y is out; rows outside [0, R) are
+        not written.
+    """
+    blocks, weight = [with_contiguous_last(block) for block in blocks], with_contiguous_last(weight)
+    bias, rows = (None if vector is None else vector.contiguous() for vector in (bias, rows))
+    x, n = blocks[0], weight.shape[0]
+    m = x.shape[0] * stage.tokens(x.shape)
+    key = _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre)
+    ready = _ready.get(key)
+    if ready is None:
+        what = x.device, stage.kind(len(blocks)), x.dtype, m, *weight.shape
+        ready = Ready(config or configs.choose(*what, forced=forced, save_pre=save_pre))
+    if ready.config is None:
+        return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
+
+    store_dtype = torch.float32 if interpreting() else x.dtype
+    if out is None:
+        y = torch.empty(stage.out_shape(x.shape, n), device=x.device, dtype=store_dtype)
+    else:
+        y = out.to(store_dtype)  # `out` itself, but for the interpreter
+    pre = torch.empty((m, n), device=x.device, dtype=store_dtype) if save_pre else None
+    tensors = blocks, weight, bias, y, pre, rows
+    with on_device(x.device):
+        if ready.compiled is not None:
+            scratch = split_k_scratch(ready.config, ready.grid[0], x.device)
+            ready.compiled[ready.grid](tuple(blocks), *tensors[1:], *scratch, *ready.sizes)
+        while ready.compiled is None and m and n:
+            try:
+                kernel, grid, operands, sizes, constants = ARGUMENTS[ready.config.form](ready.config, tensors, stage)
+                compiled = kernel[grid](*operands, *sizes, **constants, **ready.config.compiler_options())
+            except (RuntimeError, *does_not_run()) as error:
+                ready = Ready(_instead(ready.config, error, x, exact=config is not None))
+                continue
+            if compiled is not None and ready.config.form == "pointer" and torch.version.hip is None:
+                if len(_ready) >= _MOST_READY:
+                    _ready.clear()
+                in_order = tuple(constants[name] for name in kernel.arg_names[len(operands) + len(sizes) :])
+                _ready[key] = Ready(ready.config, compiled, grid, sizes + in_order)
+            break
+
+    if out is not None and y is not out:
+        out.copy_(y)
+    elif out is not None and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # written through a pointer: tell autograd
+    return y.to(x.dtype) if out is None else out, None if pre is None else pre.to(x.dtype)
+
+
+def _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre) -> tuple:
+    """All of a call that its configuration, its compiled kernel or an argument but a pointer can depend on."""
+    x = blocks[0]
+    tensors = [tensor for tensor in (*blocks, weight, bias, out, rows) if tensor is not None]
+    return (
+        stage, config, forced, save_pre, x.device, x.dtype, x.shape, weight.shape, weight.stride(0), bias is None,
+        out is None or (out.shape[0], out.stride(0)), input_precision() if x.dtype == torch.float32 else None,
+        tuple([block.stride() for block in blocks]), tuple([tensor.data_ptr() % 16 for tensor in tensors]),
+    )  # fmt: skip
+
+
+def _instead(config: GemmConfig, error: Exception, x: Tensor, *, exact: bool) -> GemmConfig:
+    """What serves in place of a configuration that did not run; raises an error that is not the configuration's."""
+    refused = isinstance(error, tma.Refused)
+    if config.form != "pointer" and ("tensor map" in str(error) or "invalid argument" in str(error)):
+        refused, error = True, tma.Refused(f"the driver refuses the descriptor: {error}")
+        if not exact and (seen := (str(x.device), x.is_contiguous())) not in _warned:
+            _warned.add(seen)
+            warnings.warn(f"stf_kernels: {error}; the pointer kernel serves instead", stacklevel=3)
+    if exact or not isinstance(error, does_not_run()):
+        raise error
+    return config.portable() if refused else configs.reject(x.device, x.dtype, config, error)
+
+
+def does_not_run() -> tuple[type[Exception], ...]:
+    """What a launch raises for a configuration that asks of a GPU or its driver what they do not have."""
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources, tma.Refused
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
@@ -25,71 +142,146 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
-def does_not_run() -> tuple[type[Exception], ...]:
-    """What a launch raises for a configuration that asks of a GPU or its driver what they do not have."""
-    from triton.runtime.errors import OutOfResources
-
-    return OutOfResources, DescriptorRefused
-
-
-def launch_stage(
-    blocks: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    stage: Stage,
-    config: GemmConfig,
-    *,
-    save_pre: bool = False,
-    out: Tensor | None = None,
-    rows: Tensor | None = None,
-    strict: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Run one stage with one configuration -> (y, pre-activation [M, N] or None).
-
-    blocks: [B, T, C] each, weight [N, K], bias [N]; read in place where the last axis is contiguous, else copied.
-    y has the stage's output shape, or is `out` [R, N] with row i of the GEMM written to out[rows[i]], rows int64 [M];
-    rows outside [0, R) are not written. strict: the configuration's own kernel, or DescriptorRefused.
-    """
-    blocks, weight = [with_contiguous_last(block) for block in blocks], with_contiguous_last(weight)
-    bias, rows = (None if vector is None else vector.contiguous() for vector in (bias, rows))
-    x = blocks[0]
-    n = weight.shape[0]
-    tokens = stage.tokens(x.shape)
-    m = x.shape[0] * tokens
-    store_dtype = torch.float32 if interpreting() else x.dtype
-    if out is None:
-        y = torch.empty(stage.out_shape(x.shape, n), device=x.device, dtype=store_dtype)
-        y_stride = y.shape[-1]
-    else:
-        y = out.to(store_dtype)  # `out` itself, but for the interpreter
-        y_stride = y.stride(0)
-    pre = torch.empty((m, n), device=x.device, dtype=store_dtype) if save_pre else None
-    if m and n:
-        call = Call(blocks, weight, bias, y, pre, rows, stage, m, tokens, y_stride, scatter_rows=out is not None)
-        with on_device(x.device):
-            call.launch(config, strict=strict)
-    if out is not None:
-        if y is not out:
-            out.copy_(y)
-        elif not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # written through a pointer: tell autograd
-        return out, None if pre is None else pre.to(x.dtype)
-    return y.to(x.dtype), None if pre is None else pre.to(x.dtype)
-
-
 def with_contiguous_last(x: Tensor) -> Tensor:
     """x itself where its last axis is contiguous, as of every hidden state; else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def launch_activation_bwd(
+def input_precision() -> str:
+    """fp32 operands as torch multiplies them: IEEE unless torch.backends.cuda.matmul allows TF32."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def fast_activation(dtype: torch.dtype) -> int:
+    """How kernels/activations.py may compute where results are of a dtype."""
+    if dtype.itemsize > 2:
+        return 0
+    return 1 if interpreting() or torch.version.hip is not None else 2
+
+
+def split_k_scratch(config: GemmConfig, tiles: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """fp32 room for every part of every tile, and a counter of arrivals a tile; none where K is not split."""
+    if config.split_k == 1:
+        return None, None
+    accumulators = 2 if config.form == "swap_ab" else 1
+    elements = tiles * config.split_k * accumulators * config.block_m * config.block_n
+    room = torch.empty(elements, device=device, dtype=torch.float32)
+    return room, torch.zeros(tiles, device=device, dtype=torch.int32)
+
+
+# One function a form: (configuration, tensors, stage) -> kernel, grid, its tensors, its sizes, its constants.
+
+
+def _grid(config: GemmConfig, m: int, n: int) -> tuple[int, int, int]:
+    return -(-m // config.rows) * -(-n // config.block_n), config.split_k, 1
+
+
+def _sizes(x: Tensor, weight: Tensor, y: Tensor, stage: Stage) -> tuple[int, ...]:
+    """M, N, tokens, grid_h, grid_w, y_stride, y_rows: the first seven of every kernel."""
+    tokens = stage.tokens(x.shape)
+    return x.shape[0] * tokens, weight.shape[0], tokens, *stage.grid, y.stride(-2), y.shape[0]
+
+
+def epilogue_constants(
+    stage: Stage, dtype: torch.dtype, config: GemmConfig, *, has_bias: bool, save_pre: bool, index_rows: bool
+) -> dict[str, object]:
+    """The constexpr parameters that all forms have."""
+    return {
+        "MERGE_OUT": stage.merge_out,
+        "INDEX_ROWS": index_rows,
+        "ACTIVATION": stage.activation or "none",
+        "FAST_ACTIVATION": fast_activation(dtype),
+        "HAS_BIAS": has_bias,
+        "SAVE_PRE": save_pre,
+        "INPUT_PRECISION": input_precision() if dtype == torch.float32 else "ieee",
+        "PDL": config.pdl,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
+
+
+def _pointer(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
+    from ..kernels.segmented_linear import _segmented_linear_fwd_kernel
+
+    blocks, weight, bias, y, pre, rows = tensors
+    x = blocks[0]
+    strides = list(dict.fromkeys(block.stride()[:2] for block in blocks))
+    uniform = len(strides) == 1
+    if not uniform:
+        strides = [block.stride()[:2] for block in blocks]
+    strides_b, strides_t = zip(*strides, strict=True)
+    sizes = *_sizes(x, weight, y, stage), strides_b, strides_t, weight.stride(0)
+    grid = _grid(config, sizes[0], sizes[1])
+    operands = tuple(blocks), weight, bias, y, pre, rows, *split_k_scratch(config, grid[0], x.device)
+    aligned = all(block.data_ptr() % 16 == 0 for block in blocks)
+    constants = epilogue_constants(
+        stage, x.dtype, config, has_bias=bias is not None, save_pre=pre is not None, index_rows=rows is not None
+    )
+    constants |= {
+        "NUM_BLOCKS": len(blocks),
+        "C": x.shape[-1],
+        "ALIGNMENT": 16 // x.element_size() if aligned else 1,
+        "MERGE_IN": stage.merge_in,
+        "UNIFORM_STRIDES": uniform,
+        "SPLIT_K": config.split_k,
+    }
+    return _segmented_linear_fwd_kernel, grid, operands, sizes, constants
+
+
+def _tma(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
+    from ..kernels.tma import _segmented_linear_tma_fwd_kernel
+
+    blocks, weight, bias, y, pre, rows = tensors
+    x = blocks[0]
+    layout = tma.layout_of(blocks, weight, stage, config)
+    box_rows = layout.box_rows(config.block_m)
+    x_desc = tma.block_descriptor(layout, x.shape[-1], box_rows, config.block_k)
+    w_desc = tma.weight_descriptor(weight, config.block_n, config.block_k)
+    operands = x_desc, w_desc, layout.base, tuple(blocks), bias, y, pre, rows
+    sizes = *_sizes(x, weight, y, stage), layout.image_rows
+    constants = epilogue_constants(
+        stage, x.dtype, config, has_bias=bias is not None, save_pre=pre is not None, index_rows=rows is not None
+    )
+    constants |= {"NUM_BLOCKS": len(blocks), "C": x.shape[-1], "UNIT": layout.unit, "BOX_M": box_rows}
+    return _segmented_linear_tma_fwd_kernel, _grid(config, sizes[0], sizes[1]), operands, sizes, constants
+
+
+def _swap_ab(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
+    from ..kernels.swap_ab import _linear_swap_ab_fwd_kernel
+
+    (x, *_), weight, bias, y, pre, rows = tensors
+    layout = tma.layout_of([x], weight, stage, config)
+    c = x.shape[-1]
+    sizes = _sizes(x, weight, y, stage)
+    grid = _grid(config, sizes[0], sizes[1])
+    operands = (
+        tma.row_descriptor(layout, c, config.block_m, config.block_k),
+        tma.row_descriptor(layout, c, config.tail_m, config.block_k),
+        tma.weight_descriptor(weight, config.block_n, config.block_k),
+        bias, y, pre, rows, *split_k_scratch(config, grid[0], x.device),
+    )  # fmt: skip
+    constants = epilogue_constants(
+        stage, x.dtype, config, has_bias=bias is not None, save_pre=pre is not None, index_rows=rows is not None
+    )
+    return (
+        _linear_swap_ab_fwd_kernel, grid, operands, sizes,
+        constants | {"C": c, "TAIL_M": config.tail_m, "SPLIT_K": config.split_k},
+    )  # fmt: skip
+
+
+ARGUMENTS = {"pointer": _pointer, "tma": _tma, "swap_ab": _swap_ab}
+
+
+def run_activation_bwd(
     dy: Tensor, pre: Tensor, activation: str, *, overwrite: bool, write_act: bool, sum_rows: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dy [M, N] contiguous, pre [M, N] -> (dpre, act(pre) or None, fp32 column sums of dpre [N] or None).
 
     overwrite: dpre takes dy's memory.
     """
-    from ..kernels.activation_bwd import _activation_bwd_kernel
+    from ..kernels.activations import _activation_bwd_kernel
 
     pre = pre.contiguous()  # a saved-tensor hook may give back another layout than it was given
     m, n = pre.shape
@@ -102,7 +294,7 @@ def launch_activation_bwd(
         with on_device(pre.device):
             _activation_bwd_kernel[(strips, -(-n // BLOCK_N))](
                 dy, pre, dpre, act, partial, m, n,
-                ACTIVATION=activation, FAST_ACTIVATION=pre.dtype in HALF, WRITE_ACT=write_act, SUM_ROWS=sum_rows,
+                ACTIVATION=activation, FAST_ACTIVATION=fast_activation(pre.dtype), WRITE_ACT=write_act, SUM_ROWS=sum_rows,
                 ROWS_PER_PROGRAM=ROWS_PER_PROGRAM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
             )  # fmt: skip
     total = None if partial is None else partial.sum(0)

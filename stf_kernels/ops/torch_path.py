@@ -1,6 +1,6 @@
 """One stage in plain torch: for CPUs, for GPUs that Triton does not serve, for float64, and where cuBLAS is faster.
 
-In fp32 and fp64 the GEMM runs segment by segment and no concatenation or unfold exists:
+In fp32 and fp64 the GEMM runs segment by segment, without a concatenation or an unfolded copy:
 
     y = b + sum_s X_s @ W_s^T
 
@@ -13,19 +13,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .stage import Stage, merge_windows
+from .segments import Stage, merge_windows
 
 WIDE = (torch.float32, torch.float64)
 
 
-def linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage: Stage) -> Tensor:
+def run_stage(
+    blocks: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    stage: Stage,
+    save_pre: bool = False,
+    *,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, pre-activation [rows, N] or None); y in the stage's output shape and no view, so that it may be changed.
+
+    With out [R, N] and rows [M] int64, row i is written to out[rows[i]], and y is out.
+    """
+    n = weight.shape[0]
+    y = _linear(blocks, weight, bias, stage)
+    pre = y if save_pre else None
+    y = activate(y, stage.activation) if save_pre else _activate_(y, stage.activation)
+    if stage.merge_out > 1:
+        return merge_windows(y.view(*blocks[0].shape[:2], n), stage.grid, stage.merge_out), pre
+    if out is not None:
+        return out.index_copy_(0, rows, y.to(out.dtype)), pre
+    return torch.ops.aten._unsafe_view(y, stage.out_shape(blocks[0].shape, n)), pre
+
+
+def _linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage: Stage) -> Tensor:
     """A @ W^T + b -> [rows, N], rows in the order of the GEMM."""
     if stage.num_segments(blocks) == 1 or blocks[0].dtype not in WIDE:
-        return F.linear(_gathered(blocks, stage), weight, bias)
+        segments = [segment.flatten(1, -2) for segment in stage.segments(blocks)]
+        x = segments[0] if len(segments) == 1 else torch.cat(segments, dim=-1)
+        return F.linear(x.flatten(0, 1), weight, bias)
     c = blocks[0].shape[-1]
     y = None
     for s, segment in enumerate(stage.segments(blocks)):
-        # reshape copies one segment where its rows have no common stride (a CLS-cropped batch), never all of them
+        # flatten copies one segment where its rows have no common stride (a CLS-cropped batch), never all of them
         x, w = segment.flatten(0, -2), weight[:, s * c : (s + 1) * c]
         if y is not None:
             y.addmm_(x, w.t())
@@ -34,24 +61,6 @@ def linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage:
         else:
             y = torch.addmm(bias, x, w.t())
     return y
-
-
-def _gathered(blocks: Sequence[Tensor], stage: Stage) -> Tensor:
-    """The dense operand [rows, K]; a view where one segment with common strides is all there is."""
-    segments = [segment.flatten(1, -2) for segment in stage.segments(blocks)]
-    x = segments[0] if len(segments) == 1 else torch.cat(segments, dim=-1)
-    return x.flatten(0, 1)
-
-
-def activate_(x: Tensor, activation: str | None) -> Tensor:
-    """The activation, in place where torch has it in place."""
-    if activation == "gelu":
-        return torch.ops.aten.gelu_(x)
-    if activation == "gelu_tanh":
-        return torch.ops.aten.gelu_(x, approximate="tanh")
-    if activation == "silu":
-        return F.silu(x, inplace=True)
-    return x
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
@@ -63,6 +72,15 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     return F.silu(x) if activation == "silu" else x
 
 
+def _activate_(x: Tensor, activation: str | None) -> Tensor:
+    """The activation in place."""
+    if activation == "silu":
+        return F.silu(x, inplace=True)
+    if activation is None:
+        return x
+    return torch.ops.aten.gelu_(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 def activation_backward(dy: Tensor, pre: Tensor, activation: str, *, into: Tensor | None) -> Tensor:
     """dy * act'(pre), written over `into` if given (dy itself may be)."""
     out = torch.empty_like(dy) if into is None else into
@@ -72,14 +90,18 @@ def activation_backward(dy: Tensor, pre: Tensor, activation: str, *, into: Tenso
     return torch.ops.aten.gelu_backward.grad_input(dy, pre, approximate=approximate, grad_input=out)
 
 
-def run_stage(
-    blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage: Stage, save_pre: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(y, pre-activation [rows, N] or None); y in the stage's output shape and no view, so that it may be changed."""
-    n = weight.shape[0]
-    y = linear(blocks, weight, bias, stage)
-    pre = y if save_pre else None
-    y = activate(y, stage.activation) if save_pre else activate_(y, stage.activation)
-    if stage.scatter > 1:
-        return merge_windows(y.view(*blocks[0].shape[:2], n), stage.grid, stage.scatter), pre
-    return torch.ops.aten._unsafe_view(y, stage.out_shape(blocks[0].shape, n)), pre
+def differentiable_chain(
+    stages: Sequence[Stage], blocks: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Tensor:
+    """The chain's output in operations that torch differentiates, for torch.func's transforms and forward mode.
+
+    Per-sample gradients, Jacobians and Hessians come from torch's own rules; what a chain saves is not saved here.
+    """
+    x = torch.cat(tuple(blocks), -1)
+    for stage, weight, bias in zip(stages, weights, biases, strict=True):
+        if stage.merge_in > 1:
+            x = merge_windows(x, stage.grid, stage.merge_in)
+        x = activate(F.linear(x, weight, bias), stage.activation)
+        if stage.merge_out > 1:
+            x = merge_windows(x, stage.grid, stage.merge_out)
+    return x

@@ -1,9 +1,9 @@
 """dW = g^T @ A of a chain's first stage, whose A is never materialised: each segment into its own columns of dW.
 
 library    one GEMM a segment (cuBLAS, MKL) through `out=`, a slice of dW with its own row stride. It wants one stride
-           for all rows: a segment of a CLS-cropped batch, or of a gathered one, is copied first, one at a time. Not on
+           for all rows: a segment of a CLS-cropped batch, or of a merged one, is copied first, one at a time. Not on
            the CPU in fp32 and fp64: there it is one product an image.
-segmented  kernels/segmented_wgrad.py, which reads the rows where they are. For operands that the library copies.
+kernel     kernels/wgrad.py, which reads the rows where they are. For operands that the library copies.
 
 Which is faster on a GPU is for the device's table to say (stages "concat_wgrad" and "merge_wgrad"); where it is silent
 the library serves, because the kernel has not run on hardware yet. use_backend("triton") asks for the kernel.
@@ -14,33 +14,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backend, tuning
-from ..tuning import GemmConfig
+from .. import configs
+from ..backend import interpreting
+from ..configs import GemmConfig
 from . import launch, torch_path
-from .direct_launch import launch as start
-from .forms import input_precision
-from .stage import Stage
+from .segments import Stage
 
 
-def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], stage: Stage) -> Tensor:
-    """g [M, N], rows in the order of the stage's GEMM; blocks [B, T, C] each -> dW of `shape` [N, K]."""
-    config = _configuration(g, blocks, shape, stage)
+def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], stage: Stage, path: str) -> Tensor:
+    """g [M, N], rows in the order of the stage's GEMM; blocks [B, T, C] each -> dW of `shape` [N, K].
+
+    path: see backend.resolve.
+    """
+    copied = stage.merge_in > 1 or not all(map(has_one_row_stride, blocks))
+    if path == "torch" or not copied:
+        return by_library(g, blocks, shape, stage)
+    what = g.device, stage.kind(len(blocks)), g.dtype, g.shape[0], *shape
+    config = configs.choose_wgrad(*what, forced=path == "triton")
     if config is not None:
         try:
-            return launch_segmented_wgrad(g, blocks, stage, config)
+            return launch_wgrad(g, blocks, stage, config)
         except launch.does_not_run() as error:
-            tuning.reject(g.device, g.dtype, config, error, wgrad=True)
+            configs.reject(g.device, g.dtype, config, error, wgrad=True)
     return by_library(g, blocks, shape, stage)
-
-
-def _configuration(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], stage: Stage) -> GemmConfig | None:
-    """The segmented kernel's, or None for the library."""
-    copied = stage.gather > 1 or not all(map(has_one_row_stride, blocks))
-    if not copied or not backend.use_triton(g.device, g.dtype):
-        return None
-    may_decline = backend.current_backend() == "auto"
-    kind = stage.kind(len(blocks))
-    return tuning.choose_wgrad(g.device, kind, g.dtype, g.shape[0], *shape, may_decline=may_decline)
 
 
 def has_one_row_stride(block: Tensor) -> bool:
@@ -54,7 +50,7 @@ def by_library(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], stage:
     dw = g.new_empty(shape)
     for s, segment in enumerate(stage.segments(blocks)):
         target = dw[:, s * c : (s + 1) * c]
-        if stage.gather > 1 or not _product_of_each_image(segment):
+        if stage.merge_in > 1 or not _product_of_each_image(segment):
             torch.mm(g.t(), segment.flatten(0, -2), out=target)
             continue
         # No copy at all: one product an image, summed. In 16 bit every sum would be rounded, so there it is a copy.
@@ -71,45 +67,42 @@ def _product_of_each_image(segment: Tensor) -> bool:
     return not has_one_row_stride(segment) and segment.dtype in torch_path.WIDE and segment.device.type == "cpu"
 
 
-def launch_segmented_wgrad(g: Tensor, blocks: Sequence[Tensor], stage: Stage, config: GemmConfig) -> Tensor:
-    """The Triton launcher -> dW [N, len(blocks) * gather^2 * C] in the dtype of g.
+def launch_wgrad(g: Tensor, blocks: Sequence[Tensor], stage: Stage, config: GemmConfig) -> Tensor:
+    """The Triton launcher -> dW [N, len(blocks) * merge_in^2 * C] in the dtype of g.
 
     config's block_m are rows of dW, block_n columns of one segment, block_k rows of g a step.
     """
-    from ..kernels.segmented_wgrad import _segmented_wgrad_kernel
-
     g, blocks = launch.with_contiguous_last(g), [launch.with_contiguous_last(block) for block in blocks]
-    x = blocks[0]
-    images, tokens, c, n = x.shape[0], stage.tokens(x.shape), x.shape[-1], g.shape[1]
-    segments = stage.num_segments(blocks)
-    dtype = torch.float32 if backend.interpreting() else g.dtype  # as in launch.py
-    dw = torch.empty((n, segments * c), device=g.device, dtype=dtype)
-    tiles = -(-n // config.block_m) * segments * -(-c // config.block_n)
-    if tiles:
+    dtype = torch.float32 if interpreting() else g.dtype  # as in launch.py
+    columns = stage.num_segments(blocks) * blocks[0].shape[-1]
+    dw = torch.empty((g.shape[1], columns), device=g.device, dtype=dtype)
+    if dw.numel():
+        kernel, grid, operands, sizes, constants = wgrad_arguments(config, (blocks, g, dw), stage)
         with launch.on_device(g.device):
-            start(
-                _segmented_wgrad_kernel, (tiles,),
-                (
-                    tuple(blocks), g, dw, images, n, tokens, stage.grid[1],
-                    tuple(block.stride(0) for block in blocks), tuple(block.stride(1) for block in blocks),
-                    g.stride(0), dw.stride(0),
-                ),
-                wgrad_constants(stage, len(blocks), c, tokens, config),
-                num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
+            kernel[grid](*operands, *sizes, **constants, **config.compiler_options())
     return dw.to(g.dtype)
 
 
-def wgrad_constants(stage: Stage, num_blocks: int, c: int, tokens: int, config: GemmConfig) -> dict[str, object]:
-    """The kernel's constexpr parameters: what a compiled specialisation is made for."""
-    return {
-        "NUM_BLOCKS": num_blocks,
+def wgrad_arguments(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
+    """(kernel, grid, its tensors, its sizes, its constants), as launch.ARGUMENTS has them; tensors: blocks, g, dw."""
+    from ..kernels.wgrad import _segmented_wgrad_kernel
+
+    blocks, g, dw = tensors
+    x, n = blocks[0], g.shape[1]
+    images, tokens, c = x.shape[0], stage.tokens(x.shape), x.shape[-1]
+    tiles = -(-n // config.block_m) * stage.num_segments(blocks) * -(-c // config.block_n)
+    strides_b, strides_t = zip(*(block.stride()[:2] for block in blocks), strict=True)
+    sizes = images, n, tokens, strides_b, strides_t, g.stride(0), dw.stride(0)
+    constants = {
+        "NUM_BLOCKS": len(blocks),
         "C": c,
-        "GATHER": stage.gather,
+        "MERGE_IN": stage.merge_in,
+        "GRID_W": stage.grid[1] if stage.merge_in > 1 else 0,
         "WHOLE_STEPS": tokens % config.block_k == 0,
-        "INPUT_PRECISION": input_precision(),
+        "INPUT_PRECISION": launch.input_precision() if g.dtype == torch.float32 else "ieee",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
     }
+    return _segmented_wgrad_kernel, (tiles,), (tuple(blocks), g, dw), sizes, constants

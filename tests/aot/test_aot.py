@@ -17,8 +17,8 @@ from stf_kernels.kernels.activation_bwd import _activation_bwd_kernel
 from stf_kernels.kernels.segmented_linear import _segmented_linear_fwd_kernel
 from stf_kernels.ops import launch
 from stf_kernels.ops.forms import stage_constants
-from stf_kernels.ops.stage import Stage
-from stf_kernels.tuning import GemmConfig
+from stf_kernels.ops.segments import Stage
+from stf_kernels.configs import GemmConfig
 
 from .trap_kernel import gemm_with_remainder
 
@@ -129,7 +129,11 @@ def test_specialisations_of_degenerate_sizes_compile(changes):
 
 @pytest.mark.parametrize(
     ("stage", "num_blocks", "c", "uniform"),
-    [(Stage("silu"), 3, 100, False), (Stage("gelu_tanh", gather=3, grid=(9, 9)), 1, 40, True), (Stage(), 32, 64, True)],
+    [
+        (Stage("silu"), 3, 100, False),
+        (Stage("gelu_tanh", merge_in=3, grid=(9, 9)), 1, 40, True),
+        (Stage(), 32, 64, True),
+    ],
 )
 def test_unusual_shapes_compile(stage, num_blocks, c, uniform):
     """Tails of C, strides of every block on their own, many blocks: what the interpreter takes, the compiler must."""
@@ -137,7 +141,7 @@ def test_unusual_shapes_compile(stage, num_blocks, c, uniform):
     case = aot.Case("sm_80", "concat", "float16", config)
     constants = stage_constants(
         stage, num_blocks, c, torch.float16, config,
-        uniform_strides=uniform, has_bias=True, save_pre=True, scatter_rows=False,
+        uniform_strides=uniform, has_bias=True, save_pre=True, index_rows=False,
     )  # fmt: skip
     count = 1 if uniform else num_blocks
     pointer = Pointer("fp16")

@@ -9,10 +9,10 @@ from support.rule import assert_within_rule
 
 import stf_kernels
 from stf_kernels.ops import forms
-from stf_kernels.ops.launch import launch_stage
-from stf_kernels.ops.stage import Stage
-from stf_kernels.tuning import GemmConfig
-from stf_kernels.tuning.heuristic import descriptor_tiles, swapped_tiles
+from stf_kernels.ops.launch import run_stage
+from stf_kernels.ops.segments import Stage
+from stf_kernels.configs import GemmConfig
+from stf_kernels.configs.model import tma_tiles, swap_ab_tiles
 
 HOPPER = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
 pytestmark = [
@@ -44,11 +44,11 @@ def check(blocks, n, stage, config):
 
     same, exact = run(joined.dtype), run(torch.float64)
     for _ in range(2):  # split K leaves its counters at zero
-        assert_within_rule(str(config), launch_stage(blocks, weight, bias, stage, config)[0], same, exact)
+        assert_within_rule(str(config), run_stage(blocks, weight, bias, stage, config)[0], same, exact)
 
 
 @DTYPES
-@pytest.mark.parametrize("config", descriptor_tiles("sm_90", 2), ids=str)
+@pytest.mark.parametrize("config", tma_tiles("sm_90", 2), ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_descriptor_over_all_blocks(no_pointers, config, dtype, batch):
     """Eight separate allocations: the first thing to settle is whether the driver takes their descriptor."""
@@ -57,7 +57,7 @@ def test_one_descriptor_over_all_blocks(no_pointers, config, dtype, batch):
 
 
 @DTYPES
-@pytest.mark.parametrize("config", [*descriptor_tiles("sm_90", 2), *swapped_tiles("sm_90", 2)], ids=str)
+@pytest.mark.parametrize("config", [*tma_tiles("sm_90", 2), *swap_ab_tiles("sm_90", 2)], ids=str)
 @pytest.mark.parametrize(("batch", "c", "n"), [(1, 4096, 1000), (3, 1024, 520)])
 def test_dense_rows(no_pointers, config, dtype, batch, c, n):
     check([torch.randn(batch, 144, c, device="cuda").to(dtype)], n, Stage("gelu"), config)
@@ -89,13 +89,13 @@ def test_dependent_launches_give_the_same_bits(monkeypatch, backend, direct):
 @pytest.mark.parametrize("direct", ["0", "1"], ids=["jit", "direct"])
 def test_dependent_split_k(no_pointers, monkeypatch, direct):
     """Workspace and counters pass from one launch to the next."""
-    config = GemmConfig(128, 128, 64, num_warps=8, num_stages=4, split_k=4, form="swapped", tail_m=16)
+    config = GemmConfig(128, 128, 64, num_warps=8, num_stages=4, split_k=4, form="swap_ab", tail_m=16)
     weight = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) / 64
     x = torch.randn(1, 144, 4096, device="cuda", dtype=torch.bfloat16)
 
     def chain(y):
         for _ in range(20):
-            y, _ = launch_stage([y], weight, None, Stage("gelu"), config)
+            y, _ = run_stage([y], weight, None, Stage("gelu"), config)
         return y
 
     expected = chain(x)

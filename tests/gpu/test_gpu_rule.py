@@ -95,11 +95,11 @@ def test_every_configuration_of_the_heuristic():
     """Each tile shape that may serve this GPU, split K included, at a size with tails."""
     from support.rule import assert_within_rule
 
-    from stf_kernels.ops.launch import launch_stage
-    from stf_kernels.ops.stage import Stage
-    from stf_kernels.tuning import GemmConfig
-    from stf_kernels.tuning.heuristic import tiles
-    from stf_kernels.tuning.lookup import device_identity
+    from stf_kernels.ops.launch import run_stage
+    from stf_kernels.ops.segments import Stage
+    from stf_kernels.configs import GemmConfig
+    from stf_kernels.configs.model import tiles
+    from stf_kernels.configs import device_identity
 
     _, arch = device_identity(torch.cuda.current_device())
     for dtype in (torch.bfloat16, torch.float32):
@@ -114,7 +114,7 @@ def test_every_configuration_of_the_heuristic():
             GemmConfig(16, 64, 32, split_k=8),
         ):
             for _ in range(2):  # split K leaves its counters at zero
-                y, _ = launch_stage(blocks, weight, bias, Stage(), config)
+                y, _ = run_stage(blocks, weight, bias, Stage(), config)
                 assert_within_rule(f"{config} {dtype}", y, same, exact)
 
 

@@ -113,20 +113,20 @@ def test_two_streams_at_once(backend):
 
 
 def test_split_k_on_two_streams():
-    from stf_kernels.ops.launch import launch_stage
-    from stf_kernels.ops.stage import Stage
-    from stf_kernels.tuning import GemmConfig
+    from stf_kernels.ops.launch import run_stage
+    from stf_kernels.ops.segments import Stage
+    from stf_kernels.configs import GemmConfig
 
     config = GemmConfig(64, 64, 64, split_k=8)
     weight = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16) / 64
     inputs = [torch.randn(1, 144, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    expected = [launch_stage([x], weight, None, Stage("gelu"), config)[0] for x in inputs]
+    expected = [run_stage([x], weight, None, Stage("gelu"), config)[0] for x in inputs]
     streams, found = [torch.cuda.Stream() for _ in inputs], [[], []]
     torch.cuda.synchronize()
     for _ in range(100):
         for i, x in enumerate(inputs):
             with torch.cuda.stream(streams[i]):
-                found[i].append(launch_stage([x], weight, None, Stage("gelu"), config)[0])
+                found[i].append(run_stage([x], weight, None, Stage("gelu"), config)[0])
     torch.cuda.synchronize()
     for outputs, exact in zip(found, expected, strict=True):
         assert all(torch.equal(y, exact) for y in outputs)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from support.rule import assert_within_rule
 
-from stf_kernels.ops.stage import Stage
-from stf_kernels.ops.weight_grad import by_library, launch_segmented_wgrad
-from stf_kernels.tuning.heuristic import wgrad_tiles
-from stf_kernels.tuning.lookup import device_identity
+from stf_kernels.ops.segments import Stage
+from stf_kernels.ops.weight_grad import by_library, launch_wgrad
+from stf_kernels.configs.model import wgrad_tiles
+from stf_kernels.configs import device_identity
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_empty")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -18,8 +18,8 @@ SHAPES = {
     # stage, blocks, batch, tokens, channels, features
     "llava": (Stage(), 8, 2, 576, 1024, 4096),
     "odd": (Stage(), 3, 3, 77, 200, 300),
-    "gather": (Stage(gather=2, grid=(24, 24)), 1, 2, 576, 256, 520),
-    "truncated": (Stage(gather=3, grid=(11, 10)), 1, 3, 110, 40, 72),
+    "gather": (Stage(merge_in=2, grid=(24, 24)), 1, 2, 576, 256, 520),
+    "truncated": (Stage(merge_in=3, grid=(11, 10)), 1, 3, 110, 40, 72),
 }
 
 
@@ -31,10 +31,10 @@ def test_every_tile(shape, dtype):
     memory[:, :, 1:] = torch.randn(count, batch, tokens, c, device="cuda").to(dtype)
     blocks = [block[:, 1:] for block in memory]  # the class token's row must not enter
     g = torch.randn(batch * stage.tokens(blocks[0].shape), n, device="cuda").to(dtype)
-    size = n, count * stage.gather**2 * c
+    size = n, count * stage.merge_in**2 * c
     same = by_library(g, blocks, size, stage)
     exact = by_library(g.double(), [block.double() for block in blocks], size, stage)
     for config in wgrad_tiles(device_identity(torch.cuda.current_device())[1], dtype.itemsize):
-        found = launch_segmented_wgrad(g, blocks, stage, config)
+        found = launch_wgrad(g, blocks, stage, config)
         assert_within_rule(f"{config} {dtype}", found, same, exact)
-        assert torch.equal(found, launch_segmented_wgrad(g, blocks, stage, config))
+        assert torch.equal(found, launch_wgrad(g, blocks, stage, config))

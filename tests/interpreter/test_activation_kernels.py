@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from support.rule import assert_within_rule
 
-from stf_kernels.ops.launch import launch_activation_bwd, launch_stage
-from stf_kernels.ops.stage import Stage
-from stf_kernels.tuning import GemmConfig
+from stf_kernels.ops.launch import run_activation_bwd, run_stage
+from stf_kernels.ops.segments import Stage
+from stf_kernels.configs import GemmConfig
 
 FUNCTIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 NAMES = pytest.mark.parametrize("name", FUNCTIONS)
@@ -20,7 +20,7 @@ LINE = torch.cat([torch.linspace(-12, 12, 1201), torch.logspace(-8, 2, 60), -tor
 def activated(x, name):
     """act(x) as the epilogue computes it: x arrives as the pre-activation through a bias, with a zero product."""
     n = x.numel()
-    y, pre = launch_stage(
+    y, pre = run_stage(
         [torch.zeros(1, 1, 16, dtype=x.dtype)], torch.zeros(n, 16, dtype=x.dtype), x, Stage(name),
         GemmConfig(16, 1024, 16), save_pre=True,
     )  # fmt: skip
@@ -29,7 +29,7 @@ def activated(x, name):
 
 
 def derivative(x, name):
-    dpre, act, total = launch_activation_bwd(
+    dpre, act, total = run_activation_bwd(
         torch.ones(1, x.numel(), dtype=x.dtype), x[None], name, overwrite=False, write_act=True, sum_rows=True
     )
     return dpre.flatten(), act.flatten(), total
@@ -98,7 +98,7 @@ def test_backward_tiles(m, n, overwrite, dtype):
     """Tails of rows and columns, the column sums over several strips, dy's memory reused or left alone."""
     dy, pre = torch.randn(m, n).to(dtype), torch.randn(m, n).to(dtype)
     before, kept = dy.clone(), pre.clone()
-    dpre, act, total = launch_activation_bwd(dy, pre, "gelu", overwrite=overwrite, write_act=True, sum_rows=True)
+    dpre, act, total = run_activation_bwd(dy, pre, "gelu", overwrite=overwrite, write_act=True, sum_rows=True)
     y, slope = exact_pair(pre, "gelu")
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(dpre.double(), before.double() * slope, rtol=eps, atol=4 * eps)
@@ -113,7 +113,7 @@ def test_backward_tiles(m, n, overwrite, dtype):
 
 
 def test_only_what_is_asked_for():
-    dpre, act, total = launch_activation_bwd(
+    dpre, act, total = run_activation_bwd(
         torch.ones(2, 3), torch.randn(2, 3), "silu", overwrite=False, write_act=False, sum_rows=False
     )
     assert dpre.shape == (2, 3)

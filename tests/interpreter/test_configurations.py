@@ -6,10 +6,10 @@ from support.rule import assert_within_rule
 
 from reference.functional import activate, spatial_merge
 from stf_kernels.ops import forms
-from stf_kernels.ops.launch import launch_stage
-from stf_kernels.ops.stage import Stage, merge_windows
-from stf_kernels.tuning import SHARED_MEMORY_LIMIT, GemmConfig
-from stf_kernels.tuning.heuristic import descriptor_tiles, split_tiles, swapped_tiles, tiles
+from stf_kernels.ops.launch import run_stage
+from stf_kernels.ops.segments import Stage, merge_windows
+from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
+from stf_kernels.configs.model import tma_tiles, split_tiles, swap_ab_tiles, tiles
 
 CONFIGS = [
     GemmConfig(16, 16, 16, group_m=1),
@@ -19,8 +19,8 @@ CONFIGS = [
     GemmConfig(32, 32, 32, split_k=2),
     GemmConfig(16, 32, 16, group_m=2, split_k=3),
     GemmConfig(64, 64, 16, split_k=16),  # more parts than some problems have steps
-    GemmConfig(64, 32, 16, form="descriptors"),
-    GemmConfig(16, 32, 16, form="swapped", tail_m=16, split_k=2),
+    GemmConfig(64, 32, 16, form="tma"),
+    GemmConfig(16, 32, 16, form="swap_ab", tail_m=16, split_k=2),
 ]
 HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 EVERY = pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -35,7 +35,7 @@ def operands(count, batch, tokens, c, n, window=1):
 def compare(stage, config, dtype, blocks, weight, bias, dense, place=lambda y: y, **options):
     """dense(blocks) is the matrix A; place puts the reference's rows where the stage stores them."""
     blocks, weight, bias = [block.to(dtype) for block in blocks], weight.to(dtype), bias.to(dtype)
-    y, pre = launch_stage(blocks, weight, bias, stage, config, save_pre=True, **options)
+    y, pre = run_stage(blocks, weight, bias, stage, config, save_pre=True, **options)
 
     def run(to):
         flat = dense([block.to(to) for block in blocks]).flatten(0, 1) @ weight.to(to).t() + bias.to(to)
@@ -59,7 +59,7 @@ def test_concat(config, dtype):
 def test_gather(config, merge_size):
     grid = (2 * merge_size + merge_size // 2, 3 * merge_size)  # the last rows belong to no window
     blocks, weight, bias = operands(1, 2, grid[0] * grid[1], 10, 37, merge_size**2)
-    stage = Stage("silu", gather=merge_size, grid=grid)
+    stage = Stage("silu", merge_in=merge_size, grid=grid)
     compare(
         stage, config, torch.float32, blocks, weight, bias,
         lambda x: spatial_merge(x[0], grid, merge_size, "patch_major", True),
@@ -71,7 +71,7 @@ def test_gather(config, merge_size):
 def test_merged_store(config, merge_size):
     grid = (2 * merge_size + 1, 3 * merge_size + 1)  # rows and columns that are not stored
     blocks, weight, bias = operands(2, 2, grid[0] * grid[1], 10, 21)
-    stage = Stage(scatter=merge_size, grid=grid)
+    stage = Stage(merge_out=merge_size, grid=grid)
 
     def place(y):
         return merge_windows(y, grid, merge_size)
@@ -91,7 +91,7 @@ def test_blocks_of_unlike_strides(config):
     def run(to):
         return torch.cat([b.to(to) for b in blocks], -1).flatten(0, 1) @ weight.to(to).t() + bias.to(to)
 
-    y, pre = launch_stage(blocks, weight, bias, Stage(), config)
+    y, pre = run_stage(blocks, weight, bias, Stage(), config)
     assert pre is None
     assert_within_rule("output", y.flatten(0, 1), run(torch.float32), run(torch.float64))
 
@@ -106,9 +106,9 @@ def test_rows_outside_out_are_not_written(config, dtype):
     out = memory[10:30]
     rows = torch.arange(22) - 1
     rows[5], rows[6], rows[7] = 2**40, -(2**40), 20
-    y, _ = launch_stage(blocks, weight, bias, Stage("gelu"), config, out=out, rows=rows)
+    y, _ = run_stage(blocks, weight, bias, Stage("gelu"), config, out=out, rows=rows)
     assert y is out
-    plain, _ = launch_stage(blocks, weight, bias, Stage("gelu"), config)
+    plain, _ = run_stage(blocks, weight, bias, Stage("gelu"), config)
     written = [i for i, row in enumerate(rows.tolist()) if 0 <= row < 20]
     assert torch.equal(out[rows[written]], plain.flatten(0, 1)[written])
     untouched = sorted(set(range(20)) - set(rows[written].tolist()))
@@ -122,7 +122,7 @@ SHIPPED = {
     config
     for arch in SHARED_MEMORY_LIMIT
     for itemsize in (2, 4)
-    for ways in (tiles, split_tiles, descriptor_tiles, swapped_tiles)
+    for ways in (tiles, split_tiles, tma_tiles, swap_ab_tiles)
     for config in ways(arch, itemsize)
 }
 
@@ -143,9 +143,9 @@ def test_counters_of_arrival_return_to_zero(config, monkeypatch):
     counters = torch.zeros(64, dtype=torch.int32)
     monkeypatch.setattr(forms, "arrival_counters", lambda tiles, device: counters)
     blocks, weight, bias = operands(1, 2, 30, 35, 45)
-    first, _ = launch_stage(blocks, weight, bias, Stage("gelu"), config)
+    first, _ = run_stage(blocks, weight, bias, Stage("gelu"), config)
     assert bool((counters == 0).all())
-    second, _ = launch_stage(blocks, weight, bias, Stage("gelu"), config)
+    second, _ = run_stage(blocks, weight, bias, Stage("gelu"), config)
     assert torch.equal(first, second)
 
 

@@ -7,21 +7,21 @@ from support.rule import assert_within_rule
 
 from reference.functional import activate
 from stf_kernels.ops import forms
-from stf_kernels.ops.launch import launch_stage
-from stf_kernels.ops.stage import Stage, merge_windows
-from stf_kernels.tuning import GemmConfig
+from stf_kernels.ops.launch import run_stage
+from stf_kernels.ops.segments import Stage, merge_windows
+from stf_kernels.configs import GemmConfig
 
 DESCRIPTORS = [
-    GemmConfig(64, 32, 16, form="descriptors"),
-    GemmConfig(128, 16, 32, group_m=2, form="descriptors"),
-    GemmConfig(192, 32, 32, group_m=1, form="descriptors"),
-    GemmConfig(256, 64, 16, form="descriptors"),
+    GemmConfig(64, 32, 16, form="tma"),
+    GemmConfig(128, 16, 32, group_m=2, form="tma"),
+    GemmConfig(192, 32, 32, group_m=1, form="tma"),
+    GemmConfig(256, 64, 16, form="tma"),
 ]
 SWAPPED = [
-    GemmConfig(16, 32, 16, form="swapped", tail_m=16),
-    GemmConfig(128, 16, 32, group_m=1, form="swapped", tail_m=16),
-    GemmConfig(32, 32, 32, form="swapped", tail_m=16, split_k=3),
-    GemmConfig(32, 64, 16, form="swapped", tail_m=32, split_k=16),  # more parts than steps
+    GemmConfig(16, 32, 16, form="swap_ab", tail_m=16),
+    GemmConfig(128, 16, 32, group_m=1, form="swap_ab", tail_m=16),
+    GemmConfig(32, 32, 32, form="swap_ab", tail_m=16, split_k=3),
+    GemmConfig(32, 64, 16, form="swap_ab", tail_m=32, split_k=16),  # more parts than steps
 ]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
@@ -54,7 +54,7 @@ def cropped_blocks(count, batch, tokens, c, dtype, *, gap=0):
 def check(stage, config, dtype, blocks, n, *, place=lambda y: y):
     k = len(blocks) * blocks[0].shape[-1]
     weight, bias = (torch.randn(n, k) / k**0.5).to(dtype), torch.randn(n).to(dtype)
-    y, pre = launch_stage(blocks, weight, bias, stage, config, save_pre=True)
+    y, pre = run_stage(blocks, weight, bias, stage, config, save_pre=True)
 
     def run(to):
         flat = torch.cat([b.to(to) for b in blocks], -1).flatten(0, 1) @ weight.to(to).t() + bias.to(to)
@@ -96,7 +96,7 @@ def test_merged_store(used, config):
     def place(y):
         return merge_windows(y, grid, 2)
 
-    check(Stage(scatter=2, grid=grid), config, torch.float32, [torch.randn(2, 72, 32)], 24, place=place)
+    check(Stage(merge_out=2, grid=grid), config, torch.float32, [torch.randn(2, 72, 32)], 24, place=place)
     assert used != ["_by_pointers"]
 
 
@@ -105,8 +105,8 @@ def test_scattered_rows(used, config):
     x, weight = torch.randn(1, 70, 32), torch.randn(20, 32)
     out, rows = torch.full((80, 20), 7.0), torch.randperm(80)[:70]
     rows[3], rows[4] = 80, -1
-    y, _ = launch_stage([x], weight, None, Stage(), config, out=out, rows=rows)
-    plain = launch_stage([x], weight, None, Stage(), config.portable())[0][0]
+    y, _ = run_stage([x], weight, None, Stage(), config, out=out, rows=rows)
+    plain = run_stage([x], weight, None, Stage(), config.portable())[0][0]
     inside = [i for i in range(70) if 0 <= rows[i] < 80]
     torch.testing.assert_close(y[rows[inside]], plain[inside])
     assert bool((y[[row for row in range(80) if row not in set(rows[inside].tolist())]] == 7).all())
@@ -141,8 +141,8 @@ def test_operands_that_no_descriptor_names_take_the_pointers(used, why, make, co
 @pytest.mark.parametrize("config", [DESCRIPTORS[0], SWAPPED[0]], ids=str)
 def test_gathering_takes_the_pointers(used, config):
     x, weight = torch.randn(1, 64, 16), torch.randn(40, 64)
-    stage = Stage(gather=2, grid=(8, 8))
-    y, _ = launch_stage([x], weight, None, stage, config)
+    stage = Stage(merge_in=2, grid=(8, 8))
+    y, _ = run_stage([x], weight, None, stage, config)
     torch.testing.assert_close(y, merge_windows(x, (8, 8), 2) @ weight.t(), atol=1e-4, rtol=1e-4)
     assert used == ["_by_pointers"]
 

@@ -8,9 +8,9 @@ import mmap
 import pytest
 import torch
 
-from stf_kernels.ops.launch import launch_stage
-from stf_kernels.ops.stage import Stage
-from stf_kernels.tuning import GemmConfig
+from stf_kernels.ops.launch import run_stage
+from stf_kernels.ops.segments import Stage
+from stf_kernels.configs import GemmConfig
 
 CONFIG = GemmConfig(16, 16, 16)
 FAR = 2**31 + 2**20  # elements
@@ -39,7 +39,7 @@ def test_rows_are_read_there(far, axis):
     strides = (FAR, C, 1) if axis == "batch" else (C, FAR, 1)
     view = far.as_strided(x.shape, strides)
     view.copy_(x)
-    y, _ = launch_stage([view], weight, None, Stage(), CONFIG)
+    y, _ = run_stage([view], weight, None, Stage(), CONFIG)
     torch.testing.assert_close(y, expected(x, weight))
 
 
@@ -49,7 +49,7 @@ def test_windows_are_read_there(far):
     weight = torch.randn(N, 4 * C).half() / 8
     view = far.as_strided(x.shape, (1, FAR // 3 + 16, 1))
     view.copy_(x)
-    y, _ = launch_stage([view], weight, None, Stage(gather=2, grid=(2, 2)), CONFIG)
+    y, _ = run_stage([view], weight, None, Stage(merge_in=2, grid=(2, 2)), CONFIG)
     torch.testing.assert_close(y, (x.float().view(1, 1, -1) @ weight.float().t()).half())
 
 
@@ -57,7 +57,7 @@ def test_weights_are_read_there(far):
     x, weight = small(1, 3)
     view = far.as_strided(weight.shape, (FAR // (N - 1), 1))
     view.copy_(weight)
-    y, _ = launch_stage([x], view, None, Stage(), CONFIG)
+    y, _ = run_stage([x], view, None, Stage(), CONFIG)
     torch.testing.assert_close(y, expected(x, weight))
 
 
@@ -66,7 +66,7 @@ def test_blocks_of_unlike_strides(far):
     view = far.as_strided(x.shape, (FAR, C, 1))
     view.copy_(x)
     both = torch.cat([weight, weight], 1)
-    y, _ = launch_stage([x, view], both, None, Stage(), CONFIG)
+    y, _ = run_stage([x, view], both, None, Stage(), CONFIG)
     torch.testing.assert_close(y, (2 * (x.float() @ weight.float().t())).half())
 
 
@@ -81,5 +81,5 @@ def test_rows_are_written_there(far, monkeypatch):
     monkeypatch.setattr(forms, "launch", direct)
     x, weight = small(1, 4)
     out = far.as_strided((3, N), (FAR // 2, 1))
-    launch_stage([x], weight, None, Stage(), CONFIG, out=out, rows=torch.tensor([2, 0, 1, 7]))
+    run_stage([x], weight, None, Stage(), CONFIG, out=out, rows=torch.tensor([2, 0, 1, 7]))
     torch.testing.assert_close(out[[2, 0, 1]], expected(x, weight)[0, :3], rtol=2e-3, atol=2e-3)

@@ -92,12 +92,12 @@ def test_the_kernels_really_ran(monkeypatch):
     from stf_kernels.ops import launch
 
     calls = []
-    for name in ("launch_stage", "launch_activation_bwd"):
+    for name in ("run_stage", "run_activation_bwd"):
         original = getattr(launch, name)
         monkeypatch.setattr(launch, name, lambda *a, _o=original, _n=name, **k: calls.append(_n) or _o(*a, **k))
     module = stf_kernels.CompactTokenProjector(2, 8, 20)
     module([torch.randn(1, 16, 8) for _ in range(2)]).sum().backward()
-    assert calls == ["launch_stage"] * 4 + ["launch_activation_bwd"] * 2
+    assert calls == ["run_stage"] * 4 + ["run_activation_bwd"] * 2
 
 
 def test_compiled_and_bad_input():

@@ -13,9 +13,9 @@ import reference
 import stf_kernels
 from reference.functional import spatial_merge
 from stf_kernels.ops import weight_grad
-from stf_kernels.ops.stage import Stage
-from stf_kernels.tuning import SHARED_MEMORY_LIMIT, GemmConfig
-from stf_kernels.tuning.heuristic import wgrad_tiles
+from stf_kernels.ops.segments import Stage
+from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
+from stf_kernels.configs.model import wgrad_tiles
 
 CONFIGS = [
     GemmConfig(16, 16, 16, group_m=1),
@@ -31,7 +31,7 @@ def check(blocks, n, stage, config, dtype, dense, g=None):
     blocks = [block.to(dtype) for block in blocks]
     a = dense(blocks).flatten(0, 1)
     g = (torch.randn(a.shape[0], n) if g is None else g).to(dtype)
-    found = weight_grad.launch_segmented_wgrad(g, blocks, stage, config)
+    found = weight_grad.launch_wgrad(g, blocks, stage, config)
     assert found.dtype == dtype
     assert_within_rule("dW", found, g.t() @ a, g.double().t() @ a.double())
     return found
@@ -58,7 +58,7 @@ def test_concat(config, dtype, tokens):
 def test_gather(config, dtype, merge_size):
     grid = (2 * merge_size + merge_size // 2, 3 * merge_size + merge_size // 2)  # the last belong to no window
     check(
-        [torch.randn(2, grid[0] * grid[1] + 1, 20)[:, 1:]], 37, Stage(gather=merge_size, grid=grid), config, dtype,
+        [torch.randn(2, grid[0] * grid[1] + 1, 20)[:, 1:]], 37, Stage(merge_in=merge_size, grid=grid), config, dtype,
         lambda x: spatial_merge(x[0], grid, merge_size, "patch_major", True),
     )  # fmt: skip
 
@@ -108,7 +108,7 @@ def test_rows_beyond_what_32_bits_count(far_apart, operand):
 
 def test_nothing_to_sum_is_zero():
     for batch, tokens in ((0, 5), (2, 0)):
-        dw = weight_grad.launch_segmented_wgrad(torch.ones(0, 7), [torch.ones(batch, tokens, 4)], Stage(), CONFIGS[0])
+        dw = weight_grad.launch_wgrad(torch.ones(0, 7), [torch.ones(batch, tokens, 4)], Stage(), CONFIGS[0])
         assert torch.equal(dw, torch.zeros(7, 4))
 
 
@@ -122,13 +122,13 @@ def test_one_row_stride_is_what_flattens_without_a_copy(shape):
 @pytest.fixture
 def launches(monkeypatch):
     """Shapes of the gradients that the kernel was launched for."""
-    noted, original = [], weight_grad.launch_segmented_wgrad
+    noted, original = [], weight_grad.launch_wgrad
 
     def note(g, *rest):
         noted.append(tuple(g.shape))
         return original(g, *rest)
 
-    monkeypatch.setattr(weight_grad, "launch_segmented_wgrad", note)
+    monkeypatch.setattr(weight_grad, "launch_wgrad", note)
     return noted
 
 
@@ -159,5 +159,5 @@ def test_not_on_the_torch_path(launches):
 
 def test_two_runs_give_the_same_bits():
     g, blocks = torch.randn(26, 40), [torch.randn(2, 14, 24)[:, 1:] for _ in range(2)]
-    runs = [weight_grad.launch_segmented_wgrad(g, blocks, Stage(), CONFIGS[1]) for _ in range(2)]
+    runs = [weight_grad.launch_wgrad(g, blocks, Stage(), CONFIGS[1]) for _ in range(2)]
     assert torch.equal(*runs)

@@ -7,7 +7,7 @@ import reference
 import stf_kernels
 from bench.memory import peak_bytes
 from bench.problems import Sizes, random_blocks
-from stf_kernels.ops import registration
+from stf_kernels.ops import autograd as registration
 
 BATCH, COUNT, DIM, OUT = 2, 3, 8, 20
 LAYERS = ("mbtf.linear_1", "mbtf.linear_2", "stf.linear_1", "stf.linear_2")

@@ -1,0 +1,58 @@
+"""python -m stf_kernels.aot: compile every shipped configuration for GPUs that are not here, and check the code."""
+
+import argparse
+import json
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from ..backend import has_triton
+from ..configs import SHARED_MEMORY_LIMIT
+from . import check
+from .cases import cases
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m stf_kernels.aot", description=check.__doc__)
+    archs = list(SHARED_MEMORY_LIMIT)
+    parser.add_argument("--target", nargs="+", choices=archs, default=archs, metavar="ARCH", help=f"of {archs}")
+    parser.add_argument("--defaults", action="store_true", help="only what serves when no table matches")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was read of every case")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {options.jobs}")
+    if not has_triton():
+        parser.error("triton is not installed, which compiles the kernels: pip install triton")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled; unset it")
+    todo = [case for arch in options.target for case in cases(arch, defaults_only=options.defaults)]
+    broken, records = 0, []
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(check.examine, case) for case in todo]
+        for done, future in enumerate(as_completed(futures), 1):
+            line, found, record = future.result()
+            violations = "".join(f"\n    VIOLATION: {violation}" for violation in found)
+            print(f"[{done:{len(str(len(todo)))}}/{len(todo)}] {line}{violations}", flush=True)
+            broken += bool(found)
+            records += [record] if record else []
+    if options.json:
+        write_json(options.json, records)
+    what = f"{len(todo)} cases, {', '.join(options.target)}"
+    print(f"{what}: {broken} with violations")
+    return 1 if broken else 0
+
+
+def write_json(path: Path, records: list[dict]) -> None:
+    """{"triton", "cases": [...]}, written beside and renamed."""
+    import triton
+
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps({"triton": triton.__version__, "cases": records}, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What is asserted of a compiled case:
+
+    shared memory within the architecture's limit
+    nothing spilled
+    tensor-core instructions for 16-bit and tf32 operands (IEEE fp32 has none on NVIDIA)
+    on NVIDIA, asynchronous copies and no plain load or store in the loop that multiplies
+    on sm_90 and sm_100, no load of a constant there: it stands between the tensor cores' instructions
+
+All but the first are asserted of the specialisation that a launch on 16-byte aligned memory takes; the unaligned one
+need only fit. gfx942 has no asynchronous copy.
+"""
+
+from ..configs import SHARED_MEMORY_LIMIT
+from .cases import Case, kernel_arguments, kernel_of
+
+# Multiply-adds a cycle of one multiprocessor's tensor cores on 16-bit operands with fp32 sums, by the makers' data
+# sheets: peak rate over multiprocessors and boost clock.
+_MULTIPLY_ADDS = {"sm_80": 1024, "sm_89": 256, "sm_90": 2048, "sm_100": 4096, "sm_120": 256, "gfx942": 1024}
+
+
+def examine(case: Case) -> tuple[str, list[str], dict | None]:
+    """Compile one case -> (its line of the report, its violations, its record for --json)."""
+    from .codegen import compile_for
+
+    try:
+        code = compile_for(case.arch, kernel_of(case), kernel_arguments(case), **case.config.compiler_options())
+    except Exception as error:  # the compiler raises what it likes; a case that does not compile is a violation
+        return f"{case}  does not compile", [f"does not compile: {error!s:.300}"], None
+    spilled = f"{code.spilled:3}" + (" (allowed: unaligned)" if code.spilled and not case.aligned else "")
+    line = (
+        f"{case}  registers {code.registers:3}  spilled {spilled}  shared {code.shared:6}  "
+        f"tensor-core {code.tensor_core:3}  loop: async {code.loop_async_copies:2}, plain {code.loop_plain_copies:3}"
+    )
+    return line, violations(case, code), record(case, code)
+
+
+def violations(case: Case, code) -> list[str]:
+    """What is wrong with the compiled code, one sentence each; [] if nothing is."""
+    nvidia = case.arch.startswith("sm_")
+    found = []
+    limit = SHARED_MEMORY_LIMIT[case.arch]
+    if code.shared > limit:
+        found.append(f"shared memory {code.shared} bytes, the limit of {case.arch} is {limit}")
+    if not case.aligned:
+        return found
+    if code.spilled:
+        found.append(f"{code.spilled} spilled")
+    if code.tensor_core == 0 and not (nvidia and case.dtype == "float32" and not case.tf32):
+        found.append("no tensor-core instruction")
+    # Only the few steps of a share of K may be unrolled and leave no loop.
+    if code.loop_instructions == 0 and case.config.split_k == 1:
+        found.append("no loop that multiplies is found, so its copies are not checked")
+    if nvidia and code.loop_async_copies == 0:
+        found.append("no asynchronous copy in the loop")
+    if nvidia and code.loop_plain_copies:
+        found.append(f"{code.loop_plain_copies} plain loads or stores in the loop")
+    if case.arch in ("sm_90", "sm_100") and code.loop_constant_loads:
+        found.append(f"{code.loop_constant_loads} loads of constants in the loop")
+    return found
+
+
+def record(case: Case, code) -> dict:
+    """A case as --json writes it. Cycles are of one K step of a program that has a multiprocessor to itself.
+
+    issue_cycles: one instruction a cycle and scheduler, of which there are four, for all warps; or the stalls that the
+    compiler wrote into the instructions of one warp, where those are more.
+    """
+    config = case.config
+    tensor_cores = case.dtype != "float32" or case.tf32
+    rate = _MULTIPLY_ADDS[case.arch] // (2 if case.tf32 else 1)
+    return {
+        "arch": case.arch,
+        "problem": case.problem,
+        "dtype": case.dtype,
+        "default": case.default,
+        "config": str(config),
+        "aligned": case.aligned,
+        "tf32": case.tf32,
+        "registers": code.registers,
+        "spills": code.spilled,
+        "shared": code.shared,
+        "loop": {
+            "instructions": code.loop_instructions,
+            "issue_cycles": max(code.loop_instructions * config.num_warps / 4, code.loop_stalls),
+            "tensor_cycles": config.rows * config.block_n * config.block_k / rate if tensor_cores else None,
+            "constant_loads": code.loop_constant_loads,
+            "mma": code.loop_tensor_core,
+            "async_copies": code.loop_async_copies,
+        },
+        "epilogue_instructions": code.epilogue_instructions,
+    }

@@ -1,0 +1,153 @@
+"""Measured tables: tables/<device-slug>.json, written by `python -m stf_kernels.tune`.
+
+    {"version": 2, "device": "NVIDIA H200", "arch": "sm_90", "commit": ..., "torch": ..., "triton": ...,
+     "entries": [{"stage": "concat", "dtype": "bfloat16", "n": 4096, "k": 8192, "m_max": 1152,
+                  "provider": "triton", "config": {...}, "us": ..., "rival": ..., "rival_us": ...}, ...]}
+
+An entry serves every M up to m_max that no smaller entry serves; the largest one serves all beyond, unless it is for
+few rows by its nature (K split, A and B swapped). `provider` is "triton", or "torch" where the measurement said that
+plain torch is faster. `us`, `rival` and `rival_us` are the measurement that justifies the entry: cold-cache
+microseconds of it and of the best rival.
+
+When a device has no table, one line in the log says so, once, and how to measure one.
+"""
+
+import functools
+import json
+import logging
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from .config import GemmConfig
+from .model import SHARED_MEMORY_LIMIT, has_tma
+
+_log = logging.getLogger(__name__)
+TABLE_VERSION = 2
+WGRAD_STAGES = ("concat_wgrad", "merge_wgrad")
+STAGES = ("concat", "merge", "linear", "linear_merge", *WGRAD_STAGES)
+DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_FOLDER = Path(__file__).with_name("tables")
+_TOP = {"version", "device", "arch", "commit", "torch", "triton", "entries"}
+_ENTRY = {"stage", "dtype", "n", "k", "m_max", "provider", "config", "us", "rival", "rival_us"}
+
+# (stage, dtype, n, k) -> (m_max, configuration) in ascending order; None is plain torch.
+Table = dict[tuple[str, str, int, int], list[tuple[int, GemmConfig | None]]]
+
+
+def device_slug(name: str) -> str:
+    """ "NVIDIA H200" -> "nvidia-h200": the name of a device's table and of its folder of results."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@functools.cache
+def device_identity(index: int) -> tuple[str, str]:
+    """(slug, architecture) of a GPU: ("nvidia-h200", "sm_90")."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return device_slug(properties.name), properties.gcnArchName.split(":")[0]
+    return device_slug(properties.name), f"sm_{properties.major}{properties.minor}"
+
+
+def table_path(slug: str) -> Path:
+    return _FOLDER / f"{slug}.json"
+
+
+@functools.cache
+def table_of(slug: str, arch: str) -> Table:
+    """A device's table; empty where it has none, or one that is refused with a warning."""
+    path = table_path(slug)
+    if not path.exists():
+        _log.warning("no table for %s (%s): a model serves; `python -m stf_kernels.tune` measures one", slug, arch)
+        return {}
+    try:
+        return parse_table(path.read_text(encoding="utf-8"), arch)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        warnings.warn(f"stf_kernels: {path.name} is not used, the model serves instead. {error}", stacklevel=2)
+        return {}
+
+
+def parse_table(text: str, arch: str) -> Table:
+    """Entries by (stage, dtype, n, k), sorted by m_max.  ValueError names what is unknown, wrong or cannot run."""
+    table = json.loads(text)
+    if not isinstance(table, dict):
+        raise ValueError(f"table: expected an object, got {type(table).__name__}")
+    if table.get("version") != TABLE_VERSION:
+        raise ValueError(f"version: expected {TABLE_VERSION}, got {table.get('version')!r}")
+    _check_fields("table", table, _TOP)
+    if table["arch"] != arch:
+        raise ValueError(f"arch: the table is for {table['arch']!r}, this device is {arch!r}")
+    parsed: Table = {}
+    for number, entry in enumerate(table["entries"]):
+        where = f"entries[{number}]"
+        _check_fields(where, entry, _ENTRY)
+        if entry["stage"] not in STAGES:
+            raise ValueError(f"{where}.stage: expected one of {list(STAGES)}, got {entry['stage']!r}")
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{where}.dtype: expected one of {list(DTYPES)}, got {entry['dtype']!r}")
+        for name in ("n", "k", "m_max"):
+            if type(entry[name]) is not int or entry[name] < 1:
+                raise ValueError(f"{where}.{name}: expected a positive int, got {entry[name]!r}")
+        key = (entry["stage"], entry["dtype"], entry["n"], entry["k"])
+        parsed.setdefault(key, []).append((entry["m_max"], _config(where, entry, arch)))
+    for choices in parsed.values():
+        choices.sort(key=lambda pair: pair[0])
+    return parsed
+
+
+def _check_fields(where: str, found: dict, expected: set[str]) -> None:
+    if unknown := sorted(set(found) - expected):
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}, expected {sorted(expected)}")
+    if missing := sorted(expected - set(found)):
+        raise ValueError(f"{where}: field {missing[0]!r} is missing")
+
+
+def _config(where: str, entry: dict, arch: str) -> GemmConfig | None:
+    if entry["provider"] == "torch":
+        return None
+    if entry["provider"] != "triton":
+        raise ValueError(f"{where}.provider: expected 'triton' or 'torch', got {entry['provider']!r}")
+    config = GemmConfig.from_dict(entry["config"])
+    if reason := does_not_suit(config, arch, entry["stage"], DTYPES[entry["dtype"]]):
+        raise ValueError(f"{where}.config: {reason}")
+    return config
+
+
+def does_not_suit(config: GemmConfig, arch: str, stage: str, itemsize: int) -> str | None:
+    """Why a configuration cannot run a stage on an architecture, or None."""
+    amd, wgrad = arch.startswith("gfx"), stage in WGRAD_STAGES
+    threads = config.num_warps * (64 if amd else 32)
+    if threads > 1024:
+        return f"num_warps: {config} has {threads} threads, a program has at most 1024"
+    registers = 512 if amd else 255
+    tensor_memory = arch.startswith("sm_10")  # there it is not registers that hold the tile
+    if config.rows * config.block_n > registers * threads and not tensor_memory:
+        return f"the tile of {config} takes more than {registers} registers a thread"
+    if config.split_k > 1 and (amd or wgrad):
+        where = "is for NVIDIA GPUs" if amd else f"is not for stage {stage!r}"
+        return f"split_k {where}, got {config} for {arch}"
+    if (config.form != "pointer" or config.pdl) and not has_tma(arch, itemsize):
+        return f"form {config.form!r} (pdl {config.pdl}) is for 16 bit on Hopper and later, got {config} for {arch}"
+    dense = stage == "linear" or stage == "linear_merge"
+    if (config.form == "swap_ab" and not dense) or (config.form == "tma" and not (dense or stage == "concat")):
+        return f"stage {stage!r} has no form {config.form!r}, got {config}"
+    need, limit = config.shared_bytes(itemsize), SHARED_MEMORY_LIMIT.get(arch)
+    if limit is not None and need > limit:
+        return f"{config} needs {need} bytes of shared memory, {arch} has {limit}"
+    return None
+
+
+def shipped_configs(arch: str, dtype: str, *, wgrad: bool) -> list[GemmConfig]:
+    """Every configuration that a shipped table of an architecture names for a dtype (torch's name): of the weight
+    gradients, or of the other stages."""
+    found: dict[GemmConfig, None] = {}
+    for path in sorted(_FOLDER.glob("*.json")):
+        text = path.read_text(encoding="utf-8")
+        if json.loads(text).get("arch") != arch:
+            continue
+        for (stage, entry_dtype, _, _), choices in parse_table(text, arch).items():
+            if entry_dtype == dtype and (stage in WGRAD_STAGES) == wgrad:
+                found.update((config, None) for _, config in choices if config is not None)
+    return list(found)

@@ -1,0 +1,232 @@
+"""An operator that is a chain of stages: its torch.library registration, and the way around it.
+
+    name(blocks, weights, biases, activation, skip_tokens, merge_size, grid_h, grid_w, needs) -> [y, *saved]
+
+blocks, weights and biases are lists of tensors (no biases: none), the next five fix the stages. `needs` says of each
+tensor in that order whether its gradient will be asked for; empty is none. From the plan alone come the
+implementation, its fake and its autograd formula.
+
+Through the dispatcher a call costs tens of microseconds on the host; outside torch.compile and without tensor
+subclasses it goes straight to the chain, or to a plain autograd.Function where a gradient is wanted. Under
+torch.func's transforms and forward-mode differentiation plain torch computes, inside torch.compile too.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ..backend import current_backend, resolve
+from .backward import Needs, Sizes, chain_bwd
+from .chain import Plan, chain_fwd
+from .torch_path import differentiable_chain
+
+NAMESPACE = "stf_kernels"
+TENSORS = "Tensor[] blocks, Tensor[] weights, Tensor[] biases"
+STATIC = "str? activation, int skip_tokens, int merge_size, int grid_h, int grid_w"
+_ORDINARY = frozenset((Tensor, nn.Parameter))
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(name: str, arguments: str, returns: str, function: Callable, fake: Callable):
+    """Register one operator with its fake -> the callable torch.ops.stf_kernels.<name>.default."""
+    _library.define(f"{name}({arguments}) -> {returns}")
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+class ChainOperator:
+    """One operator: call it with (blocks, weights, biases, *static) -> y; plan maps the static arguments to a Plan."""
+
+    def __init__(self, name: str, plan: Callable[..., Plan]) -> None:
+        self.plan = functools.cache(plan)
+        self._kept = functools.cache(self._what_is_kept)  # the same in every step of a training
+        self._traced_plan = plan  # torch.compile does not see through a cache
+        self._forward_op = define(name, f"{TENSORS}, {STATIC}, bool[] needs", "Tensor[]", self._forward, self._fake)
+        self._backward_op = define(
+            f"{name}_bwd",
+            "Tensor grad, Tensor[] kept, int num_blocks, SymInt[] block, SymInt[] widths, "
+            f"{STATIC}, str backend, bool[] kept_for, bool[] needs",
+            "Tensor[]",
+            self._backward,
+            self._fake_backward,
+        )
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", self._autograd_backward, setup_context=self._setup_context, lib=_library
+        )
+
+    def __call__(self, blocks: list[Tensor], weights: list[Tensor], biases: list[Tensor], *static) -> Tensor:
+        tensors = [*blocks, *weights, *biases]
+        needs = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
+        if True not in needs:
+            needs = []
+        if _is_transformed() and is_ordinary(tensors):
+            stages, skip = self._traced_plan(*static)
+            cropped = [block[:, skip:] for block in blocks]
+            return differentiable_chain(stages, cropped, weights, biases or [None] * len(weights))
+        if torch.compiler.is_compiling() or not is_ordinary(tensors) or is_recorded(blocks[0]):
+            return self._forward_op(blocks, weights, biases, *static, needs)[0]
+        plan, path = self.plan(*static), resolve(blocks[0].device, blocks[0].dtype)
+        if needs:
+            lengths = len(blocks), len(weights)
+            return _Eager.apply(plan, path, lengths, needs, self._kept(static, lengths, tuple(needs)), *tensors)
+        return chain_fwd(plan, path, blocks, weights, biases)[0]
+
+    def _what_is_kept(self, static: tuple, lengths: tuple[int, int], needs: tuple) -> tuple[list[bool], list[int]]:
+        """For a backward: of which stages (Needs.keeps), and which of [*blocks, *weights]."""
+        found = Needs.of(needs, *lengths)
+        return found.keeps(self.plan(*static).stages), [i for i, read in enumerate(found.reads()) if read]
+
+    def _forward(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
+        *static, needs = static_and_needs
+        plan, x = self.plan(*static), blocks[0]
+        keep = Needs.of(needs, len(blocks), len(weights)).keeps(plan.stages) if needs else ()
+        y, saved = chain_fwd(plan, resolve(x.device, x.dtype), blocks, weights, biases, keep=keep)
+        return [y, *saved]
+
+    def _fake(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
+        *static, needs = static_and_needs
+        stages, skip = self.plan(*static)
+        keep = Needs.of(needs, len(blocks), len(weights)).keeps(stages) if needs else [False] * len(stages)
+        block = blocks[0][:, skip:]
+        saved = []
+        for i, (stage, weight) in enumerate(zip(stages, weights, strict=True)):
+            rows, n = block.shape[0] * stage.tokens(block.shape), weight.shape[0]
+            y = block.new_empty(stage.out_shape(block.shape, n))
+            if keep[i]:
+                saved.append(y if stage.activation is None else block.new_empty((rows, n)))
+            block = y
+        return [block, *saved]
+
+    def _setup_context(self, ctx, inputs, output) -> None:
+        blocks, weights, biases, *static, needs = inputs
+        # A compiled backward runs in a thread of autograd's, where the caller's `use_backend` is not seen.
+        ctx.backend, ctx.static, ctx.kept_for = current_backend(), static, needs
+        ctx.sizes, ctx.num_biases = Sizes.of(blocks, weights), len(biases)
+        operands, lengths = [*blocks, *weights], (len(blocks), len(weights))
+        kept = self._what_is_kept(static, lengths, needs)[1] if needs else ()
+        ctx.save_for_backward(*output[1:], *[operands[i] for i in kept])
+
+    def _autograd_backward(self, ctx, grads):
+        _refuse_unsupported(grads[0])
+        wanted = [flag for group in ctx.needs_input_grad[:3] for flag in (group or ())]
+        kept_for = list(ctx.kept_for) or [False] * len(wanted)
+        if missing := [i for i, want in enumerate(wanted) if want and not kept_for[i]]:
+            raise RuntimeError(
+                f"needs: the gradient of tensor {missing[0]} is wanted, and the forward was told {list(ctx.kept_for)}; "
+                "pass the operator a flag for every tensor, true where a gradient will be wanted"
+            )
+        kept = list(ctx.saved_tensors)
+        found = iter(self._backward_op(grads[0], kept, *ctx.sizes, *ctx.static, ctx.backend, kept_for, wanted))
+        in_order = [next(found) if want else None for want in wanted]
+        counts = ctx.sizes.num_blocks, len(ctx.sizes.widths), ctx.num_biases
+        return (*_split(in_order, counts), *(None for _ in ctx.static), None)
+
+    def _backward(self, grad, kept, num_blocks, block, widths, *static_and_needs) -> list[Tensor]:
+        *static, backend, kept_for, needs = static_and_needs
+        path, sizes = resolve(grad.device, grad.dtype, backend), Sizes(num_blocks, block, widths)
+        grads = _run_backward(self.plan(*static), path, sizes, grad, list(kept), kept_for, needs)
+        return [g for g, need in zip(grads, needs, strict=True) if need]
+
+    def _fake_backward(self, grad, kept, num_blocks, block, widths, *static_and_needs) -> list[Tensor]:
+        *static, _, _, needs = static_and_needs
+        weights = Sizes(num_blocks, block, widths).weights(self.plan(*static).stages)
+        shapes = [*[block] * num_blocks, *weights, *[(n,) for n in widths]]
+        return [grad.new_empty(shape) for shape, need in zip(shapes, needs, strict=False) if need]
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the dispatcher: apply(plan, path, (number of blocks, of weights), needs, kept, *tensors) -> y.
+
+    kept: `_what_is_kept` of the needs, so only what the gradients that are wanted will read.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, plan: Plan, path: str, lengths: tuple[int, int], needs: list[bool], kept: tuple, *tensors: Tensor
+    ) -> Tensor:
+        groups = _split(tensors, (*lengths, len(tensors) - sum(lengths)))
+        y, saved = chain_fwd(plan, path, *groups, keep=kept[0])
+        ctx.plan, ctx.path, ctx.sizes, ctx.kept_for = plan, path, Sizes.of(*groups[:2]), needs
+        ctx.save_for_backward(*saved, *[tensors[i] for i in kept[1]])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        _refuse_unsupported(grad)
+        kept = list(ctx.saved_tensors)
+        # Without retain_graph the node lets go of what it saved, and the backward frees it piece by piece.
+        ctx.maybe_clear_saved_tensors()
+        grads = _run_backward(ctx.plan, ctx.path, ctx.sizes, grad, kept, ctx.kept_for, ctx.needs_input_grad[5:])
+        return (None,) * 5 + tuple(grads)
+
+
+def _run_backward(
+    plan: Plan,
+    path: str,
+    sizes: Sizes,
+    grad: Tensor,
+    kept: list[Tensor],
+    kept_for: Sequence[bool],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of [*blocks, *weights, *biases], with zeros for the skipped tokens; None where not needed.
+
+    kept: what a forward told `kept_for` keeps of its stages, then what it reads of blocks and weights. It is emptied.
+    """
+    (stages, skip), counts = plan, (sizes.num_blocks, len(sizes.widths))
+    forward = Needs.of(kept_for, *counts)
+    flags, tensors = [*forward.keeps(stages), *forward.reads()], iter(kept)
+    saved, blocks, weights = _split([next(tensors) if flag else None for flag in flags], (len(stages), *counts))
+    kept.clear()
+    blocks = [None if block is None else block[:, skip:] for block in blocks]
+    # A backward called inside an autocast region must not have its products cast: they are in the forward's dtype.
+    with torch.autocast(grad.device.type, enabled=False):
+        d_blocks, d_weights, d_biases = chain_bwd(
+            grad, saved, blocks, weights, sizes.without(skip), stages, Needs.of(needs, *counts), path
+        )
+    if skip:
+        d_blocks = [g if g is None else nn.functional.pad(g, (0, 0, skip, 0)) for g in d_blocks]
+    return [*d_blocks, *d_weights, *d_biases[: len(needs) - sum(counts)]]
+
+
+def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(list(items[start : start + size]))
+        start += size
+    return parts
+
+
+def is_ordinary(tensors: Sequence[Tensor]) -> bool:
+    """No subclass, which may have operators of its own."""
+    return _ORDINARY.issuperset(map(type, tensors))
+
+
+def is_recorded(x: Tensor) -> bool:
+    """A kernel would run where a mode records (FLOP counters, make_fx) what goes through the dispatcher."""
+    return torch._C._len_torch_dispatch_stack() > 0 and resolve(x.device, x.dtype) != "torch"
+
+
+def _is_transformed() -> bool:
+    """Inside torch.func's grad, vjp, jvp, vmap, or at a level of forward-mode differentiation."""
+    # isinstance: a tracer of torch.compile takes an absent interpreter for an object that is not None
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return isinstance(interpreter, torch._C._functorch.CInterpreter) or forward_ad._current_level >= 0
+
+
+def _refuse_unsupported(grad: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "stf_kernels: double backward (create_graph=True) is not supported; for higher derivatives use "
+            "torch.func (torch.func.hessian, or grad of grad), which computes in plain torch"
+        )
+    # by name: of the two kinds of batched tensors torch has an enumerator for one
+    if not torch.compiler.is_compiling() and "Batched" in repr(torch._C._dispatch_keys(grad)):
+        raise RuntimeError(
+            "stf_kernels: a batch of gradients (is_grads_batched=True, vectorize=True, vmap of autograd.grad) is not "
+            "supported; torch.func.jacrev is, and so is one gradient at a time"
+        )

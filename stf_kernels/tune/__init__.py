@@ -1,0 +1,7 @@
+"""The offline search, for who has a GPU: `python -m stf_kernels.tune` measures it and writes its table.
+
+problems.py    the products of LLaVA-STF at the sizes of LLaVA-1.5-7B
+candidates.py  which configurations of a product are worth measuring
+measure.py     the time of one of them;  timing.py  its clock
+search.py      the journal of an interrupted search, and the table it writes
+"""

@@ -1,0 +1,64 @@
+"""The stages of LLaVA-STF at the sizes of LLaVA-1.5-7B: what is tuned and compiled ahead of time."""
+
+from dataclasses import dataclass
+
+from ..ops.segments import Stage
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One segmented GEMM. tokens: GEMM rows per image; index_rows: the last stage, into inputs_embeds.
+
+    wgrad: its weight gradient, dW [n, k] as a sum over the GEMM's rows.
+    """
+
+    name: str
+    stage: Stage
+    num_blocks: int
+    c: int
+    n: int
+    tokens: int
+    save_pre: bool = False
+    index_rows: bool = False
+    wgrad: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The name under which tuning tables know it."""
+        return self.stage.kind(self.num_blocks) + ("_wgrad" if self.wgrad else "")
+
+    @property
+    def k(self) -> int:
+        return self.num_blocks * self.stage.merge_in**2 * self.c
+
+    def product(self, m: int) -> tuple[int, int, int]:
+        """(rows, columns) of the result for m rows of A, and the length of the sums."""
+        return (self.n, self.k, m) if self.wgrad else (m, self.n, self.k)
+
+    def has_choice(self, batch: int) -> bool:
+        """Whether a kernel is asked at all: not for the weight gradient of one image's plain rows, which the library
+        takes without a copy (ops/weight_grad.py)."""
+        return not self.wgrad or self.stage.merge_in > 1 or batch > 1
+
+    @property
+    def source_tokens(self) -> int:
+        """Tokens per image of the operand that is read."""
+        return self.tokens * self.stage.merge_in**2
+
+
+_GRID = (24, 24)
+
+PROBLEMS = {
+    problem.name: problem
+    for problem in (
+        Problem("concat", Stage("gelu"), 8, 1024, 4096, 576),
+        Problem("linear_merge", Stage(merge_out=2, grid=_GRID), 1, 4096, 1024, 576),
+        Problem("linear", Stage("gelu"), 1, 4096, 16384, 144),
+        Problem("merge", Stage("gelu", merge_in=2, grid=_GRID), 1, 1024, 16384, 144),
+        Problem("linear_scatter", Stage(), 1, 16384, 4096, 144, index_rows=True),
+        Problem("concat_train", Stage("gelu"), 8, 1024, 4096, 576, save_pre=True),
+        Problem("linear_train", Stage("gelu"), 1, 4096, 16384, 144, save_pre=True),
+        Problem("concat_wgrad", Stage(), 8, 1024, 4096, 576, wgrad=True),
+        Problem("merge_wgrad", Stage(merge_in=2, grid=_GRID), 1, 1024, 16384, 144, wgrad=True),
+    )
+}
