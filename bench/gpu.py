@@ -60,7 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if results.commit() == "unknown":
         print("STF_COMMIT is not set and there is no .git: the files will not say what was measured", file=sys.stderr)
-    runs: dict[str, Callable[[Path, float], tuple[bool, str]]] = {"tests": tests, "kernels": kernels, "prefill": prefill}
+    runs: dict[str, Callable[[Path, float], tuple[bool, str]]] = {
+        "tests": tests,
+        "kernels": kernels,
+        "prefill": prefill,
+    }
     wanted, ended = [name for name in SHARE if name in args.only], []
     for index, name in enumerate(wanted):
         began = time.monotonic()

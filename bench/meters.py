@@ -2,8 +2,8 @@
 
 Time     on a GPU device events, nothing waits between them; on a CPU the host's clock
 Memory   GPU   torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() before the call
-         CPU   the highest running sum of every allocation and release that torch's CPU allocator reports to the profiler
-               (scratch inside an operator included; oneDNN's own buffers are not torch's and are not seen)
+         CPU   the highest running sum of all that torch's CPU allocator reports to the profiler (scratch inside an
+               operator included; oneDNN's own buffers are not torch's and are not seen)
 """
 
 from __future__ import annotations

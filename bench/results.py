@@ -22,6 +22,7 @@ from jsonschema.exceptions import best_match
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
+KINDS = ("host", "kernels", "prefill", "tests")
 
 
 class ResultError(ValueError):
@@ -66,7 +67,7 @@ def check(result: Any, name: str) -> None:
         raise ResultError(f"{name}: expected an object, got {type(result).__name__}")
     kind = result.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ResultError(f"{name}: kind: expected one of {sorted(KINDS)}, got {kind!r}")
+        raise ResultError(f"{name}: kind: expected one of {list(KINDS)}, got {kind!r}")
     if result.get("schema") != SCHEMA:
         raise ResultError(f"{name}: schema: expected {SCHEMA}, got {result.get('schema')!r}; measure again")
     if error := best_match(_validator(kind).iter_errors(result)):
@@ -87,11 +88,10 @@ def _said(error: ValidationError) -> str:
         missing = next(field for field in error.validator_value if field not in error.instance)
         return f"{place}{missing}: missing"
     kinds = error.schema["type"] if isinstance(error.schema["type"], list) else [error.schema["type"]]
-    expected = " or ".join(kinds).replace(
-        "number", "a number above 0" if "exclusiveMinimum" in error.schema else "number"
-    )
+    if "exclusiveMinimum" in error.schema:
+        kinds = [kind.replace("number", "a number above 0") for kind in kinds]
     text = repr(error.instance)
-    return f"{place}expected {expected}, got {text if len(text) <= 60 else f'{text[:57]}...'}"
+    return f"{place}expected {' or '.join(kinds)}, got {text if len(text) <= 60 else f'{text[:57]}...'}"
 
 
 def commit() -> str:

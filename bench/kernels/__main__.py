@@ -90,6 +90,7 @@ class Table:
 
     def __init__(self, args: argparse.Namespace, device: str) -> None:
         import torch
+
         from stf_kernels.tune.timing import Flush
 
         from .. import results, roofline

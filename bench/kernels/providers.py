@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from stf_kernels.ops.segments import Stage
 from torch import Tensor
 
 import stf_kernels
 from stf_kernels.ops import launch, torch_path
+from stf_kernels.ops.segments import Stage
 
 from .problems import PRODUCTS, Operands, merge
 
@@ -118,6 +118,7 @@ def _form(form: str) -> Callable[[Operands, str], Product]:
     def build(operands: Operands, stage: str) -> Product:
         """The kernel form with the configuration that the tuner would try first."""
         import triton
+
         from stf_kernels.configs import device_identity
         from stf_kernels.tune.candidates import candidates, forms_for
         from stf_kernels.tune.problems import PROBLEMS

@@ -1,4 +1,4 @@
-"""What LLaVA-STF saves beyond its projector, and the model without it: `reference` and `fused` differ in operators alone.
+"""What LLaVA-STF saves beyond its projector, and LLaVA-STF without: `reference` and `fused` differ in operators alone.
 
 tower      every layer runs, the unread last one too, as in the stock forward; all images in one piece
 insertion  the projector returns its tokens; masked_scatter copies inputs_embeds with them in their places

@@ -29,14 +29,14 @@ from ..meters import Stopwatch, synchronize
 
 STAGES = ("vision_ms", "projector_ms", "insert_ms", "prefill_ms", "first_token_ms")
 # start of each interval -> stage; "start" and "insert" are both embedding and insertion
-INTERVALS = dict(
-    start="insert_ms",
-    vision="vision_ms",
-    projector="projector_ms",
-    insert="insert_ms",
-    prefill="prefill_ms",
-    first_token="first_token_ms",
-)
+INTERVALS = {
+    "start": "insert_ms",
+    "vision": "vision_ms",
+    "projector": "projector_ms",
+    "insert": "insert_ms",
+    "prefill": "prefill_ms",
+    "first_token": "first_token_ms",
+}
 BOUNDARIES = (*INTERVALS, "end")
 Mark = Callable[[str], None]
 

@@ -107,7 +107,10 @@ def speedup(result: dict[str, Any], axis: str = "batch") -> bytes | None:
     figure, axes = _figure(3.2 + 0.2 * len(lines))
     for style, (key, found) in zip(styles(list(lines)), lines.items(), strict=True):
         ratio, low, high = ([c[name] for c in found] for name in ("ratio", "low", "high"))
-        errors = [[max(0.0, r - x) for r, x in zip(ratio, low)], [max(0.0, x - r) for r, x in zip(ratio, high)]]
+        errors = [
+            [max(0.0, r - x) for r, x in zip(ratio, low, strict=True)],
+            [max(0.0, x - r) for r, x in zip(ratio, high, strict=True)],
+        ]
         axes.errorbar([c[axis] for c in found], ratio, errors, label=" ".join(key), capsize=3, **style)
     _log_axis(axes, {c[axis] for found in lines.values() for c in found}, AXES[axis], "speed-up over LLaVA-1.5")
     return _png(figure, 1)
