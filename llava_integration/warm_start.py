@@ -16,22 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from .configuration import LlavaStfConfig, prefix_tokens, resolve_layers
-from .modeling import LlavaStfForConditionalGeneration, build_projector
-
-DEFAULT_BLOCKS = 8
-
-
-def default_blocks(selected: int) -> list[int]:
-    """`selected` first, then the multiples of three below it, deepest first, eight in all.
-
-    23 -> [23, 21, 18, 15, 12, 9, 6, 3]. A tower too shallow for that gives min(8, selected) evenly spaced layers.
-    """
-    multiples = list(range((selected - 1) // 3 * 3, 0, -3))[: DEFAULT_BLOCKS - 1]
-    if len(multiples) == DEFAULT_BLOCKS - 1:
-        return [selected, *multiples]
-    count = max(min(DEFAULT_BLOCKS, selected), 1)
-    return [(2 * selected * k + count) // (2 * count) for k in range(count, 0, -1)]
+from .core.config import default_blocks, prefix_tokens, resolve_layers, vision_grid
+from .core.projector import build_projector
+from .llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 
 
 def from_llava(
@@ -60,10 +47,16 @@ def from_llava(
             merge_size that does not divide the grid, mbtf_hidden_size below 2 * C.
     """
     _check_model(model)
-    if not isinstance(copy, bool):
-        raise TypeError(f"copy: expected a bool, got {copy!r}")
-    config = _stf_config(model.config, blocks, merge_size, truncate, mbtf_hidden_size, _projector_width(model))
+    for name, value, kinds, expected in (
+        ("merge_size", merge_size, (int,), "an int"),
+        ("mbtf_hidden_size", mbtf_hidden_size, (int, type(None)), "an int or None"),
+        ("copy", copy, (bool,), "a bool"),
+        ("truncate", truncate, (bool,), "a bool"),
+    ):
+        if type(value) not in kinds:
+            raise TypeError(f"{name}: expected {expected}, got {value!r}")
     stock = model.model.multi_modal_projector
+    config = _stf_config(model.config, blocks, merge_size, truncate, mbtf_hidden_size, stock.linear_1.out_features)
     weight = stock.linear_1.weight
 
     with torch.device("meta"):
@@ -72,10 +65,9 @@ def from_llava(
     tower, language_model, head = copying.deepcopy(shared) if copy else shared  # in one go: embeddings may be tied
     stf.model.vision_tower, stf.model.language_model, stf.lm_head = tower, language_model, head
     config.vision_config, config.text_config = tower.config, language_model.config
-    stf.model.multi_modal_projector = build_projector(config, device=weight.device, dtype=weight.dtype)
-    warm_start_projector(
-        stf.model.multi_modal_projector, stock.linear_1, stock.linear_2, config, _selected(model.config)
-    )
+    projector = build_projector(config, device=weight.device, dtype=weight.dtype)
+    warm_start_projector(projector, stock.linear_1, stock.linear_2, config, _selected(model.config))
+    stf.model.multi_modal_projector = projector
     stf.generation_config = copying.deepcopy(model.generation_config)
     return stf.train(model.training)
 
@@ -119,10 +111,6 @@ def _selected(config: LlavaConfig) -> int:
     return resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)[0]
 
 
-def _projector_width(model: LlavaForConditionalGeneration) -> int:
-    return model.model.multi_modal_projector.linear_1.out_features
-
-
 def _stf_config(
     stock: LlavaConfig,
     blocks: Sequence[int] | None,
@@ -137,16 +125,10 @@ def _stf_config(
     blocks = resolve_layers(blocks, stock.vision_config.num_hidden_layers, name="blocks")
     if selected not in blocks:
         raise ValueError(f"blocks: expected layer {selected} among them, which the stock projector reads, got {blocks}")
-    if isinstance(merge_size, bool) or not isinstance(merge_size, int):
-        raise TypeError(f"merge_size: expected an int, got {merge_size!r}")
-    if not isinstance(truncate, bool):
-        raise TypeError(f"truncate: expected a bool, got {truncate!r}")
-    if mbtf_hidden_size is not None and type(mbtf_hidden_size) is not int:
-        raise TypeError(f"mbtf_hidden_size: expected an int or None, got {mbtf_hidden_size!r}")
-    side = stock.vision_config.image_size // stock.vision_config.patch_size
-    if merge_size < 1 or (side % merge_size and not truncate) or merge_size > side:
+    height, width = vision_grid(stock.vision_config)
+    if not 1 <= merge_size <= height or (height % merge_size and not truncate):
         raise ValueError(
-            f"merge_size: expected a divisor of the {side}x{side} grid, got {merge_size}; "
+            f"merge_size: expected a divisor of the {height}x{width} grid, got {merge_size}; "
             "truncate=True drops the last rows and columns"
         )
     if mbtf_hidden_size is not None and mbtf_hidden_size < 2 * dim:

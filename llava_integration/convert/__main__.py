@@ -6,11 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-import torch
-
-from .errors import ConversionError
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,14 +14,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stop in (signal.SIGTERM, signal.SIGHUP):  # the half-written folder goes then too; nohup ignores SIGHUP
         if signal.getsignal(stop) is not signal.SIG_IGN:
             signal.signal(stop, lambda number, _: sys.exit(128 + number))
+    # Only now: these imports take seconds, and --help should not.
+    import torch
     from transformers.utils import logging
 
-    from . import convert_llava, convert_official
+    from . import ConversionError, convert_llava, convert_official
 
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # about old fields of SRC, which is only read
     convert = {"official": convert_official, "llava": convert_llava}[options.pop("command")]
-    options["dtype"] = DTYPES.get(options["dtype"])
+    options["dtype"] = None if options["dtype"] == "auto" else getattr(torch, options["dtype"])
     try:
         report = convert(options.pop("src"), options.pop("dst"), progress=True, **options)
     except ConversionError as error:

@@ -6,15 +6,17 @@ Renaming, overlaying and merging checkpoints are then operations on dicts. `.saf
 
 import json
 import pickle
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from .errors import ConversionError
+from .report import CONFIG, ConversionError, Report, blamed_on
 
 # In the order in which they are looked for.
 WEIGHT_FILES = (
@@ -23,8 +25,15 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+# Tensors that older checkpoints stored and the model computes: the only ones that may be left over.
+COMPUTED = {
+    re.compile(r"\.rotary_emb\.inv_freq$"): "computed from the configuration",
+    re.compile(r"\.embeddings\.position_ids$"): "computed from the configuration",
+    re.compile(r"^lm_head\.weight$"): "tied to the embeddings",
+}
+SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,13 @@ def open_weights(folder: Path, what: str = "SRC") -> Entries:
 
 def open_file(path: Path) -> Entries:
     """All tensors of one `.safetensors` or `.bin` file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(40)
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read ({error.strerror})") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise ConversionError(f"{path}: expected weights, got a git-lfs pointer; run git lfs pull in its folder")
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
 
 
@@ -87,7 +103,6 @@ def read_json(path: Path) -> dict:
 
 
 def _open_safetensors(path: Path) -> Entries:
-    _refuse_pointer(path)
     try:
         handle = safe_open(path, framework="pt")
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
@@ -105,7 +120,6 @@ def _open_safetensors(path: Path) -> Entries:
 
 
 def _open_torch(path: Path) -> Entries:
-    _refuse_pointer(path)
     try:
         content = _load(path)
     except pickle.UnpicklingError as error:
@@ -116,7 +130,10 @@ def _open_torch(path: Path) -> Entries:
     except Exception as error:  # what a damaged pickle raises depends on where it is damaged
         raise ConversionError(f"{path}: truncated or not a torch checkpoint; get the file again") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ConversionError(f"{path}: expected a dict of tensors, got {_describe(content)}")
+        got = type(content).__name__
+        if isinstance(content, dict):
+            got = "a dict with " + ", ".join(sorted({type(value).__name__ for value in content.values()}))
+        raise ConversionError(f"{path}: expected a dict of tensors, got {got}")
     return {
         str(name): Entry(
             tuple(tensor.shape),
@@ -137,17 +154,82 @@ def _load(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6: cannot be mapped
 
 
-def _describe(content: object) -> str:
-    if not isinstance(content, dict):
-        return type(content).__name__
-    return "a dict with " + ", ".join(sorted({type(value).__name__ for value in content.values()}))
+def rename(entries: Entries, name_of: Callable[[str], str | None]) -> tuple[Entries, dict[str, str]]:
+    """Entries under the model's names, and the source name of each; names without one stay as they are."""
+    renamed: Entries = {}
+    sources: dict[str, str] = {}
+    for name, entry in entries.items():
+        target = name_of(name) or name
+        if target in renamed:
+            raise ConversionError(
+                f"SRC: {name} and {sources[target]} are both {target}; remove one from the checkpoint"
+            )
+        renamed[target], sources[target] = entry, name
+    return renamed, sources
 
 
-def _refuse_pointer(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(40)
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read ({error.strerror})") from error
-    if start.startswith(b"version https://git-lfs"):
-        raise ConversionError(f"{path}: expected weights, got a git-lfs pointer; run git lfs pull in its folder")
+def settle_head(entries: Entries, sources: dict[str, str], tied: bool, report: Report) -> bool:
+    """Whether the model is tied that config.json calls `tied`: as in transformers, what the checkpoint holds decides.
+
+    embeddings alone, or both and equal    tied
+    head alone                             tied, and the head is the embeddings: safetensors keeps the first name
+    both and different                     two tensors, whatever config.json says
+    """
+    if not tied or HEAD not in entries:
+        return tied
+    if EMBEDDINGS not in entries:
+        entries[EMBEDDINGS], sources[EMBEDDINGS] = entries.pop(HEAD), sources.pop(HEAD)
+        return True
+    head, embeddings = entries[HEAD], entries[EMBEDDINGS]
+    if head.shape == embeddings.shape and torch.equal(head.read(), embeddings.read().to(head.dtype)):
+        return True
+    report.notes.append("config.json ties the head to the embeddings, but both are there and differ: kept apart")
+    return False
+
+
+def on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """What `build` returns, with shapes and no values."""
+    with blamed_on(CONFIG), torch.device("meta"):
+        return build()
+
+
+def match(model: PreTrainedModel, entries: Entries, sources: Mapping[str, str], report: Report) -> Entries:
+    """One entry of the right shape for every tensor of `model`; nothing but what it computes may be left over.
+
+    `sources`: the checkpoint's own name of an entry, for messages and the report.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        wanted.pop(HEAD, None)
+    left = {name: _computed(name) for name in entries if name not in wanted}
+    missing = [name for name in wanted if name not in entries]
+    foreign = [sources.get(name, name) for name, reason in left.items() if reason is None]
+    problems = [
+        f"{len(names)} tensors are {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+        for what, names in (("missing", missing), ("left over", foreign))
+        if names
+    ]
+    if problems:
+        raise ConversionError(
+            f"SRC: {'; '.join(problems)}; expected exactly the {len(wanted)} of the model that config.json describes: "
+            "complete the checkpoint, or it is of another kind"
+        )
+    for name, shape in wanted.items():
+        entry, source = entries[name], sources.get(name, name)
+        if entry.shape != shape:
+            raise ConversionError(
+                f"SRC: {source} in {entry.origin}: expected shape {list(shape)} by the configuration, "
+                f"got {list(entry.shape)}"
+            )
+        if entry.dtype is None:
+            raise ConversionError(
+                f"SRC: {source} in {entry.origin}: expected float32, float16 or bfloat16, got another dtype; convert a "
+                "checkpoint that is not quantized"
+            )
+        report.tensors[entry.how].append(f"{name} <- {source}")
+    report.tensors["left over"] += [f"{sources.get(name, name)}: {reason}" for name, reason in left.items()]
+    return {name: entries[name] for name in wanted}
+
+
+def _computed(name: str) -> str | None:
+    return next((reason for pattern, reason in COMPUTED.items() if pattern.search(name)), None)

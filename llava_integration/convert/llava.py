@@ -1,4 +1,4 @@
-"""Any LLaVA-1.5 folder of transformers -> a warm-started LLaVA-STF folder, DESIGN section 5, tensor by tensor.
+"""Any LLaVA-1.5 folder of transformers -> a warm-started LLaVA-STF folder, tensor by tensor.
 
 `from_llava` makes the projector, the only tensors that are new; tower and language model are copied as they are:
 
@@ -13,23 +13,16 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from ..configuration import LlavaStfConfig
+from ..llava_stf import LlavaStfConfig
 from ..processing import LlavaStfProcessor
 from ..warm_start import from_llava
-from .buffers import computed
-from .card import Source
-from .checkpoint import Entry, open_weights, read_json
-from .errors import ConversionError, blamed_on
+from .checkpoint import EMBEDDINGS, Entries, Entry, match, on_meta, open_weights, read_json, rename, settle_head
 from .folder import Conversion, check_options, write_folder
-from .plan import match, on_meta, rename, shapes_of
 from .processor import image_processor, make_processor, read_image_settings, read_tokenizer
-from .report import Report
-from .tied import settle
+from .report import CONFIG, ConversionError, Report, Source, blamed_on
 from .tower import tower_name
-from .vocabulary import EMBEDDINGS
 
 PROJECTOR = "model.multi_modal_projector."
-CONFIG = "SRC: config.json"
 OPTIONS = {"blocks": "--blocks", "merge_size": "--merge-size", "truncate": "--truncate", "model": "SRC"}
 SEED = 0
 
@@ -59,39 +52,37 @@ def convert_llava(
     check_options(src, dst, dtype, max_shard_bytes, {})
     report = Report()
     stock_config = _read_config(src)
-    entries, sources = rename(open_weights(src), module_name)
-    if not settle(entries, sources, stock_config.tie_word_embeddings, report):
+    entries, sources = rename(open_weights(src), _model_name)
+    if not settle_head(entries, sources, stock_config.tie_word_embeddings, report):
         stock_config.tie_word_embeddings = stock_config.text_config.tie_word_embeddings = False
-    with blamed_on(CONFIG, "get the file again"):
-        stock = on_meta(lambda: LlavaForConditionalGeneration(stock_config)).eval()
-    entries = match(shapes_of(stock), entries, sources, computed, report)
+    stock = on_meta(lambda: LlavaForConditionalGeneration(stock_config).eval())
+    entries = match(stock, entries, sources, report)
     dtype = dtype or entries[EMBEDDINGS].dtype
 
     config, projector = _warm_start(stock, entries, dtype, blocks, merge_size, truncate)
     report.tensors["mapped"] = [line for line in report.tensors["mapped"] if not line.startswith(PROJECTOR)]
     entries = {name: entry for name, entry in entries.items() if not name.startswith(PROJECTOR)}
     for name, tensor in projector.state_dict().items():
-        entries[PROJECTOR + name] = _made(tensor)
-        report.add("created", f"{PROJECTOR}{name} <- multi_modal_projector.{name.split('.', 1)[1]}, warm start")
+        read = lambda tensor=tensor: tensor  # noqa: E731
+        entries[PROJECTOR + name] = Entry(tuple(tensor.shape), tensor.dtype, read, "warm start", "created")
+        report.tensors["created"].append(
+            f"{PROJECTOR}{name} <- multi_modal_projector.{name.split('.', 1)[1]}, warm start"
+        )
 
-    return write_folder(
-        dst,
-        Conversion(
-            config=config,
-            entries=entries,
-            dtype=dtype,
-            processor=_processor(src, config, report),
-            generation=_generation(src, config),
-            source=Source("llava", src, "a LLaVA-1.5 of transformers"),
-            report=report,
-            auto_map=auto_map,
-        ),
-        max_shard_bytes,
-        progress,
+    conversion = Conversion(
+        config=config,
+        entries=entries,
+        dtype=dtype,
+        processor=_processor(src, config, report),
+        generation=_generation(src, config),
+        source=Source("llava", src, "a LLaVA-1.5 of transformers"),
+        report=report,
+        auto_map=auto_map,
     )
+    return write_folder(dst, conversion, max_shard_bytes, progress)
 
 
-def module_name(name: str) -> str | None:
+def _model_name(name: str) -> str | None:
     """The name in today's module tree of a tensor in a checkpoint of any age."""
     bare = name.removeprefix("model.")
     if bare.startswith("vision_tower."):
@@ -117,19 +108,17 @@ def _read_config(src: Path) -> LlavaConfig:
         elif str(kind).startswith("llava_") or kind == "llava":
             hint = "an official LLaVA-STF is converted with `official`"
         raise ConversionError(
-            f"SRC: config.json: expected model_type 'llava' with text_config and vision_config, got {kind!r}; {hint}"
+            f"{CONFIG}: expected model_type 'llava' with text_config and vision_config, got {kind!r}; {hint}"
         )
     if "quantization_config" in content:
-        raise ConversionError(
-            "SRC: config.json: expected no quantization_config; convert a checkpoint that is not quantized"
-        )
-    with blamed_on(CONFIG, "get the file again"):
+        raise ConversionError(f"{CONFIG}: expected no quantization_config; convert a checkpoint that is not quantized")
+    with blamed_on(CONFIG):
         return LlavaConfig.from_pretrained(src, local_files_only=True)
 
 
 def _warm_start(
     stock: LlavaForConditionalGeneration,
-    entries: dict[str, Entry],
+    entries: Entries,
     dtype: torch.dtype,
     blocks: list[int] | None,
     merge_size: int,
@@ -154,10 +143,6 @@ def _by_option(message: str) -> str:
     name, _, rest = message.partition(": ")
     rest = rest.replace("truncate=True", "--truncate")
     return f"{OPTIONS[name]}: {rest}" if name in OPTIONS else f"{CONFIG}: {message}"
-
-
-def _made(tensor: torch.Tensor) -> Entry:
-    return Entry(tuple(tensor.shape), tensor.dtype, lambda: tensor, "warm start", "created")
 
 
 def _processor(src: Path, config: LlavaStfConfig, report: Report) -> LlavaStfProcessor | None:

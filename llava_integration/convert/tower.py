@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 
 from .checkpoint import Entries, Entry, open_weights, read_json, weights_file
-from .errors import ConversionError, blamed_on
+from .report import CONFIG, ConversionError, blamed_on
 
 CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
 CLIP_LARGE = {
@@ -64,8 +64,7 @@ def find_tower(named: str | None, src: Path, option: Path | None) -> Tower:
         return Tower(read_config(option), option, option.name)
     if not named or not isinstance(named, str):
         raise ConversionError(
-            f"SRC: config.json: mm_vision_tower: expected a name, got {named!r}; name a local folder with "
-            "--vision-tower DIR"
+            f"{CONFIG}: mm_vision_tower: expected a name, got {named!r}; name a local folder with --vision-tower DIR"
         )
     for folder in (Path(named), src / named, src.parent / named):
         if (folder / "config.json").is_file():
@@ -88,7 +87,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         content, kind = content.get("vision_config") or {}, f"{kind}_vision_model"
     if not isinstance(kind, str) or kind not in CONFIGS:
         raise ConversionError(f"{file}: expected the vision tower of CLIP or SigLIP, got {kind!r}")
-    with blamed_on(str(file), "get the file again"):
+    with blamed_on(str(file)):
         fields = {name: value for name, value in content.items() if name in CONFIGS[kind]().to_dict()}
         fields.pop("transformers_version", None)
         fields.pop("model_type", None)

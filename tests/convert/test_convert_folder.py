@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import llava_integration as li
 from llava_integration.convert import convert_llava, convert_official
-from llava_integration.convert.atomic import whole_folder
-from llava_integration.convert.template import SYSTEM
+from llava_integration.convert.folder import whole_folder
+from llava_integration.convert.processor import SYSTEM
 from tests.convert import checkpoints as ck
 from tests.support.processes import python
 
@@ -256,11 +256,12 @@ def test_no_machine_path_anywhere(official, converted):
 
 
 def test_files_are_readable_by_others_as_usual(converted):
-    """Not the 0700 of a temporary folder."""
+    """Not the 0700 and 0600 of temporary folders and files."""
     probe = converted.parent / "probe"
     probe.mkdir()
     assert converted.stat().st_mode == probe.stat().st_mode
     probe.rmdir()
+    assert {file.stat().st_mode for file in converted.iterdir()} == {(converted / "config.json").stat().st_mode}
 
 
 def test_config_is_ours(converted):

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from llava_integration.convert import ConversionError, convert_official
-from llava_integration.convert.sentencepiece import read_llama_tokenizer
+from llava_integration.convert.processor import read_sentencepiece
 from tests.convert import checkpoints as ck
 
 # The best score comes first; "▁cat" can be made of "▁c" + "at" and of "▁" + "cat".
@@ -71,7 +71,7 @@ def write(folder, kind=2):
 )
 def test_pieces(tmp_path, text, expected):
     write(tmp_path)
-    tokenizer = read_llama_tokenizer(tmp_path)
+    tokenizer = read_sentencepiece(tmp_path)
     assert tokenizer.tokenize(text) == expected
     assert tokenizer(text)["input_ids"] == [1, *tokenizer.convert_tokens_to_ids(expected)]
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
@@ -100,7 +100,7 @@ def test_added_tokens_keep_their_ids(tmp_path, file):
     """A fine-tuned checkpoint may have embeddings behind the pieces; the image token comes behind those."""
     src = ck.make_official(tmp_path, tokenizer=False)
     write(src)
-    known = len(read_llama_tokenizer(src).get_vocab())
+    known = len(read_sentencepiece(src).get_vocab())
     settings = json.loads((src / "tokenizer_config.json").read_text())
     decoder = {str(i): {"content": token} for i, token in ((1, "<s>"), (known, "[PAD]"), (known + 1, "<stop>"))}
     if file == "added_tokens.json":
@@ -126,4 +126,4 @@ def test_added_tokens_keep_their_ids(tmp_path, file):
 def test_another_kind_of_model_is_refused(tmp_path):
     write(tmp_path, kind=1)
     with pytest.raises(ValueError, match=r"tokenizer\.model: expected a byte-pair model.*another kind"):
-        read_llama_tokenizer(tmp_path)
+        read_sentencepiece(tmp_path)

@@ -16,7 +16,7 @@ from transformers import (
 
 import llava_integration as li
 import reference
-from llava_integration import modeling
+from llava_integration.core import projector
 
 WORDS = ["USER", "ASSISTANT", "what", "is", "in", "the", "picture", "a", "cat", "and", "dog", ":"]
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
@@ -101,7 +101,7 @@ def run(model, ids, pixels, mask=None, grad=False):
 
 def with_reference(model, monkeypatch):
     """The same model and weights with the projector of reference/."""
-    monkeypatch.setattr(modeling, "CompactTokenProjector", reference.CompactTokenProjector)
+    monkeypatch.setattr(projector, "CompactTokenProjector", reference.CompactTokenProjector)
     other = type(model)(model.config).eval().to(model.dtype)
     other.load_state_dict(model.state_dict())
     assert type(other.model.multi_modal_projector) is reference.CompactTokenProjector

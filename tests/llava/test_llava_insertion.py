@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llava_integration import modeling
-from llava_integration.placement import image_rows
+from llava_integration.core import model as core_model
+from llava_integration.core.insertion import image_rows
 
 
 class TestInsertion:
@@ -33,7 +33,7 @@ class TestInsertion:
         ids, mask = build.prompt([2, 0, 1])
         pixels = build.pixels(3)
         expected = build.run(stf, ids, pixels, mask).logits
-        monkeypatch.setattr(modeling, "image_rows", lambda mask, count: image_rows(mask, count) + 1)
+        monkeypatch.setattr(core_model, "image_rows", lambda mask, count: image_rows(mask, count) + 1)
         assert not torch.allclose(build.run(stf, ids, pixels, mask).logits, expected, atol=1e-6)
 
     def test_embedding_weights_are_not_written(self, build, stf):

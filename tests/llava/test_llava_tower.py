@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from llava_integration.vision_tower import tower_hidden_states
+from llava_integration.core.tower import tower_hidden_states
 
 
 def make_tower(config, attn="sdpa"):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import LlavaForConditionalGeneration
 
 import llava_integration as li
-from llava_integration.warm_start import default_blocks
+from llava_integration.core.config import default_blocks
 
 
 def pooled(tokens, side, merge_size):

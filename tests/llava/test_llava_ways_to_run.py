@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava_integration import vision_tower
+from llava_integration.core import tower
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -42,7 +42,7 @@ class TestChunks:
         ids, mask = build.prompt([2, 0, 3])
         pixels, batches = build.pixels(5), []
         expected = build.run(stf, ids, pixels, mask, grad=grad)
-        monkeypatch.setattr(vision_tower, "CPU_ACTIVATION_BYTES", frames * 17 * 48 * 8)
+        monkeypatch.setattr(tower, "CPU_ACTIVATION_BYTES", frames * 17 * 48 * 8)
         stf.model.vision_tower.embeddings.register_forward_hook(lambda m, args, out: batches.append(len(out)))
         got = build.run(stf, ids, pixels, mask, grad=grad)
         assert batches == [frames] * (5 // frames) + [5 % frames] * (5 % frames > 0)
@@ -50,13 +50,13 @@ class TestChunks:
         assert torch.allclose(got.image_hidden_states, expected.image_hidden_states, rtol=0, atol=1e-12)
 
     def test_at_least_one_frame(self, build, stf, monkeypatch):
-        monkeypatch.setattr(vision_tower, "CPU_ACTIVATION_BYTES", 1)
-        assert [len(part) for part in vision_tower.image_chunks(stf.model.vision_tower, build.pixels(3))] == [1, 1, 1]
+        monkeypatch.setattr(tower, "CPU_ACTIVATION_BYTES", 1)
+        assert [len(part) for part in tower.image_chunks(stf.model.vision_tower, build.pixels(3))] == [1, 1, 1]
 
     def test_offloaded_weights_are_loaded_once(self, build, stf, monkeypatch):
-        monkeypatch.setattr(vision_tower, "CPU_ACTIVATION_BYTES", 1)
-        tower = stf.model.vision_tower.to("meta")
-        assert [len(part) for part in vision_tower.image_chunks(tower, build.pixels(3))] == [3]
+        monkeypatch.setattr(tower, "CPU_ACTIVATION_BYTES", 1)
+        away = stf.model.vision_tower.to("meta")
+        assert [len(part) for part in tower.image_chunks(away, build.pixels(3))] == [3]
 
 
 def test_low_rank_adapters_on_the_projector(build):
@@ -96,7 +96,7 @@ def test_tower_and_projector_compile_without_a_graph_break(build):
 
 def test_the_whole_forward_compiles_to_two_graphs_without_a_break(build, monkeypatch):
     """One for the first batch size, one for all others: no loop over chunks of images in the graph."""
-    monkeypatch.setattr(vision_tower, "CPU_ACTIVATION_BYTES", 1)
+    monkeypatch.setattr(tower, "CPU_ACTIVATION_BYTES", 1)
     text, vision = build.text(num_hidden_layers=1), build.clip(num_hidden_layers=1)
     stf = build.stf(torch.float32, vision=vision, text=text, vision_feature_layer=[1, 0])
     graphs = []

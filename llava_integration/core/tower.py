@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .placement import is_captured
+from .insertion import is_captured
 
 # Larger tensors are mapped and paged in anew by every allocation on a CPU, and no cache holds them.
 CPU_ACTIVATION_BYTES = 16 * 2**20
