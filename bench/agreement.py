@@ -3,8 +3,6 @@
 The bounds are a few roundings of the dtype: both sides round every intermediate once. tf32 (3e-4) exceeds fp32's.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ A benchmark checks its result against float64 before it is timed: twice the eage
 The cold-cache, captured timings come from `python -m bench.kernels`. `-k memory -s` prints both peaks.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

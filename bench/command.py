@@ -4,8 +4,6 @@
 141   whoever read the output has gone: `... | head`; files were written before anything was printed
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os
@@ -61,10 +59,9 @@ def writable_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"the folder of {text!r} does not exist; make it first")
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
+            return path
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written ({error.strerror})") from None
-    return path
 
 
 def writable_folder(text: str) -> Path:
@@ -81,32 +78,24 @@ class Progress:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.percentage:3.0f}%"),
-            BarColumn(24),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[now]}"),
-        )
+        console, now = Console(stderr=True), TextColumn("{task.fields[now]}")
+        columns = (TextColumn("{task.percentage:3.0f}%"), BarColumn(24), TimeElapsedColumn(), now)
         self.bar = Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal)
         self.task = self.bar.add_task("", total=total, now="")
         self.start = time.monotonic()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def now(self, text: str) -> None:
-        """Say what begins."""
+    def step(self, text: str) -> None:
+        """Say what begins: one of `total`."""
         if self.bar.disable:
             print(f"[{time.monotonic() - self.start:4.0f} s] {text}", file=sys.stderr, flush=True)
-        self.bar.update(self.task, now=text, refresh=True)
-
-    def step(self) -> None:
-        self.bar.advance(self.task)
+        self.bar.update(self.task, advance=1, now=text, refresh=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -115,14 +104,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    drawn, text = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False), io.StringIO()
     for index, name in enumerate(header):
         drawn.add_column(name, justify="left" if index < left else "right", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)
-    text = io.StringIO()
     Console(file=text, width=1000, markup=False, highlight=False, color_system=None).print(drawn)
-    return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def number(value: float | None, digits: int = 1) -> str:

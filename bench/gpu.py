@@ -10,8 +10,6 @@ Exit codes: 0 every part passed, 1 a part did not, 2 no GPU. Needs only what the
 STF_COMMIT where there is no .git.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util
@@ -23,7 +21,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,13 @@ from . import command, results
 from .results import ROOT
 
 NAME = "bench.gpu"
+PYTHON = [sys.executable, "-m"]
 # Tests first, because a number from a wrong kernel is worth nothing. What a part leaves, the later ones share.
 SHARE = {"tests": 150.0, "kernels": 230.0, "prefill": 165.0}
-SECONDS = sum(SHARE.values())
+MEASURED = {
+    "kernels": ["--batch", "1", "8", "--dtype", "bfloat16"],
+    "prefill": ["--preset", "7b", "--full", "--modes", "eager", "graph"],
+}
 GRACE = 10.0  # to save, for a process that was stopped
 ELSEWHERE = ["tests/interpreter", "tests/aot", "tests/bench", "tests/browser", "tests/project"]  # need no GPU
 OPTIONAL = ("hypothesis", "peft", "accelerate", "sentencepiece")  # a GPU machine may lack them
@@ -43,10 +45,10 @@ WORKERS = max(1, min(6, (os.cpu_count() or 1) // 2))
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Tests and measurements on this GPU.")
-    parser.add_argument("--only", nargs="+", choices=SHARE, default=list(SHARE), help="parts to run; default: all")
+    parser.add_argument("--only", nargs="+", choices=SHARE, default=SHARE, help="parts to run; default: all")
     parser.add_argument("--scale", type=command.positive_float, default=1.0, metavar="F", help="of every time budget")
     args = parser.parse_args(argv)
-    until = time.monotonic() + SECONDS * args.scale
+    until = time.monotonic() + sum(SHARE.values()) * args.scale
     # Parts are stopped by SIGINT, and inherit from a shell's background job that it is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -60,16 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if results.commit() == "unknown":
         print("STF_COMMIT is not set and there is no .git: the files will not say what was measured", file=sys.stderr)
-    runs: dict[str, Callable[[Path, float], tuple[bool, str]]] = {
-        "tests": tests,
-        "kernels": kernels,
-        "prefill": prefill,
-    }
     wanted, ended = [name for name in SHARE if name in args.only], []
     for index, name in enumerate(wanted):
         began = time.monotonic()
+        seconds = share_of(until - began, wanted[index:])
         try:
-            passed, said = runs[name](folder, share_of(until - began, wanted[index:]))
+            passed, said = tests(folder, seconds) if name == "tests" else measured(name, folder, seconds)
         except Exception as error:  # a mistake in this program must not cost the parts behind it
             passed, said = False, f"{type(error).__name__}: {error}"
         ended.append((passed, f"{name:8} {time.monotonic() - began:4.0f} s  {said}"))
@@ -93,63 +91,53 @@ def run_limited(arguments: Sequence[str], seconds: float) -> int | None:
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        _signal(process, signal.SIGINT)  # a measurement then writes what it has
+        os.killpg(process.pid, signal.SIGINT)  # a measurement then writes what it has
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
         return None
     finally:
-        _signal(process, signal.SIGKILL)  # also what it has started
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # also what it has started
         process.wait()
-
-
-def _signal(process: subprocess.Popen, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
 
 
 def tests(folder: Path, seconds: float) -> tuple[bool, str]:
     """tests/gpu first, in processes of its own: a GPU fault in one must not count against the rest."""
     began, unavailable = time.monotonic(), tests_that_need([p for p in OPTIONAL if not importlib.util.find_spec(p)])
     ignored = [f"--ignore={path}" for path in (*ELSEWHERE, *unavailable, "tests/gpu")]
-    device = pytest_counts(["tests/gpu"], folder, 0.6 * seconds)
+    device = run_pytest(["tests/gpu"], folder, 0.6 * seconds)
     sanitizer = sanitize(0.15 * seconds)
-    rest = pytest_counts([*ignored, "--maxfail=20", "tests"], folder, max(10.0, seconds - time.monotonic() + began))
-    counts = {name: device[name] + rest[name] for name in ("passed", "failed", "skipped", "failures")}
-    found = {**counts, "device_tests": device, "other_tests": rest, "compute_sanitizer": sanitizer}
+    rest = run_pytest([*ignored, "--maxfail=20", "tests"], folder, max(10.0, seconds - time.monotonic() + began))
+    found: dict[str, Any] = {key: device[key] + rest[key] for key in ("passed", "failed", "skipped", "failures")}
+    said = "{passed} passed, {failed} failed, {skipped} skipped".format(**found)
+    found |= {"device_tests": device, "other_tests": rest, "compute_sanitizer": sanitizer}
     found |= {"complete": None not in (device["status"], rest["status"]), "not_run": [*ELSEWHERE, *unavailable]}
     results.write(folder / "tests.json", {**results.describe("tests", "cuda"), **found})
-    said = "{passed} passed, {failed} failed, {skipped} skipped".format(**counts)
     said += ", stopped at the time limit" * (not found["complete"]) + f"; compute-sanitizer: {sanitizer}"
-    clean = device["status"] == rest["status"] == 0 and device["passed"] > 0
-    return clean and sanitizer != "errors", said
+    return device["status"] == rest["status"] == 0 and device["passed"] > 0 and sanitizer != "errors", said
 
 
-def pytest_counts(arguments: Sequence[str], folder: Path, seconds: float) -> dict[str, Any]:
-    """Run pytest, by pytest-xdist in several processes where that is installed."""
+def run_pytest(arguments: Sequence[str], folder: Path, seconds: float) -> dict[str, Any]:
+    """In several processes where pytest-xdist is installed -> counts, failures, exit status."""
     report = folder / "tests.xml"
     report.unlink(missing_ok=True)  # a crash must not leave another run's counts
     shared = ["-n", str(WORKERS)] if WORKERS > 1 and importlib.util.find_spec("xdist") else []
     # A test that hangs leaves its stack in the output before the limit ends the run.
     options = ["-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=40", f"--junitxml={report}", *shared]
-    status = run_limited([sys.executable, "-m", "pytest", *options, *arguments], seconds)
-    counts = read_junit(report)
-    report.unlink(missing_ok=True)
-    return {**counts, "status": status}
-
-
-def read_junit(path: Path) -> dict[str, Any]:
-    """Counts and the names of what failed, from pytest's XML; zeros when a crash left none."""
-    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+    status = run_limited([*PYTHON, "pytest", *options, *arguments], seconds)
     try:
-        cases = list(ElementTree.parse(path).iter("testcase"))
+        cases = list(ElementTree.parse(report).iter("testcase"))
     except (OSError, ElementTree.ParseError):
-        return {**counts, "failures": ["no report was left"]}
-    for case in cases:
-        tags = {child.tag for child in case}
-        kind = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
-        counts[kind] += 1
-        counts["failures"] += [f"{case.get('classname')}::{case.get('name')}"] * (kind == "failed")
-    return counts
+        return {"passed": 0, "failed": 0, "skipped": 0, "failures": ["no report was left"], "status": status}
+    report.unlink()
+    failures = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    counts = {"passed": len(cases) - len(failures) - skipped, "failed": len(failures), "skipped": skipped}
+    return {
+        **counts,
+        "failures": [f"{case.get('classname')}::{case.get('name')}" for case in failures],
+        "status": status,
+    }
 
 
 def tests_that_need(packages: list[str]) -> list[str]:
@@ -164,25 +152,17 @@ def sanitize(seconds: float) -> str:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return "not installed"
-    watched = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "bench.kernels", "--small"]
-    watched += ["--no-compile", "--batch", "2", "--dtype", "bfloat16", "float32", "--json", os.devnull]
+    small = ["bench.kernels", "--small", "--no-compile", "--batch", "2", "--dtype", "bfloat16", "float32"]
+    watched = [tool, "--tool", "memcheck", "--error-exitcode", "9", *PYTHON, *small]
     return {0: "no errors", 9: "errors", None: "not finished"}.get(run_limited(watched, seconds), "did not run")
 
 
-def kernels(folder: Path, seconds: float) -> tuple[bool, str]:
-    return measured("kernels", ["--batch", "1", "8", "--dtype", "bfloat16"], folder, seconds)
-
-
-def prefill(folder: Path, seconds: float) -> tuple[bool, str]:
-    return measured("prefill", ["--preset", "7b", "--full", "--modes", "eager", "graph"], folder, seconds)
-
-
-def measured(name: str, arguments: list[str], folder: Path, seconds: float) -> tuple[bool, str]:
+def measured(name: str, folder: Path, seconds: float) -> tuple[bool, str]:
     path = folder / f"{name}.json"
     path.unlink(missing_ok=True)  # an older file must not pass for this run's
     # A budget inside the limit: the program stops by itself before it is stopped.
-    budget = ["--json", str(path), "--budget", f"{0.8 * seconds:.0f}"]
-    status = run_limited([sys.executable, "-m", f"bench.{name}", *arguments, *budget], seconds)
+    arguments = [*MEASURED[name], "--json", str(path), "--budget", f"{0.8 * seconds:.0f}"]
+    status = run_limited([*PYTHON, f"bench.{name}", *arguments], seconds)
     try:
         rows = len(results.read(path)["rows"])
     except results.ResultError as error:

@@ -6,8 +6,6 @@ Tensors so small that the arithmetic is nothing: what is left is Python. Each pa
 torch.utils.benchmark on one thread: `us` is the median of the blocks, `ratio` the median of reference_us / us.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterator
 from statistics import median

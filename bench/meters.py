@@ -6,8 +6,6 @@ Memory   GPU   torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
                operator included; oneDNN's own buffers are not torch's and are not seen)
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

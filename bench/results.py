@@ -4,8 +4,6 @@ A file is written beside its destination and renamed over it, so a reader never 
 way its file says `"complete": false`; an interrupted run therefore leaves what it measured, marked as such.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -3,11 +3,8 @@
 Ceilings are measured in the same run, with a large matrix product and a large copy of random data.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 BEATEN = 0.97  # of a floor; ceilings are known to a few percent
@@ -36,45 +33,40 @@ class Ceilings:
     def seconds(self, work: Work) -> float:
         return max(work.flops / self.flops, work.bytes / self.bandwidth)
 
-    def raised(self, other: Ceilings) -> Ceilings:
+    def raised(self, other: "Ceilings") -> "Ceilings":
         """The higher of two measurements of one device: whatever else runs there only lowers them."""
-        return replace(self, flops=max(self.flops, other.flops), bandwidth=max(self.bandwidth, other.bandwidth))
+        return Ceilings(max(self.flops, other.flops), max(self.bandwidth, other.bandwidth), self.source)
 
 
 def measure_ceilings(device: str, dtype: Any = None, *, side: int | None = None) -> Ceilings:
     """The best of six products of `side` and of six copies."""
     import torch
 
+    from .meters import Stopwatch
+
     gpu = device.startswith("cuda")
-    dtype = dtype or (torch.bfloat16 if gpu else torch.float32)
-    side = side or (8192 if gpu else 1536)
+    dtype, side = dtype or (torch.bfloat16 if gpu else torch.float32), side or (8192 if gpu else 1536)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.randn((1 << 28) if gpu else (1 << 24), device=device)
     target = torch.empty_like(source)
-    product, copy = best_seconds(lambda: a @ b, device), best_seconds(lambda: target.copy_(source), device)
-    name = str(dtype).removeprefix("torch.")
-    return Ceilings(2 * side**3 / product, 2 * source.nbytes / copy, f"measured in this run, {name}")
 
-
-def best_seconds(call: Callable[[], Any], device: str) -> float:
-    from .meters import Stopwatch
-
-    best = math.inf
-    for attempt in range(8):
+    def seconds(call: Callable[[], Any]) -> float:
         watch = Stopwatch(device)
         watch.mark("start")
         call()
         watch.mark("end")
-        if attempt >= 2:
-            best = min(best, watch.between("start", "end") / 1e3)
-    return best
+        return watch.between("start", "end") / 1e3
+
+    product, copy = (
+        min([seconds(call) for _ in range(8)][2:]) for call in (lambda: a @ b, lambda: target.copy_(source))
+    )
+    name = str(dtype).removeprefix("torch.")
+    return Ceilings(2 * side**3 / product, 2 * source.nbytes / copy, f"measured in this run, {name}")
 
 
 def beaten(ratios: list[float]) -> str | None:
     """What to say where a time is below its floor: not that the work was fast, but that the ceilings are low."""
     if not ratios or min(ratios) >= BEATEN:
         return None
-    return (
-        f"a total is {min(ratios):.2f} of its floor: the machine was busier while its ceilings were measured, "
-        "and every ratio to a floor is too low"
-    )
+    why = "the machine was busier while its ceilings were measured, and every ratio to a floor is too low"
+    return f"a total is {min(ratios):.2f} of its floor: {why}"

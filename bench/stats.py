@@ -6,8 +6,6 @@
 No mean: one descheduled run would move it, and nobody could see that it did.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import median, quantiles
 

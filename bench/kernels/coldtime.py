@@ -7,8 +7,6 @@ How a captured call is timed, and what the flush is: stf_kernels/tune/timing.py.
 with warm caches: us_eager.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from statistics import median

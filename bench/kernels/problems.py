@@ -8,8 +8,6 @@
 The blocks carry a CLS token that no product reads: their rows are strided, as they come out of the tower.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import stf_kernels
 
 from ..roofline import Work, linear
 
@@ -38,20 +38,16 @@ class Sizes:
     def grid(self) -> tuple[int, int]:
         return self.side, self.side
 
-    def gemm(self, stage: str, batch: int) -> tuple[int, int, int]:
-        """(rows, columns, inner) of a product."""
-        c, window, tokens = self.dim, self.merge**2 * self.dim, batch * self.side**2
-        merged = batch * (self.side // self.merge) ** 2
-        return {
-            "concat": (tokens, 4 * c, self.blocks * c),
-            "linear_merge": (tokens, c, 4 * c),
-            "linear": (merged, 4 * window, window),
-            "linear_scatter": (merged, self.out_dim, 4 * window),
-        }[stage]
-
     def work(self, stage: str, batch: int, item: int) -> Work:
-        m, n, k = self.gemm(stage, batch)
-        return linear(m, k, n, item)
+        c, window, tokens = self.dim, self.merge**2 * self.dim, batch * self.side**2
+        merged = tokens // self.merge**2
+        rows, inner, columns = {
+            "concat": (tokens, self.blocks * c, 4 * c),
+            "linear_merge": (tokens, 4 * c, c),
+            "linear": (merged, window, 4 * window),
+            "linear_scatter": (merged, 4 * window, self.out_dim),
+        }[stage]
+        return linear(rows, inner, columns, item)
 
     def copied_bytes(self, batch: int, item: int) -> int:
         """The concatenation and the unfolded copy, which the eager form makes and a fused chain does not."""
@@ -90,16 +86,13 @@ def merge(x: Tensor, sizes: Sizes) -> Tensor:
 class Operands:
     """Parameters, and inputs of every product at one batch size: each reads the eager output of the one before."""
 
-    def __init__(self, sizes: Sizes, batch: int, *, device: str, dtype: torch.dtype) -> None:
-        import stf_kernels
-
-        self.sizes, self.batch, options = sizes, batch, {"device": device, "dtype": dtype}
-        self.projector = build_projector(sizes, stf_kernels.CompactTokenProjector, **options)
-        self.blocks = random_blocks(sizes, batch, **options)
+    @torch.no_grad()
+    def __init__(self, sizes: Sizes, batch: int, **factory: Any) -> None:
+        self.sizes, self.projector = sizes, build_projector(sizes, stf_kernels.CompactTokenProjector, **factory)
+        self.blocks = x = random_blocks(sizes, batch, **factory)
         layers = [layer for child in self.projector.children() for layer in (child.linear_1, child.linear_2)]
         self.parameters = {name: (layer.weight, layer.bias) for name, layer in zip(PRODUCTS, layers, strict=True)}
-        self.inputs: dict[str, Any] = {"chain": self.blocks}
-        x: Any = self.blocks
+        self.inputs: dict[str, Any] = {"chain": x}
         for stage in PRODUCTS:
             self.inputs[stage] = x
             x = self.eager(stage, x)

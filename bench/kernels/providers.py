@@ -4,11 +4,8 @@ It gets the operands and the name of a product, and returns that product as a fu
 products take the places of the eager ones; a function that is registered for "chain" itself is the whole chain.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +18,9 @@ from stf_kernels.ops.segments import Stage
 from .problems import PRODUCTS, Operands, merge
 
 Product = Callable[[Any], Tensor]
-PROVIDERS: dict[str, Provider] = {}
 
 
-@dataclass(frozen=True)
-class Provider:
+class Provider(NamedTuple):
     """`build` gives each of `stages`, autograd differentiates it where it `trains`, torch.compile makes it if `slow`.
 
     extra_error: of a formula that is not quite ours, in the norm.
@@ -39,19 +34,19 @@ class Provider:
     extra_error: float = 0.0
 
     def call(self, operands: Operands, stage: str) -> Callable[[], Tensor]:
-        x, product = operands.inputs[stage], self.build
-        if stage in self.stages:
-            one = product(operands, stage)
-            return lambda: one(x)
-        products = [(product if s in self.stages else eager)(operands, s) for s in PRODUCTS]
+        x, parts = operands.inputs[stage], (stage,) if stage in self.stages else PRODUCTS
+        products = [(self.build if part in self.stages else eager)(operands, part) for part in parts]
 
-        def chain() -> Tensor:
+        def run() -> Tensor:
             y = x
-            for each in products:
-                y = each(y)
+            for product in products:
+                y = product(y)
             return y
 
-        return chain
+        return run
+
+
+PROVIDERS: dict[str, Provider] = {}
 
 
 def provider(name: str, *stages: str, **kinds: Any) -> Callable[[Callable], Callable]:
@@ -64,14 +59,12 @@ def provider(name: str, *stages: str, **kinds: Any) -> Callable[[Callable], Call
 
 def of_stage(stage: str, *, slow: bool = False, trains: bool = False, gpu: bool = False) -> dict[str, Provider]:
     """`eager` first. Own paths are no rivals: in a chain they do not stand beside eager products."""
-    return {
-        name: p
-        for name, p in PROVIDERS.items()
-        if (stage in p.stages or (stage == "chain" and not name.startswith("stf")))
-        and p.slow == slow
-        and p.trains >= trains
-        and p.gpu <= gpu
-    }
+
+    def fits(name: str, p: Provider) -> bool:
+        there = stage in p.stages or (stage == "chain" and not name.startswith("stf"))
+        return there and p.slow == slow and p.trains >= trains and p.gpu <= gpu
+
+    return {name: p for name, p in PROVIDERS.items() if fits(name, p)}
 
 
 @provider("eager", "chain", *PRODUCTS)
@@ -86,9 +79,12 @@ def stf(operands: Operands, stage: str, **options: Any) -> Product:
     if stage == "chain":
         return operands.projector
     (w, b), sizes, x = operands.parameters[stage], operands.sizes, operands.inputs[stage]
-    blocks = [block[:, 1:] for block in x] if stage == "concat" else [merge(x, sizes) if stage == "linear" else x]
-    geometry = Stage(merge_out=sizes.merge, grid=sizes.grid) if stage == "linear_merge" else Stage(
-        "gelu" if stage in ("concat", "linear") else None)  # fmt: skip
+    blocks, geometry = {
+        "concat": lambda: ([block[:, 1:] for block in x], Stage("gelu")),
+        "linear_merge": lambda: ([x], Stage(merge_out=sizes.merge, grid=sizes.grid)),
+        "linear": lambda: ([merge(x, sizes)], Stage("gelu")),
+        "linear_scatter": lambda: ([x], Stage()),
+    }[stage]()
     if blocks[0].is_cuda:
         return lambda _: launch.run_stage(blocks, w, b, geometry, **options)[0]
     return lambda _: torch_path.run_stage(blocks, w, b, geometry, False)[0]
@@ -112,36 +108,6 @@ def stf_merge_in(operands: Operands, stage: str) -> Product:
     w, b = operands.parameters[stage]
     options = {"grid": operands.sizes.grid, "merge_size": operands.sizes.merge, "activation": "gelu"}
     return lambda x: stf_kernels.spatial_merge_linear(x, w, b, **options)
-
-
-def _form(form: str) -> Callable[[Operands, str], Product]:
-    def build(operands: Operands, stage: str) -> Product:
-        """The kernel form with the configuration that the tuner would try first."""
-        import triton
-
-        from stf_kernels.configs import device_identity
-        from stf_kernels.tune.candidates import candidates, forms_for
-        from stf_kernels.tune.problems import PROBLEMS
-
-        index, item = torch.cuda.current_device(), operands.blocks[0].element_size()
-        arch = device_identity(index)[1]
-        if form not in forms_for(PROBLEMS[stage], arch, item):
-            raise NotImplementedError(f"{arch} has no {form} form of {stage}")
-        config = candidates(
-            *operands.sizes.gemm(stage, operands.batch),
-            item,
-            shared_limit=triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"],
-            multiprocessors=torch.cuda.get_device_properties(index).multi_processor_count,
-            splits=(1,) if arch.startswith("gfx") else (1, 2, 4, 8),
-            forms=(form,),
-        )[0]
-        return stf(operands, stage, config=config)
-
-    return build
-
-
-for form in ("pointer", "tma", "swap_ab"):
-    provider(f"stf-{form}", *PRODUCTS, gpu=True, trains=False)(_form(form))
 
 
 @provider("strided", "concat")

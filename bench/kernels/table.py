@@ -1,7 +1,5 @@
 """The kernel table as text, for the terminal and for the page: losses as they are."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,17 +1,11 @@
 """The main job: LLaVA-1.5 at 576 image tokens against LLaVA-STF at 144, stage by stage, from a photograph.
 
-    python -m bench.prefill [--preset cpu|7b|13b | --model FOLDER] [--image FILE]
-                            [--batch N ...] [--text N ...] [--images N ...] [--sweep]
-                            [--json FILE] [--report DIR] [--full] [--modes eager graph compile] [--decode N]
-
 Several values of one option are measured with every value of the others. `--sweep` changes one at a time instead,
 around the first values: batch 1 to 32, 64 to 1024 text tokens, 1 to 16 images (frames) of a sequence.
 
-How it measures is in METHOD.md. Exit codes: 0 measured, 1 outputs that should agree do not (no speed-up is printed) or
-a row ended in an error, 2 bad input, 130 interrupted (the file keeps what was measured and says `"complete": false`).
+How it measures is in bench/METHOD.md. Exit codes: 0 measured, 1 outputs that should agree do not (no speed-up is
+printed) or a row ended in an error, 2 bad input, 130 interrupted (the file keeps what was measured, as incomplete).
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -24,7 +18,7 @@ from typing import Any
 
 from .. import command
 from ..command import positive_float, positive_int
-from .presets import SIZES, CheckpointError, memory_problem, points, preset, preset_of
+from .presets import SIZES, CheckpointError, points, preset, preset_of, shortage
 
 PHOTOGRAPH = Path(__file__).parent.parent / "assets" / "rocket.jpg"
 FLAGS = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages for torch's CPU tensors; see METHOD.md
@@ -63,35 +57,31 @@ def llava_folder(text: str) -> Path:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="LLaVA-1.5 against LLaVA-STF, by stages.")
-
-    def add(name: str, kind: Any = None, help: str = "", **options: Any) -> None:
-        parser.add_argument(name, type=kind, help=help, **options)
-
+    add, many = parser.add_argument, {"type": positive_int, "nargs": "+", "metavar": "N"}
     add("--preset", choices=sorted(SIZES), help="sizes; default: 7b with a GPU, cpu without")
-    add("--model", llava_folder, "a LLaVA-1.5 checkpoint instead of a preset", metavar="FOLDER")
-    add("--image", photograph, "default: the photograph in bench/assets", metavar="FILE")
-    add("--batch", positive_int, "batch sizes", nargs="+", metavar="N")
-    add("--text", positive_int, "text tokens around the images", nargs="+", metavar="N")
-    add("--images", positive_int, "images, or frames, of a sequence", nargs="+", metavar="N")
-    parser.add_argument("--sweep", action="store_true", help="one of the three at a time over a range")
-    add("--json", command.writable_file, "default: .work/results/<device>/prefill.json", metavar="FILE")
-    add("--report", command.writable_folder, "also report.html and its charts (default run)", metavar="DIR")
-    parser.add_argument("--full", action="store_true", help="every row and column, decoding, and on a GPU all modes")
-    add("--modes", choices=("eager", "graph", "compile"), nargs="+", help="default: eager; on a GPU also graph")
+    add("--model", type=llava_folder, metavar="FOLDER", help="a LLaVA-1.5 checkpoint instead of a preset")
+    add("--image", type=photograph, metavar="FILE", help="default: the photograph in bench/assets")
+    add("--batch", help="batch sizes", **many)
+    add("--text", help="text tokens around the images", **many)
+    add("--images", help="images, or frames, of a sequence", **many)
+    add("--sweep", action="store_true", help="one of the three at a time over a range")
+    add("--json", type=command.writable_file, metavar="FILE", help="default: .work/results/<device>/prefill.json")
+    add("--report", type=command.writable_folder, metavar="DIR", help="also report.html and its charts (default run)")
+    add("--full", action="store_true", help="every row and column, and on a GPU all modes")
+    add("--modes", nargs="+", choices=("eager", "graph", "compile"), help="default: eager; on a GPU also graph")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--decode", positive_int, "also decode N tokens per round", metavar="N")
-    add("--rounds", positive_int, "exactly N rounds instead of as many as fit", metavar="N")
-    add("--budget", positive_float, "no round begins that would end later", metavar="SECONDS")
+    add("--rounds", type=positive_int, metavar="N", help="exactly N rounds instead of as many as fit")
+    add("--budget", type=positive_float, metavar="SECONDS", help="no round begins that would end later")
     args = parser.parse_args(argv)
     if args.model and args.preset:
         parser.error("argument --model: give either --model or --preset, not both")
+    args.image = args.image or photograph(str(PHOTOGRAPH))
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     args = parse(argv)
-    args.image = args.image or photograph(str(PHOTOGRAPH))
     for name, value in FLAGS.items():
         os.environ.setdefault(name, value)  # torch reads them when it is imported
     print("importing torch and transformers", file=sys.stderr)
@@ -103,21 +93,20 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not has_gpu:
         return command.bad_input(NAME, "--device: 'cuda' was asked for and torch sees no GPU; use --device cpu")
     try:
-        args.preset = preset_of(args.model) if args.model else preset(args.preset or _default(args, has_gpu))
+        default = "7b" if has_gpu and args.device != "cpu" else "cpu"
+        args.preset = preset_of(args.model) if args.model else preset(args.preset or default)
         device = args.device if args.device != "auto" else "cuda" if has_gpu and args.preset.name != "cpu" else "cpu"
         if "graph" in (args.modes or ()) and device == "cpu":
             return command.bad_input(NAME, "--modes: 'graph' needs a GPU; on a CPU use eager or compile")
-        if problem := memory_problem(
-            args.preset, points(args, args.preset), device, "--model" if args.model else "--preset"
-        ):
-            return command.bad_input(NAME, problem)
+        item, wanted = 2 if device == "cuda" else 4, points(args, args.preset)
+        need, smallest = min((args.preset.activation_bytes(point, item), point) for point in wanted)
+        if short := shortage(need + args.preset.weight_bytes(item), device):
+            what = f"{'--model' if args.model else '--preset'}: {args.preset.name!r} at batch {smallest.batch}"
+            advice = f"on {device} and {short[1]} are free; use a smaller preset or a larger device"
+            return command.bad_input(NAME, f"{what} needs about {short[0]} {advice}")
         return measure(args, device, began)
     except CheckpointError as error:
         return command.bad_input(NAME, f"--model: {error}")
-
-
-def _default(args: argparse.Namespace, has_gpu: bool) -> str:
-    return "7b" if has_gpu and args.device != "cpu" else "cpu"
 
 
 def measure(args: argparse.Namespace, device: str, began: float) -> int:
@@ -128,59 +117,27 @@ def measure(args: argparse.Namespace, device: str, began: float) -> int:
 
     gpu = device == "cuda"
     args.modes = args.modes or (["eager", "graph", *["compile"] * args.full] if gpu else ["eager"])
-    args.decode = args.decode or 8 * args.full
     # On a CPU torch.compile builds C++ for every layer of tower and language model: a minute a row, even of a toy.
     patience = 420.0 if gpu else 600.0 if "compile" in args.modes else 300.0 if args.full else 100.0
     path = args.json or results.results_folder(device) / "prefill.json"
-    result = describe(args, device)
-
-    def save() -> None:
-        results.check(result, str(path))
-        results.write(path, result)
-
-    run = Run(args, device, began + (args.budget or patience), result, save)
+    flags = {name: os.environ.get(name) for name in FLAGS}
+    run = Run(args, device, began + (args.budget or patience), path, flags)
     try:
         run.measure()
     except KeyboardInterrupt:
-        if result["rows"]:
-            save()
+        if run.result["rows"]:
+            run.save()
             print(f"\ninterrupted; {path} keeps what was measured", file=sys.stderr)
         return 130
-    written, note = [path], None
+    written, note, result = [path], None, run.result
     if args.report or args.json is None:
         from ..report.page import write_report
 
         page, note = write_report([path], args.report or path.parent)
         written.append(page)
-    print(f"\n{report(result, full=args.full)}")
-    if note:
-        print(f"\n{note}")
+    print("\n".join(filter(None, ("", report(result, full=args.full), note))))
     print(f"\n{'  '.join(map(str, written))}   ({time.monotonic() - began:.0f} s)")
     return 1 if result["refused"] or any(map(is_broken, result["rows"])) else 0
-
-
-def describe(args: argparse.Namespace, device: str) -> dict[str, Any]:
-    """The fields of prefill.json that are known before anything is measured."""
-    import torch
-
-    from .. import results
-    from .savings import SAVINGS
-
-    flags = {name: os.environ.get(name) for name in FLAGS} | {"threads": torch.get_num_threads()}
-    return {
-        **results.describe("prefill", device),
-        "dtype": "bfloat16" if device == "cuda" else "float32",
-        "preset": args.preset.name,
-        "attention": "sdpa",
-        "weights": f"{args.model.name}, LLaVA-STF's projector random" if args.model else "random",
-        "output_tokens": 1,
-        "decode_tokens": args.decode,
-        "command": ["python", "-m", NAME, *sys.argv[1:]],
-        "flags": {**flags, "tf32": torch.backends.cuda.matmul.allow_tf32},
-        "savings_mean": SAVINGS,
-        "clocks_mhz": [],
-        **{"checks": [], "rows": [], "comparisons": [], "speedup": {}, "refused": None},
-    }
 
 
 if __name__ == "__main__":

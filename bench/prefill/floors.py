@@ -1,7 +1,5 @@
 """Operations and bytes of every stage of a row, and the least time they take (roofline.py)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..roofline import Ceilings, Work, linear
@@ -44,7 +42,7 @@ def _projector(preset: Preset, images: int, model: str, item: int) -> list[Work]
 
 
 def _language(preset: Preset, batch: int, length: int, item: int) -> list[Work]:
-    text, rows, (q, kv) = preset.config.text_config, batch * length, preset.heads_dims
+    text, rows, (q, kv) = preset.config.text_config, batch * length, preset.attention_widths
     d, i = text.hidden_size, text.intermediate_size
     # Causal attention reads half of the square.
     attention = Work(2.0 * rows * length * q, item * 2.0 * rows * (q + kv))

@@ -8,8 +8,6 @@ llava-stf       fused      LLaVA-STF with the projector of stf_kernels, the same
 llava-stf       fused      LLaVA-STF as llava_integration runs it, with every other saving (savings.py): fused+savings
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +51,7 @@ class Row:
         return label({"model": self.model, "projector": self.projector, "savings": self.every_saving})
 
 
-def build_stock(preset: Preset, *, device: str, dtype: torch.dtype, seed: int) -> nn.Module:
+def build_stock(preset: Preset, *, device: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
     """LlavaForConditionalGeneration at the preset's sizes with random weights."""
     from transformers import LlavaForConditionalGeneration
     from transformers.initialization import no_init_weights

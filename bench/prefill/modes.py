@@ -5,8 +5,6 @@ graph    llava_integration.PrefillRunner: pixel values -> logits as one CUDA gra
 compile  torch.compile of the model's forward, default settings, static shapes
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -53,17 +51,6 @@ class Eager:
 
     def run(self) -> dict[str, float | None]:
         return measure(self.model, self.keywords, self.device)
-
-    def decode(self, count: int) -> float:
-        """Milliseconds per token of greedy decoding behind an untimed prefill."""
-        output, tokens = first_token(self.model, self.keywords)
-        watch = Stopwatch(self.device)
-        watch.mark("start")
-        for _ in range(count):
-            ids = torch.tensor(tokens, device=self.inputs.input_ids.device)[:, None]
-            output, tokens = first_token(self.model, {"input_ids": ids, "past_key_values": output.past_key_values})
-        watch.mark("end")
-        return watch.between("start", "end") / count
 
 
 class Compiled(Eager):

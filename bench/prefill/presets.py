@@ -4,8 +4,6 @@ cpu   the real vision tower and projector, and two layers of a language model of
 7b    LLaVA-1.5-7B          13b   LLaVA-1.5-13B          tiny   a toy for tests; its times mean nothing
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 from pathlib import Path
@@ -22,6 +20,18 @@ SIZES = {
     "13b": ((5120, 13824, 40, 40, 32064), CLIP_L, (1, 8), 64),
     "tiny": ((64, 96, 2, 4, 512), CLIP_TINY, (1,), 8),
 }
+TEXT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+class Point(NamedTuple):
+    """One size that every row is measured at; `images` are those of one sequence."""
+
+    batch: int
+    text_tokens: int
+    images: int = 1
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, text {self.text_tokens}" + f", {self.images} images" * (self.images > 1)
 
 
 class Preset(NamedTuple):
@@ -40,14 +50,11 @@ class Preset(NamedTuple):
         return (self.grid // merge_size) ** 2
 
     @property
-    def heads_dims(self) -> tuple[int, int]:
-        """Widths of all queries and of all keys of a token."""
+    def attention_widths(self) -> tuple[int, int]:
+        """Of all queries of a token, and of all its keys."""
         text = self.config.text_config
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return text.num_attention_heads * width, (text.num_key_value_heads or text.num_attention_heads) * width
-
-    def kv_bytes(self, tokens: int, batch: int, item: int) -> int:
-        return 2 * self.config.text_config.num_hidden_layers * tokens * self.heads_dims[1] * batch * item
 
     def weight_bytes(self, item: int) -> int:
         """Of all rows, which share tower and language model; LLaVA-STF's projector as the exact warm start needs it."""
@@ -62,11 +69,11 @@ class Preset(NamedTuple):
     def activation_bytes(self, point: Point, item: int) -> int:
         """What a prompt adds to the weights: its cache, and a few buffers as wide as the widest that live at once."""
         text, vision = self.config.text_config, self.config.vision_config
-        tokens = point.images * self.image_tokens(1) + point.text_tokens
+        tokens = point.batch * (point.images * self.image_tokens(1) + point.text_tokens)
         # The stock model keeps every hidden state of its tower.
         every_state = vision.num_hidden_layers * vision.hidden_size
         widest = max(3 * text.intermediate_size, 16 * vision.hidden_size, every_state)
-        return self.kv_bytes(tokens, point.batch, item) + 2 * item * point.batch * tokens * widest
+        return 2 * item * tokens * (text.num_hidden_layers * self.attention_widths[1] + widest)
 
 
 class CheckpointError(ValueError):
@@ -80,18 +87,11 @@ def first_line(error: BaseException) -> str:
 def preset(name: str, **text_options: int) -> Preset:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-    (width, mlp, layers, heads, vocabulary), tower, batches, text_tokens = SIZES[name]
+    text, tower, batches, text_tokens = SIZES[name]
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(num_hidden_layers=24, patch_size=14, **tower),
-        text_config=LlamaConfig(
-            hidden_size=width,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            vocab_size=vocabulary,
-            **text_options,
-        ),
-        image_token_id=vocabulary - 8,
+        text_config=LlamaConfig(**dict(zip(TEXT_FIELDS, text, strict=True)), **text_options),
+        image_token_id=text[-1] - 8,
         image_seq_length=(tower["image_size"] // 14) ** 2,
         attn_implementation="sdpa",
     )
@@ -117,17 +117,6 @@ def preset_of(folder: Path) -> Preset:
     return Preset(folder.name, config)
 
 
-class Point(NamedTuple):
-    """One size that every row is measured at; `images` are those of one sequence."""
-
-    batch: int
-    text_tokens: int
-    images: int = 1
-
-    def __str__(self) -> str:
-        return f"batch {self.batch}, text {self.text_tokens}" + f", {self.images} images" * (self.images > 1)
-
-
 def points(args: argparse.Namespace, preset: Preset) -> list[Point]:
     """In the order they are measured: of a sweep, the first point is part of each line."""
     batches, texts = args.batch or list(preset.batches), args.text or [preset.text_tokens]
@@ -140,26 +129,11 @@ def points(args: argparse.Namespace, preset: Preset) -> list[Point]:
     return list(dict.fromkeys(lines))
 
 
-def memory_problem(preset: Preset, wanted: list[Point], device: str, option: str) -> str | None:
-    """Why not even the smallest point fits, from the sizes alone; None when it does."""
+def shortage(need: int, device: str) -> tuple[str, str] | None:
+    """GiB that are needed and free, where the first is more."""
     from ..meters import available_bytes
 
-    item = 2 if device == "cuda" else 4
-    need, smallest = min((preset.activation_bytes(point, item), point) for point in wanted)
-    need, available = need + preset.weight_bytes(item), available_bytes(device)
-    if available is None or need <= available:
-        return None
+    available = available_bytes(device)
     return (
-        f"{option}: {preset.name!r} at batch {smallest.batch} needs about {need / 2**30:.1f} GiB on "
-        f"{device} and {available / 2**30:.1f} GiB are free; use a smaller preset or a larger device"
+        None if available is None or need <= available else (f"{need / 2**30:.1f} GiB", f"{available / 2**30:.1f} GiB")
     )
-
-
-def point_problem(preset: Preset, point: Point, device: str) -> str | None:
-    """Why a point is not tried beside the loaded weights. Only on a CPU: there running out ends the process."""
-    from ..meters import available_bytes
-
-    available, need = available_bytes(device), preset.activation_bytes(point, 4)
-    if device == "cuda" or available is None or need <= available:
-        return None
-    return f"does not fit into memory (about {need / 2**30:.1f} GiB needed, {available / 2**30:.1f} GiB free)"

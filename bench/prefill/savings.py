@@ -5,12 +5,10 @@ insertion  the projector returns its tokens; masked_scatter copies inputs_embeds
            (in a captured prefill, where that would wait for the device: index_copy_, as for LLaVA-1.5)
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
-from llava_integration.modeling import LlavaStfModel
-from llava_integration.vision_tower import tower_hidden_states
+from llava_integration.core.tower import tower_hidden_states
+from llava_integration.llava_stf import LlavaStfModel
 from stf_kernels import CompactTokenProjector
 
 # name in prefill.json -> what it is; the row fused+savings, LLaVA-STF as a user of the library gets it, has all of them

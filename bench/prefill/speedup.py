@@ -1,7 +1,5 @@
 """From rows to speed-ups over LLaVA-1.5, and the refusal to report any when outputs that should agree do not."""
 
-from __future__ import annotations
-
 from statistics import median
 from typing import Any
 

@@ -15,8 +15,6 @@ but an STF model that sees a hook or a forward on its projector takes the plain 
 what it times.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The rows of a prefill result as text, for the terminal and for the page, and what to know about their numbers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..command import number, table
@@ -30,7 +28,6 @@ def _cells(row: dict[str, Any], speedup: dict[str, Any] | None) -> dict[str, str
     found |= {"spread %": number(row["spread_percent"]), "rounds": str(row["rounds"])}
     found |= {"projector %": number(None if share is None else 100 * share)}
     found |= {"peak MB": number(row["peak_mb"], 0), "KV MB": number(row["kv_mb"])}
-    found |= {"decode ms/token": number(row["decode_ms_per_token"])}
     found |= {f"{name} / floor": number(row["floor_ratio"].get(f"{name}_ms"), 2) for name in FLOORS}
     return found | {"remark": row["failed"] or (speedup and doubt(speedup)) or ""}
 

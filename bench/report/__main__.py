@@ -6,8 +6,6 @@
 Exit codes: 0, or 2 for a file that is not a result, is cut short, or comes from another device.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -5,8 +5,6 @@ chance too often to be told. Ratios within a round do not feel a machine that wa
 the stricter comparison.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from statistics import median
 from typing import Any

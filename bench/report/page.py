@@ -3,8 +3,6 @@
 It opens with the verdict and the chart; then the tables; what the rows are, versions and checks come last.
 """
 
-from __future__ import annotations
-
 import base64
 from pathlib import Path
 from typing import Any
