@@ -36,7 +36,6 @@ MEASURED = {
     "kernels": ["--batch", "1", "8", "--dtype", "bfloat16"],
     "prefill": ["--preset", "7b", "--full", "--modes", "eager", "graph"],
 }
-GRACE = 10.0  # to save, for a process that was stopped
 ELSEWHERE = ["tests/interpreter", "tests/aot", "tests/bench", "tests/browser", "tests/project"]  # need no GPU
 OPTIONAL = ("hypothesis", "peft", "accelerate", "sentencepiece")  # a GPU machine may lack them
 # Most of a kernel's first run is its compiler's, on one core. Six, each with a 7B projector in float64, fit 80 GB.
@@ -49,8 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=command.positive_float, default=1.0, metavar="F", help="of every time budget")
     args = parser.parse_args(argv)
     until = time.monotonic() + sum(SHARE.values()) * args.scale
-    # Parts are stopped by SIGINT, and inherit from a shell's background job that it is ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         import torch
     except ImportError:
@@ -91,13 +88,10 @@ def run_limited(arguments: Sequence[str], seconds: float) -> int | None:
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)  # a measurement then writes what it has
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
         return None
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # also what it has started
+            os.killpg(process.pid, signal.SIGKILL)  # also what it has started; a measurement has saved its last step
         process.wait()
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-BEATEN = 0.97  # of a floor; ceilings are known to a few percent
-
 
 class Work(NamedTuple):
     """Operations and bytes of one product."""
@@ -62,11 +60,3 @@ def measure_ceilings(device: str, dtype: Any = None, *, side: int | None = None)
     )
     name = str(dtype).removeprefix("torch.")
     return Ceilings(2 * side**3 / product, 2 * source.nbytes / copy, f"measured in this run, {name}")
-
-
-def beaten(ratios: list[float]) -> str | None:
-    """What to say where a time is below its floor: not that the work was fast, but that the ceilings are low."""
-    if not ratios or min(ratios) >= BEATEN:
-        return None
-    why = "the machine was busier while its ceilings were measured, and every ratio to a floor is too low"
-    return f"a total is {min(ratios):.2f} of its floor: {why}"

@@ -54,7 +54,7 @@ def _language(preset: Preset, batch: int, length: int, item: int) -> list[Work]:
 def with_floor(row: dict[str, Any], preset: Preset, ceilings: Ceilings, item: int) -> dict[str, Any]:
     """The row with the floor of each stage, and the ratio of what was measured to it."""
     point = Point(row["batch"], row["text_tokens"], row["images"])
-    layers = preset.config.vision_config.num_hidden_layers - ("unused-tower-layers" in row["savings"])
+    layers = preset.config.vision_config.num_hidden_layers - (row["model"] == "llava-1.5-skip")
     work = prefill_work(preset, row["model"], point, item, layers)
     floors = {stage: 1e3 * sum(map(ceilings.seconds, pieces)) for stage, pieces in work.items()}
     floors["total_ms"] = sum(floors.values())

@@ -3,52 +3,40 @@
 llava-1.5       mlp2x      the model as transformers runs it
 llava-1.5-skip  mlp2x      the same without the tower layer whose output nobody reads
 llava-1.5-pool  mlp2x      the stock projector's tokens averaged 2x2
-llava-stf       reference  LLaVA-STF with the projector of reference/, plain PyTorch
-llava-stf       fused      LLaVA-STF with the projector of stf_kernels, the same parameters
-llava-stf       fused      LLaVA-STF as llava_integration runs it, with every other saving (savings.py): fused+savings
+llava-stf       reference  LLaVA-STF with the projector of reference/, plain PyTorch, its tokens inserted by a copy
+llava-stf       fused      LLaVA-STF with the projector of stf_kernels, which writes its tokens into inputs_embeds
 """
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava_integration.core.tower import tower_hidden_states
+from llava_integration.llava_stf import LlavaStfModel
+
 from .presets import CheckpointError, Point, Preset, first_line
-from .savings import make_plain, savings_in
-from .speedup import label
 
 STD = 0.02
-SKIP, POOLED = "llava-1.5-skip", "llava-1.5-pool"
+SKIP = "llava-1.5-skip"
 POOL = 16_777_213  # a prime, so that rows of a matrix never line up with the pool's period
 
 
-@dataclass
-class Row:
+class Row(NamedTuple):
     """One line of the table: a model, and how many image tokens its prompt holds."""
 
     model: str
     projector: str
     module: nn.Module
     image_tokens: int
-    every_saving: bool = False
-
-    def savings(self, mode: str, device: str) -> list[str]:
-        """What this row saves beyond its projector, names of savings.SAVINGS."""
-        return savings_in(mode, device) if self.every_saving else ["unused-tower-layers"] * (self.model == SKIP)
-
-    @property
-    def full_tower(self) -> bool:
-        """Whether it runs the tower layer that nobody reads."""
-        return not self.every_saving and self.model != SKIP
 
     @property
     def name(self) -> str:
-        return label({"model": self.model, "projector": self.projector, "savings": self.every_saving})
+        return f"{self.model}/{self.projector}"
 
 
 def build_stock(preset: Preset, *, device: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
@@ -98,22 +86,25 @@ def randomise(module: nn.Module, seed: int) -> None:
         start = (start + parameter.numel() + 7919) % POOL
 
 
-def reference_projector(fused: nn.Module) -> nn.Module:
+class WholeTower(LlavaStfModel):
+    """The tower as the stock model runs it: every layer, the unread last one too, all images in one piece."""
+
+    def encode_blocks(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> list[Tensor]:
+        layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        return tower_hidden_states(self.vision_tower, pixel_values, layers, run_all=True)
+
+    def project_images(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> Tensor:
+        return self.multi_modal_projector(self.encode_blocks(pixel_values, vision_feature_layer), self.vision_grid)
+
+
+def reference_projector(fused: nn.Module, dim: int) -> nn.Module:
     """reference.CompactTokenProjector on the very parameters of `fused` (no copy)."""
     import reference
 
-    stf, mbtf = fused.stf, fused.mbtf
-    dim = stf.linear_1.in_features // stf.merge_size**2
-    module = reference.CompactTokenProjector(
-        mbtf.linear_1.in_features // dim,
-        dim,
-        stf.linear_2.out_features,
-        merge_size=stf.merge_size,
-        skip_tokens=fused.skip_tokens,
-        mbtf_hidden_dim=mbtf.linear_1.out_features,
-        stf_hidden_dim=stf.linear_1.out_features,
-        device="meta",
-    )
+    mbtf, stf = fused.mbtf, fused.stf
+    widths = {"mbtf_hidden_dim": mbtf.linear_1.out_features, "stf_hidden_dim": stf.linear_1.out_features}
+    sizes = mbtf.linear_1.in_features // dim, dim, stf.linear_2.out_features
+    module = reference.CompactTokenProjector(*sizes, skip_tokens=fused.skip_tokens, **widths, device="meta")
     module.load_state_dict(dict(fused.named_parameters()), assign=True)
     return module.eval().requires_grad_(False)
 
@@ -137,8 +128,7 @@ def pool_tokens(tokens: Tensor, grid: int) -> Tensor:
 
 def share(model: nn.Module) -> nn.Module:
     """Another module tree over the same tensors: what is changed in the one's structure is not in the other's."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def without_last_layer(model: nn.Module) -> nn.Module:
@@ -155,7 +145,7 @@ def without_last_layer(model: nn.Module) -> nn.Module:
 
 
 def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
-    """Three rows, or with `full` all six. The STF projector is the exact warm start until it is randomised."""
+    """Three rows, or with `full` all five. The STF projector is the exact warm start until it is randomised."""
     from llava_integration import from_llava
 
     many, few = preset.image_tokens(1), preset.image_tokens(2)
@@ -163,23 +153,12 @@ def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
     if full:
         pooled = share(stock)
         pooled.model.multi_modal_projector = PooledProjector(pooled.model.multi_modal_projector, preset.grid)
-        rows += [Row(SKIP, "mlp2x", without_last_layer(stock), many), Row(POOLED, "mlp2x", pooled, few)]
-    saving = from_llava(stock).eval().requires_grad_(False)
-    fused = share(saving)
-    make_plain(fused)
-    plain = share(fused)
-    plain.model.multi_modal_projector = reference_projector(fused.model.multi_modal_projector)
-    rows += [Row("llava-stf", "reference", plain, few), Row("llava-stf", "fused", fused, few)]
-    return rows + [Row("llava-stf", "fused", saving, few, every_saving=True)] * full
-
-
-@dataclass
-class Inputs:
-    """One prompt: seeded random ids around the images, which all are the same photograph."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    pixel_values: Tensor
+        rows += [Row(SKIP, "mlp2x", without_last_layer(stock), many), Row("llava-1.5-pool", "mlp2x", pooled, few)]
+    fused = from_llava(stock).eval().requires_grad_(False)
+    fused.model.__class__ = WholeTower
+    plain, dim = share(fused), preset.config.vision_config.hidden_size
+    plain.model.multi_modal_projector = reference_projector(fused.model.multi_modal_projector, dim)
+    return [*rows, Row("llava-stf", "reference", plain, few), Row("llava-stf", "fused", fused, few)]
 
 
 def image_processor(preset: Preset) -> Callable[[Any, int], Tensor]:
@@ -191,13 +170,14 @@ def image_processor(preset: Preset) -> Callable[[Any, int], Tensor]:
     return lambda image, count: processor(images=[image] * count, return_tensors="pt")["pixel_values"]
 
 
-def build_inputs(
-    preset: Preset, pixels: Tensor, point: Point, image_tokens: int, *, device: str, dtype: torch.dtype, seed: int = 0
-) -> Inputs:
-    """`image_tokens` of each of the images of a sequence, which stand one behind the other: frames of a clip."""
+def build_inputs(preset: Preset, pixels: Tensor, point: Point, image_tokens: int, **factory: Any) -> dict[str, Tensor]:
+    """A prompt: seeded random ids around the images of a sequence, which stand one behind the other: frames of a clip.
+
+    image_tokens: of each of the images, which all are the same photograph.
+    """
     shape, token = (point.batch, point.text_tokens), preset.config.image_token_id
-    text = torch.randint(3, token, shape, generator=torch.Generator().manual_seed(seed))
+    text = torch.randint(3, token, shape, generator=torch.Generator().manual_seed(0))
     before = point.text_tokens // 2  # the system sentence stands before the image, the question after it
     placeholder = torch.full((point.batch, point.images * image_tokens), token)
-    ids = torch.cat([text[:, :before], placeholder, text[:, before:]], dim=1).to(device)
-    return Inputs(ids, torch.ones_like(ids), pixels.to(device, dtype))
+    ids = torch.cat([text[:, :before], placeholder, text[:, before:]], dim=1).to(factory["device"])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(**factory)}

@@ -20,20 +20,18 @@ import torch
 from .. import agreement, results
 from ..command import Progress
 from ..meters import MB, weight_bytes
-from ..roofline import beaten, measure_ceilings
+from ..roofline import measure_ceilings
 from ..stats import spread_percent
 from . import models
 from .floors import with_floor
 from .modes import MODES, Eager, Output
 from .presets import Point, first_line, points, shortage
-from .savings import SAVINGS
 from .speedup import compare_rows, refusal, speedup_field
 from .stages import STAGES
 
 # row -> the row whose outputs it must repeat
 TWINS = {
     "llava-stf/fused": "llava-stf/reference",
-    "llava-stf/fused+savings": "llava-stf/fused",
     "llava-1.5-skip/mlp2x": "llava-1.5/mlp2x",
 }
 BROKEN = "does not work here"
@@ -56,13 +54,12 @@ class Cell:
     def as_dict(self) -> dict[str, Any]:
         """The row of prefill.json: medians, and beside them the samples they come from."""
         row, output, weights = self.row, self.output, weight_bytes(self.row.module)
-        samples = {name: [sample[name] for sample in self.samples] for name in (*STAGES, "total_ms", "preprocess_ms")}
+        samples = {name: [sample[name] for sample in self.samples] for name in (*STAGES, "total_ms")}
         times = {name: median(series) if series and None not in series else None for name, series in samples.items()}
         total, projector = times["total_ms"], times["projector_ms"]
         found = {"model": row.model, "projector": row.projector, "mode": self.mode, **self.point._asdict(), **times}
         return found | {
             "image_tokens": self.point.images * row.image_tokens,
-            "savings": row.savings(self.mode, self.device),
             "projector_share": projector / total if total and projector is not None else None,
             "spread_percent": spread_percent(samples["total_ms"]) if self.samples else None,
             "rounds": len(self.samples),
@@ -80,7 +77,7 @@ def is_broken(row: dict[str, Any]) -> bool:
     return row["mode"] != "compile" and BROKEN in (row["failed"] or "")
 
 
-def warm_up(cell: Cell, inputs: models.Inputs) -> None:
+def warm_up(cell: Cell, inputs: dict[str, torch.Tensor]) -> None:
     """The first run is watched for memory and for its outputs; two more follow on a GPU."""
     start = time.monotonic()
     try:
@@ -126,15 +123,12 @@ def agreements(cells: list[Cell], eager: dict[str, Output]) -> list[dict[str, An
     return checks
 
 
-def take_round(cells: list[Cell], index: int, preprocess: Callable[[], Any]) -> None:
+def take_round(cells: list[Cell], index: int) -> None:
     """Every row once, in an order that rotates."""
     running = [cell for cell in cells if cell.run]
     shift = index % len(running)
     for cell in running[shift:] + running[:shift]:
-        start = time.perf_counter()
-        preprocess()
-        took = 1e3 * (time.perf_counter() - start)
-        cell.samples.append({**cell.run.run(), "preprocess_ms": took})
+        cell.samples.append(cell.run.run())
 
 
 def take_rounds(take: Callable[[int], None], *, fewest: int, most: int, until: float) -> int:
@@ -170,7 +164,6 @@ class Run:
             "output_tokens": 1,
             "command": ["python", "-m", "bench.prefill", *sys.argv[1:]],
             "flags": {**flags, "threads": torch.get_num_threads(), "tf32": tf32},
-            "savings_mean": SAVINGS,
             "checks": [],
             "rows": [],
             "clocks_mhz": [],
@@ -181,7 +174,7 @@ class Run:
         results.write(self.path, self.result)
 
     def measure(self) -> None:
-        self.bar = Progress(2 + len(self.plan) * ((6 if self.args.full else 3) + self.most))
+        self.bar = Progress(2 + len(self.plan) * ((5 if self.args.full else 3) + self.most))
         notes, longest = self.result["notes"], 0.0
         with self.bar, torch.no_grad():
             self.bar.step("measuring the ceilings of this device")
@@ -198,8 +191,6 @@ class Run:
                 longest = max(longest, now - start)
                 # What is left is shared out evenly, after the warm-ups that are still to come.
                 self.rounds(cells, now + (self.until - now - later * longest) / (later + 1))
-        if low := beaten([ratio for row in self.result["rows"] if (ratio := row["floor_ratio"]["total_ms"])]):
-            notes.append(low)
         self.result["complete"] = not any("not measured" in note for note in notes)
         self.save()
 
@@ -220,7 +211,7 @@ class Run:
         pixels = self.process(self.args.image, point.batch * point.images)
 
         @functools.cache
-        def inputs(image_tokens: int) -> models.Inputs:
+        def inputs(image_tokens: int) -> dict[str, torch.Tensor]:
             return models.build_inputs(self.preset, pixels, point, image_tokens, device=self.device, dtype=self.dtype)
 
         too_large = None
@@ -242,13 +233,13 @@ class Run:
         return cells
 
     def rounds(self, cells: list[Cell], until: float) -> None:
-        mode, point, count = cells[0].mode, cells[0].point, cells[0].point.batch * cells[0].point.images
+        mode, point = cells[0].mode, cells[0].point
         if not any(cell.run for cell in cells):
             return
 
         def take(index: int) -> None:
             self.bar.step(f"{mode}, {point}: round {index + 1} of {self.most}")
-            take_round(cells, index, lambda: self.process(self.args.image, count))
+            take_round(cells, index)
             if not self.gpu:  # others use a CPU too, and a ceiling is what it does when they do not
                 self.ceilings = self.ceilings.raised(measure_ceilings(self.device, self.dtype))
             self.publish()

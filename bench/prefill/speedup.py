@@ -10,9 +10,7 @@ BASELINE = "llava-1.5/mlp2x"
 
 
 def label(row: dict[str, Any]) -> str:
-    """The name of a row; LLaVA-STF with more saved than its projector is a row of its own."""
-    more = "+savings" if row["model"] == "llava-stf" and row["savings"] else ""
-    return f"{row['model']}/{row['projector']}{more}"
+    return f"{row['model']}/{row['projector']}"
 
 
 def place(row: dict[str, Any]) -> Point:
@@ -37,8 +35,8 @@ def _comparison(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]
         ratio = {"ratio": median(theirs) / median(ours)}
         ratio |= {"low": min(theirs) / max(ours), "high": max(theirs) / min(ours)}
     beyond = None if count < ENOUGH_ROUNDS else ratio["low"] > 1 or ratio["high"] < 1
-    modes = {"mode": row["mode"], "baseline_mode": baseline["mode"]}
     names = {"row": label(row), "baseline": label(baseline), **place(row)._asdict()}
+    modes = {"mode": row["mode"], "baseline_mode": baseline["mode"]}
     return {**names, **modes, **ratio, "beyond_noise": beyond}
 
 
@@ -56,8 +54,8 @@ def doubt(comparison: dict[str, Any]) -> str | None:
 
 def speedup_field(comparisons: list[dict[str, Any]]) -> dict[str, float]:
     """The `speedup` of prefill.json: a sentence -> a number."""
-    return {f"{c['row']} {c['mode']} over {c['baseline']} {c['baseline_mode']}, {place(c)}": c["ratio"]
-            for c in comparisons}  # fmt: skip
+    said = "{row} {mode} over {baseline} {baseline_mode}"
+    return {f"{said.format(**c)}, {place(c)}": c["ratio"] for c in comparisons}
 
 
 def refusal(checks: list[dict[str, Any]]) -> str | None:

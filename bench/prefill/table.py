@@ -24,9 +24,8 @@ def _cells(row: dict[str, Any], speedup: dict[str, Any] | None) -> dict[str, str
         found["speed-up"] = f"{speedup['ratio']:.2f}x"
         found["p10 to p90"] = f"{speedup['low']:.2f} to {speedup['high']:.2f}"
     found |= {name: number(row[stage]) for name, stage in TIMES.items()}
-    found |= {"first": number(row["first_token_ms"]), "preprocess": number(row["preprocess_ms"])}
+    found |= {"first": number(row["first_token_ms"]), "projector %": number(None if share is None else 100 * share)}
     found |= {"spread %": number(row["spread_percent"]), "rounds": str(row["rounds"])}
-    found |= {"projector %": number(None if share is None else 100 * share)}
     found |= {"peak MB": number(row["peak_mb"], 0), "KV MB": number(row["kv_mb"])}
     found |= {f"{name} / floor": number(row["floor_ratio"].get(f"{name}_ms"), 2) for name in FLOORS}
     return found | {"remark": row["failed"] or (speedup and doubt(speedup)) or ""}
@@ -53,8 +52,6 @@ def report(result: dict[str, Any], *, full: bool) -> str:
         more = [c for c in next(iter(shown), {}) if c not in columns[3:] and c not in ("p10 to p90", "remark")]
         at = f"{ceilings['flops'] / 1e12:.3g} TFLOP/s, {ceilings['bandwidth'] / 1e9:.0f} GB/s ({ceilings['source']})"
         out += ["", table(more, [[row[c] for c in more] for row in shown], left=3), f"Floors at {at}.", ""]
-    used = {name for row in rows if row["model"] == "llava-stf" for name in row["savings"]}
-    out += [f"+savings, {name}: {what}." for name, what in result["savings_mean"].items() if name in used]
     out += [f"{label(row)} {row['mode']}, {place(row)}: {row['failed']}" for row in rows if row["failed"]]
     compiled = [row for row in rows if row["mode"] == "compile" and row["warm_up_s"]]
     out += [f"{label(row)}: {row['warm_up_s']:.0f} s of torch.compile before the first timed run" for row in compiled]

@@ -11,7 +11,7 @@ import jinja2
 
 from ..kernels import table as kernel_table
 from ..prefill import table as prefill_table
-from ..prefill.speedup import BASELINE, doubt, label, place, same_mode
+from ..prefill.speedup import doubt, label, place, same_mode
 from ..results import read
 from ..stats import paired_ratio
 from . import charts
@@ -36,8 +36,7 @@ def write_report(files: list[Path], out: Path) -> tuple[Path, str | None]:
         shown = {"prefill": prefill, "kernels": kernels, "tests": tests}[result["kind"]](result)
         sections.append({"name": name, "result": result, "images": images, **shown})
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    together = side_by_side([(section["name"], section["result"]) for section in sections])
-    text = environment.get_template("page.html.j2").render(sections=sections, note=note, together=together)
+    text = environment.get_template("page.html.j2").render(sections=sections, note=note)
     path = out / "report.html"
     path.write_text(text, encoding="utf-8")
     return path, note
@@ -49,7 +48,7 @@ def headline(result: dict[str, Any]) -> list[str]:
     found = [c for c in same_mode(result["comparisons"]).values() if c["row"].startswith("llava-stf/fused")]
     if not found:
         return ["No speed-up of LLaVA-STF over LLaVA-1.5 was measured"]
-    # The first size that was measured, in the last mode (eager comes first), of the rows that with most savings.
+    # The first size that was measured, in the last mode (eager comes first).
     c = [c for c in found if place(c) == place(found[0]) and c["mode"] == found[-1]["mode"]][-1]
     where = place(c), c["mode"]
     ours, theirs = rows[(c["row"], *where)], rows[(c["baseline"], *where)]
@@ -105,19 +104,3 @@ def table(name: str, title: str, header: list[str], rows: list[dict[str, str]], 
     """text: how many columns stand left; own: rows of this library; new: rows above which a line is drawn."""
     lines = [[row.get(column, "-") for column in header] for row in rows]
     return {"name": name, "title": title, "header": header, "rows": lines, "new": [], **marks}
-
-
-def side_by_side(results: list[tuple[str, dict[str, Any]]]) -> dict[str, Any] | None:
-    """The same row in several runs: a column per file, ms to the first token. No ratio is taken across files."""
-    found: dict[tuple[str, ...], dict[str, str]] = {}
-    header = list(WHERE)
-    for name, result in results:
-        if result["kind"] == "prefill":
-            header.append(f"{name}: {result['preset']} on {result['device']}, {result['dtype']}")
-            for row in prefill_table.cells(result):
-                if row["total ms"] != "-":
-                    cells = found.setdefault(tuple(row[column] for column in WHERE), {})
-                    cells[header[-1]] = f"{row['total ms']} ({row['speed-up']})"
-    rows = [dict(zip(WHERE, key, strict=True)) | cells for key, cells in found.items() if len(cells) > 1]
-    own = [i for i, row in enumerate(rows) if row["model"] != BASELINE]
-    return table("side-by-side", "Side by side, ms to the first token", header, rows, text=3, own=own) if rows else None
