@@ -12,6 +12,7 @@ import platform
 import subprocess
 import tempfile
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jsonschema.exceptions import best_match
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
+PACKAGES = ("torch", "triton", "transformers")
 KINDS = ("host", "kernels", "prefill", "tests")
 
 
@@ -93,12 +95,6 @@ def _said_by(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
 
-def version(package: str) -> str | None:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return None
-
-
 def device_name(device: str) -> str:
     """The GPU's own name, or the CPU's with its number of threads."""
     import torch
@@ -136,7 +132,7 @@ def describe(kind: str, device: str) -> dict[str, Any]:
     """How every result file begins: what it is, and where it came from."""
     return {
         **{"schema": SCHEMA, "kind": kind, "complete": False, "device": device_name(device)},
-        **{package: version(package) for package in ("torch", "triton", "transformers")},
+        **{package: metadata.version(package) if find_spec(package) else None for package in PACKAGES},
         **{"python": platform.python_version(), "commit": commit()},
         "clock_mhz": clock_mhz() if device.startswith("cuda") else None,
         "notes": [],

@@ -1,70 +1,105 @@
-"""How a row is run: one object per row and mode with `run()` (one timed prefill) and `output()` (its logits, untimed).
+"""One row at one point in one mode: what it left for the checks, and every raw sample.
 
 eager    the model called as `generate()` calls it
 graph    llava_integration.PrefillRunner: pixel values -> logits as one CUDA graph, for the baseline alike
 compile  torch.compile of the model's forward, default settings, static shapes
 """
 
-from dataclasses import dataclass
+import time
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..meters import Stopwatch, peak_bytes, synchronize
+from ..meters import MB, Stopwatch, peak_bytes, synchronize, weight_bytes
+from ..stats import spread_percent
 from .models import SKIP, Row
+from .presets import Point
 from .stages import STAGES, cache_bytes, first_token, inserted, measure, stage_times, watched
-
-
-@dataclass
-class Output:
-    """What a run leaves for the checks and the memory columns. features: as the language model gets them, in place."""
-
-    logits: Tensor
-    features: Tensor | None
-    tokens: list[int]
-    kv_bytes: int
-    peak_bytes: int
 
 
 class Eager:
     """The model's own forward; every stage is timed."""
 
-    def __init__(self, row: Row, inputs: dict[str, Tensor], device: str) -> None:
-        self.row, self.model, self.device = row, row.module, device
-        self.inputs = inputs
-        self.embeds: Tensor | None = None
+    mode = "eager"
+
+    def __init__(self, row: Row, point: Point, device: str) -> None:
+        self.row, self.point, self.model, self.device = row, point, row.module, device
+        self.failed: str | None = None
+        self.warm_up_s: float | None = None
+        self.samples: list[dict[str, float | None]] = []
+        # Of the first run. features: image tokens as the language model gets them, in their places.
+        self.logits: Tensor | None = None
+        self.features: Tensor | None = None
+        self.kv_bytes = self.peak = 0
+
+    @property
+    def ready(self) -> bool:
+        return self.logits is not None and self.failed is None
+
+    def warm_up(self, inputs: dict[str, Tensor]) -> None:
+        """The first run is watched for memory and for its outputs; two more follow on a GPU."""
+        start, self.inputs = time.monotonic(), inputs
+        self.logits = self.first_run()
+        for _ in range(2 if self.device == "cuda" else 0):
+            self.run()
+        self.warm_up_s = time.monotonic() - start
+
+    def first_run(self) -> Tensor:
+        with inserted(self.model, self.keep):
+            (output, _), self.peak = peak_bytes(lambda: first_token(self.model, self.inputs), self.device)
+        self.features, self.kv_bytes = self.image_tokens(), cache_bytes(output.past_key_values)
+        return output.logits[:, -1]
 
     def keep(self, embeds: Tensor | None) -> None:
         """The inputs_embeds that the language model got last. Under capture: the graph's own, new after each replay."""
         self.embeds = embeds
 
-    def features(self) -> Tensor | None:
+    def image_tokens(self) -> Tensor:
         """A copy of the rows that stand where the prompt has image tokens, [image tokens of the batch, D]."""
         return self.embeds[self.inputs["input_ids"] == self.model.config.image_token_id]
 
-    def output(self) -> Output:
-        with inserted(self.model, self.keep):
-            (output, tokens), peak = peak_bytes(lambda: first_token(self.model, self.inputs), self.device)
-        found = Output(output.logits[:, -1], self.features(), tokens, cache_bytes(output.past_key_values), peak)
-        self.embeds = None
-        return found
-
     def run(self) -> dict[str, float | None]:
+        """One timed prefill."""
         return measure(self.model, self.inputs, self.device)
+
+    def release(self) -> None:
+        self.embeds = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row of prefill.json: medians, and beside them the samples they come from."""
+        row, weights, measured = self.row, weight_bytes(self.row.module), self.logits is not None
+        samples = {name: [sample[name] for sample in self.samples] for name in (*STAGES, "total_ms")}
+        times = {name: median(series) if series and None not in series else None for name, series in samples.items()}
+        total, projector = times["total_ms"], times["projector_ms"]
+        found = {"model": row.model, "projector": row.projector, "mode": self.mode, **self.point._asdict(), **times}
+        return found | {
+            "image_tokens": self.point.images * row.image_tokens,
+            "projector_share": projector / total if total and projector is not None else None,
+            "spread_percent": spread_percent(samples["total_ms"]) if self.samples else None,
+            "rounds": len(self.samples),
+            "peak_mb": (weights + self.peak) / MB if measured else None,
+            "weights_mb": weights / MB,
+            "kv_mb": self.kv_bytes / MB if measured else None,
+            "warm_up_s": self.warm_up_s,
+            "failed": self.failed,
+            "samples": samples,
+        }
 
 
 class Compiled(Eager):
     """torch.compile around forward. The boundaries would break its graph, so only the total is timed."""
 
-    def __init__(self, row: Row, inputs: dict[str, Tensor], device: str) -> None:
-        super().__init__(row, inputs, device)
+    mode = "compile"
+
+    def first_run(self) -> Tensor:
         torch._dynamo.config.recompile_limit = 64  # rows share forward's code, each with its own specialisation
         self.compiled = torch.compile(self.model.forward, dynamic=False)
-
-    def output(self) -> Output:
         first_token(self.compiled, self.inputs)
-        (output, tokens), peak = peak_bytes(lambda: first_token(self.compiled, self.inputs), self.device)
-        return Output(output.logits[:, -1], None, tokens, cache_bytes(output.past_key_values), peak)
+        (output, _), self.peak = peak_bytes(lambda: first_token(self.compiled, self.inputs), self.device)
+        self.kv_bytes = cache_bytes(output.past_key_values)
+        return output.logits[:, -1]
 
     def run(self) -> dict[str, float | None]:
         watch = Stopwatch(self.device)
@@ -72,23 +107,30 @@ class Compiled(Eager):
         first_token(self.compiled, self.inputs, watch.mark)
         return {**dict.fromkeys(STAGES), "total_ms": watch.between("start", "end")}
 
+    def release(self) -> None:
+        self.compiled = None
+
 
 class Captured(Eager):
     """One CUDA graph. Events that are recorded outside of it are nodes inside: each replay times its own stages."""
 
-    def __init__(self, row: Row, inputs: dict[str, Tensor], device: str) -> None:
-        super().__init__(row, inputs, device)
+    mode = "graph"
+
+    def first_run(self) -> Tensor:
         self.events: dict[str, torch.cuda.Event] = {}
         # A replay allocates nothing: the memory of a captured prefill is what its capture took.
         with inserted(self.model, self.keep):
             try:
                 with watched(self.model, self._mark):
-                    _, self.peak = peak_bytes(self._capture, device)
+                    _, self.peak = peak_bytes(self._capture, self.device)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # a driver that cannot record events inside a graph: the total is worth having alone
                 self.events.clear()
-                _, self.peak = peak_bytes(self._capture, device)
+                _, self.peak = peak_bytes(self._capture, self.device)
+        logits = self._call()
+        self.features, self.kv_bytes = self.image_tokens(), cache_bytes(self.runner.cache)
+        return logits.clone()
 
     def _capture(self) -> None:
         from llava_integration import PrefillRunner
@@ -106,11 +148,6 @@ class Captured(Eager):
     def _call(self) -> Tensor:
         return self.runner(self.inputs["input_ids"], self.inputs["pixel_values"])
 
-    def output(self) -> Output:
-        logits = self._call()
-        tokens, kv = logits.argmax(-1).tolist(), cache_bytes(self.runner.cache)
-        return Output(logits.clone(), self.features(), tokens, kv, self.peak)
-
     def run(self) -> dict[str, float | None]:
         watch = Stopwatch(self.device)
         synchronize(self.device)
@@ -125,5 +162,8 @@ class Captured(Eager):
         except (ValueError, RuntimeError):  # no events inside the graph, or a driver that does not time them
             return {**dict.fromkeys(STAGES), "total_ms": watch.between("start", "end")}
 
+    def release(self) -> None:
+        self.runner = self.embeds = None
 
-MODES = {"eager": Eager, "graph": Captured, "compile": Compiled}
+
+MODES = {cell.mode: cell for cell in (Eager, Captured, Compiled)}

@@ -9,89 +9,29 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 from .. import agreement, results
 from ..command import Progress
-from ..meters import MB, weight_bytes
 from ..roofline import measure_ceilings
-from ..stats import spread_percent
 from . import models
 from .floors import with_floor
-from .modes import MODES, Eager, Output
+from .modes import MODES, Eager
 from .presets import Point, first_line, points, shortage
 from .speedup import compare_rows, refusal, speedup_field
-from .stages import STAGES
 
 # row -> the row whose outputs it must repeat
-TWINS = {
-    "llava-stf/fused": "llava-stf/reference",
-    "llava-1.5-skip/mlp2x": "llava-1.5/mlp2x",
-}
+TWINS = {"llava-stf/fused": "llava-stf/reference", "llava-1.5-skip/mlp2x": "llava-1.5/mlp2x"}
 BROKEN = "does not work here"
-
-
-@dataclass
-class Cell:
-    """One row at one point in one mode, with every raw sample."""
-
-    row: models.Row
-    point: Point
-    mode: str
-    device: str
-    failed: str | None = None
-    run: Eager | None = None
-    output: Output | None = None
-    warm_up_s: float | None = None
-    samples: list[dict[str, float | None]] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The row of prefill.json: medians, and beside them the samples they come from."""
-        row, output, weights = self.row, self.output, weight_bytes(self.row.module)
-        samples = {name: [sample[name] for sample in self.samples] for name in (*STAGES, "total_ms")}
-        times = {name: median(series) if series and None not in series else None for name, series in samples.items()}
-        total, projector = times["total_ms"], times["projector_ms"]
-        found = {"model": row.model, "projector": row.projector, "mode": self.mode, **self.point._asdict(), **times}
-        return found | {
-            "image_tokens": self.point.images * row.image_tokens,
-            "projector_share": projector / total if total and projector is not None else None,
-            "spread_percent": spread_percent(samples["total_ms"]) if self.samples else None,
-            "rounds": len(self.samples),
-            "peak_mb": (weights + output.peak_bytes) / MB if output else None,
-            "weights_mb": weights / MB,
-            "kv_mb": output.kv_bytes / MB if output else None,
-            "warm_up_s": self.warm_up_s,
-            "failed": self.failed,
-            "samples": samples,
-        }
 
 
 def is_broken(row: dict[str, Any]) -> bool:
     """Whether a row of a result ended in an error that it should not. torch.compile is a mode where it works."""
     return row["mode"] != "compile" and BROKEN in (row["failed"] or "")
-
-
-def warm_up(cell: Cell, inputs: dict[str, torch.Tensor]) -> None:
-    """The first run is watched for memory and for its outputs; two more follow on a GPU."""
-    start = time.monotonic()
-    try:
-        cell.run = MODES[cell.mode](cell.row, inputs, cell.device)
-        cell.output = cell.run.output()
-        for _ in range(2 if cell.device == "cuda" else 0):
-            cell.run.run()
-        cell.warm_up_s = time.monotonic() - start
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        cell.failed, cell.run = f"does not fit into memory ({first_line(error)})", None
-        free(cell.device)
-    except Exception as error:  # a defect of one row must not cost the others'
-        traceback.print_exc()
-        cell.failed, cell.run = f"{cell.mode} {BROKEN} ({first_line(error)})", None
 
 
 def free(device: str) -> None:
@@ -101,46 +41,23 @@ def free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def agreements(cells: list[Cell], eager: dict[str, Output]) -> list[dict[str, Any]]:
+def agreements(cells: list[Eager], eager: list[Eager]) -> list[dict[str, Any]]:
     """Twins against each other; in other modes also each row against its own eager outputs.
 
     Image features are read where they end, in the language model's inputs_embeds. So insertion is compared too, and a
     captured prefill, whose logits alone would hide a small error behind a whole language model.
     """
-    outputs = {cell.row.name: cell.output for cell in cells if cell.output is not None}
-    pairs = [(f"{a} against {b}", outputs.get(a), outputs.get(b), agreement.FEATURES) for a, b in TWINS.items()]
-    if cells[0].mode != "eager":
-        across = agreement.ACROSS
-        pairs += [(f"{name} against its eager run", ours, eager.get(name), across) for name, ours in outputs.items()]
+    ours, known = ({cell.row.name: cell for cell in group if cell.ready} for group in (cells, eager))
+    pairs = [(f"{a} against {b}", ours.get(a), ours.get(b), agreement.FEATURES) for a, b in TWINS.items()]
+    pairs += [(f"{name} against its eager run", ours[name], known.get(name), agreement.ACROSS) for name in ours]
     checks, where = [], f"{cells[0].point}, {cells[0].mode}"
-    for title, ours, theirs, bounds in pairs:
-        if ours is None or theirs is None:
+    for title, a, b, bounds in pairs:
+        if a is None or b is None or a is b:
             continue
-        if ours.features is not None and theirs.features is not None:
-            name = f"image features, {title}, {where}"
-            checks.append(agreement.compare(name, ours.features, theirs.features, bounds))
-        checks.append(agreement.compare(f"logits, {title}, {where}", ours.logits, theirs.logits, agreement.LOGITS))
+        if a.features is not None and b.features is not None:
+            checks.append(agreement.compare(f"image features, {title}, {where}", a.features, b.features, bounds))
+        checks.append(agreement.compare(f"logits, {title}, {where}", a.logits, b.logits, agreement.LOGITS))
     return checks
-
-
-def take_round(cells: list[Cell], index: int) -> None:
-    """Every row once, in an order that rotates."""
-    running = [cell for cell in cells if cell.run]
-    shift = index % len(running)
-    for cell in running[shift:] + running[:shift]:
-        cell.samples.append(cell.run.run())
-
-
-def take_rounds(take: Callable[[int], None], *, fewest: int, most: int, until: float) -> int:
-    """At least `fewest` rounds, at most `most`, none begun that would end after `until`; how many there were."""
-    longest = 0.0
-    for index in range(most):
-        start = time.monotonic()
-        if index >= fewest and start + longest > until:
-            return index
-        take(index)
-        longest = max(longest, time.monotonic() - start)
-    return most
 
 
 class Run:
@@ -153,8 +70,7 @@ class Run:
         self.plan = [(mode, point) for point in points(args, args.preset) for mode in args.modes]
         self.fewest, self.most = (args.rounds, args.rounds) if args.rounds else (2, 20 if self.gpu else 6)
         self.process = models.image_processor(self.preset)
-        self.cells: list[Cell] = []
-        self.eager: dict[Point, dict[str, Output]] = {}
+        self.cells: list[Eager] = []
         tf32 = torch.backends.cuda.matmul.allow_tf32
         self.result = results.describe("prefill", device) | {
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -174,24 +90,20 @@ class Run:
         results.write(self.path, self.result)
 
     def measure(self) -> None:
-        self.bar = Progress(2 + len(self.plan) * ((5 if self.args.full else 3) + self.most))
-        notes, longest = self.result["notes"], 0.0
+        self.bar, complete = Progress(2 + len(self.plan) * ((5 if self.args.full else 3) + self.most)), True
         with self.bar, torch.no_grad():
             self.bar.step("measuring the ceilings of this device")
             self.ceilings = measure_ceilings(self.device, self.dtype)
             self.build()
             for index, (mode, point) in enumerate(self.plan):
-                start, later = time.monotonic(), len(self.plan) - index - 1
-                if index and start + longest > self.until:
-                    why = "not measured, the time budget ended before; --budget SECONDS raises it"
-                    notes.append(f"{mode}, {point}: {why}")
+                if index and time.monotonic() > self.until:
+                    complete, why = False, "not measured, the time budget ended before; --budget SECONDS raises it"
+                    self.result["notes"].append(f"{mode}, {point}: {why}")
                     continue
                 cells = self.warm_up(mode, point)
                 now = time.monotonic()
-                longest = max(longest, now - start)
-                # What is left is shared out evenly, after the warm-ups that are still to come.
-                self.rounds(cells, now + (self.until - now - later * longest) / (later + 1))
-        self.result["complete"] = not any("not measured" in note for note in notes)
+                self.rounds(cells, now + (self.until - now) / (len(self.plan) - index))
+        self.result["complete"] = complete
         self.save()
 
     def build(self) -> None:
@@ -207,51 +119,56 @@ class Run:
         # From here on dense random weights: the warm start's zeros could run faster than a trained projector.
         models.randomise(fresh.multi_modal_projector, 1)
 
-    def warm_up(self, mode: str, point: Point) -> list[Cell]:
+    def warm_up(self, mode: str, point: Point) -> list[Eager]:
         pixels = self.process(self.args.image, point.batch * point.images)
 
         @functools.cache
         def inputs(image_tokens: int) -> dict[str, torch.Tensor]:
             return models.build_inputs(self.preset, pixels, point, image_tokens, device=self.device, dtype=self.dtype)
 
-        too_large = None
         # Only on a CPU: there running out of memory ends the process.
-        if not self.gpu and (short := shortage(self.preset.activation_bytes(point, 4), self.device)):
-            too_large = f"does not fit into memory (about {short[0]} needed, {short[1]} free)"
-        cells = [Cell(row, point, mode, self.device, too_large) for row in self.rows]
-        self.cells += cells
+        short = None if self.gpu else shortage(self.preset.activation_bytes(point, 4), self.device)
+        cells = [MODES[mode](row, point, self.device) for row in self.rows]
         for cell in cells:
             self.bar.step(f"{mode}, {point}: warm-up of {cell.row.name}")
-            if mode == "compile" and time.monotonic() > self.until:
-                cell.failed = cell.failed or "not compiled, the time budget ended before"
-            if not cell.failed:
-                warm_up(cell, inputs(cell.row.image_tokens))
-        self.result["checks"] += agreements(cells, self.eager.get(point, {}))
-        if mode == "eager":
-            self.eager[point] = {cell.row.name: cell.output for cell in cells if cell.output is not None}
+            try:
+                if short:
+                    raise MemoryError(f"about {short[0]} needed, {short[1]} free")
+                cell.warm_up(inputs(cell.row.image_tokens))
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                cell.failed = f"does not fit into memory ({first_line(error)})"
+                free(self.device)
+            except Exception as error:  # a defect of one row must not cost the others'
+                traceback.print_exc()
+                cell.failed = f"{mode} {BROKEN} ({first_line(error)})"
+        known = [cell for cell in self.cells if (cell.mode, cell.point) == ("eager", point)]
+        self.result["checks"] += agreements(cells, known)
+        self.cells += cells
         self.publish()
         return cells
 
-    def rounds(self, cells: list[Cell], until: float) -> None:
-        mode, point = cells[0].mode, cells[0].point
-        if not any(cell.run for cell in cells):
-            return
-
-        def take(index: int) -> None:
-            self.bar.step(f"{mode}, {point}: round {index + 1} of {self.most}")
-            take_round(cells, index)
+    def rounds(self, cells: list[Eager], until: float) -> None:
+        """No round begins that would end after `until`, once there are `fewest`."""
+        where, running, longest, taken = f"{cells[0].mode}, {cells[0].point}", [c for c in cells if c.ready], 0.0, 0
+        while running and taken < self.most:
+            start = time.monotonic()
+            if taken >= self.fewest and start + longest > until:
+                planned = f"{taken} rounds fitted into the time budget, {self.most} were planned"
+                self.result["notes"].append(f"{where}: {planned}; --budget SECONDS or --rounds N takes more")
+                break
+            self.bar.step(f"{where}: round {taken + 1} of {self.most}")
+            shift = taken % len(running)
+            for cell in running[shift:] + running[:shift]:
+                cell.samples.append(cell.run())
+            taken += 1
             if not self.gpu:  # others use a CPU too, and a ceiling is what it does when they do not
                 self.ceilings = self.ceilings.raised(measure_ceilings(self.device, self.dtype))
             self.publish()
-
-        taken = take_rounds(take, fewest=self.fewest, most=self.most, until=until)
+            longest = max(longest, time.monotonic() - start)
         if self.gpu:  # right behind the work: before it, a GPU idles at a clock of its own
             self.result["clocks_mhz"].append(results.clock_mhz())
-        if taken < self.most:
-            planned = f"{taken} rounds fitted into the time budget, {self.most} were planned"
-            self.result["notes"].append(f"{mode}, {point}: {planned}; --budget SECONDS or --rounds N takes more")
         for cell in cells:
-            cell.run = None
+            cell.release()
         free(self.device)
 
     def publish(self) -> None:

@@ -26,15 +26,14 @@ def write_report(files: list[Path], out: Path) -> tuple[Path, str | None]:
     out.mkdir(parents=True, exist_ok=True)
     note, sections = None if charts.available() else charts.NO_MATPLOTLIB, []
     for index, (file, result) in enumerate(zip(files, results, strict=True)):
-        drawn = {} if note else charts.draw_all(result)
-        for name, (png, _) in drawn.items():
-            # Several runs side by side: the second one's charts must not overwrite the first one's.
-            (out / (f"{name}-{index + 1}.png" if len(files) > 1 else f"{name}.png")).write_bytes(png)
         # The folder is the device's name in most runs; the rest of the path is nobody's business but the machine's.
-        name = "/".join(file.resolve().parts[-2:]) if len(files) > 1 else file.name
-        images = [(base64.b64encode(png).decode(), says) for png, says in drawn.values()]
+        name, image = "/".join(file.resolve().parts[-2:]) if len(files) > 1 else file.name, None
+        if result["kind"] == "prefill" and not note and (png := charts.stages(result)):
+            # Several runs: the second one's chart must not overwrite the first one's.
+            (out / (f"stages-{index + 1}.png" if len(files) > 1 else "stages.png")).write_bytes(png)
+            image = base64.b64encode(png).decode()
         shown = {"prefill": prefill, "kernels": kernels, "tests": tests}[result["kind"]](result)
-        sections.append({"name": name, "result": result, "images": images, **shown})
+        sections.append({"name": name, "result": result, "image": image, **shown})
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     text = environment.get_template("page.html.j2").render(sections=sections, note=note)
     path = out / "report.html"
