@@ -1,8 +1,4 @@
-"""What the commands share: values checked before torch is imported, progress, tables, and an exit without a traceback.
-
-130   interrupted (Ctrl-C), wherever that met it, an import included
-141   whoever read the output has gone: `... | head`; files were written before anything was printed
-"""
+"""What the commands share: values checked before torch is imported, progress, tables, an exit without a traceback."""
 
 import argparse
 import io
@@ -16,7 +12,7 @@ from typing import NoReturn
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """End the process with the status of `main`."""
+    """End the process with the status of `main`, 130 when interrupted, 141 when whoever read the output has gone."""
     try:
         status = main()
         sys.stdout.flush()

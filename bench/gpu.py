@@ -4,10 +4,8 @@
     kernels.json   python -m bench.kernels
     prefill.json   python -m bench.prefill --preset 7b, eager and captured
 
-Each part is a process with a time limit, its file is written as it measures, and a part that fails or hangs does not
-take the others with it. The files go to bench/results/<device-slug>/, or to $OUT/<device-slug>/ where OUT is set.
-Exit codes: 0 every part passed, 1 a part did not, 2 no GPU. Needs only what the machine has; the commit comes from
-STF_COMMIT where there is no .git.
+The files go to bench/results/<device-slug>/, or to $OUT/<device-slug>/; a part that fails or hangs does not take the
+others with it. Exit codes: 0 every part passed, 1 a part did not, 2 no GPU. The commit is STF_COMMIT without a .git.
 """
 
 import argparse
@@ -30,8 +28,8 @@ from .results import ROOT
 
 NAME = "bench.gpu"
 PYTHON = [sys.executable, "-m"]
-# Tests first, because a number from a wrong kernel is worth nothing. What a part leaves, the later ones share.
-SHARE = {"tests": 150.0, "kernels": 230.0, "prefill": 165.0}
+# Tests first, because a number from a wrong kernel is worth nothing.
+SECONDS = {"tests": 150.0, "kernels": 230.0, "prefill": 165.0}
 MEASURED = {
     "kernels": ["--batch", "1", "8", "--dtype", "bfloat16"],
     "prefill": ["--preset", "7b", "--full", "--modes", "eager", "graph"],
@@ -44,10 +42,9 @@ WORKERS = max(1, min(6, (os.cpu_count() or 1) // 2))
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Tests and measurements on this GPU.")
-    parser.add_argument("--only", nargs="+", choices=SHARE, default=SHARE, help="parts to run; default: all")
+    parser.add_argument("--only", nargs="+", choices=SECONDS, default=SECONDS, help="parts to run; default: all")
     parser.add_argument("--scale", type=command.positive_float, default=1.0, metavar="F", help="of every time budget")
     args = parser.parse_args(argv)
-    until = time.monotonic() + sum(SHARE.values()) * args.scale
     try:
         import torch
     except ImportError:
@@ -59,10 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if results.commit() == "unknown":
         print("STF_COMMIT is not set and there is no .git: the files will not say what was measured", file=sys.stderr)
-    wanted, ended = [name for name in SHARE if name in args.only], []
-    for index, name in enumerate(wanted):
-        began = time.monotonic()
-        seconds = share_of(until - began, wanted[index:])
+    ended = []
+    for name in [name for name in SECONDS if name in args.only]:
+        began, seconds = time.monotonic(), args.scale * SECONDS[name]
         try:
             passed, said = tests(folder, seconds) if name == "tests" else measured(name, folder, seconds)
         except Exception as error:  # a mistake in this program must not cost the parts behind it
@@ -72,11 +68,6 @@ def main(argv: list[str] | None = None) -> int:
     for passed, said in ended:
         print(f"  {'passed' if passed else 'FAILED'}  {said}")
     return 0 if all(passed for passed, _ in ended) else 1
-
-
-def share_of(left: float, parts: Sequence[str]) -> float:
-    """Seconds for the first of the parts that are still to run."""
-    return max(0.0, left) * SHARE[parts[0]] / sum(SHARE[name] for name in parts)
 
 
 def run_limited(arguments: Sequence[str], seconds: float) -> int | None:

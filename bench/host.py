@@ -1,9 +1,7 @@
 """Host time of an eager call, ours against the reference module's: what the operators and the dispatch add.
 
-    python -m bench.host [--json FILE]
-
 Tensors so small that the arithmetic is nothing: what is left is Python. Each pair is timed in turns, by
-torch.utils.benchmark on one thread: `us` is the median of the blocks, `ratio` the median of reference_us / us.
+torch.utils.benchmark on one thread: `us` is the median of the turns, `ratio` that of reference_us / us.
 """
 
 import argparse
@@ -12,10 +10,8 @@ from statistics import median
 from typing import Any
 
 from . import command
-from .command import number
 
 NAME = "bench.host"
-TURNS = 15
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
@@ -28,8 +24,7 @@ def cases(device: str) -> Iterator[tuple[str, bool, Pair]]:
 
     blocks, grid = [torch.randn(1, 16, 16, device=device) for _ in range(8)], (4, 4)
     concat, merge = (torch.randn(16, width, device=device) for width in (128, 64))
-    ours = stf_kernels.CompactTokenProjector(8, 16, 16, device=device)
-    theirs = reference.CompactTokenProjector(8, 16, 16, device=device)
+    ours, theirs = (p.CompactTokenProjector(8, 16, 16, device=device) for p in (stf_kernels, reference))
     theirs.load_state_dict(ours.state_dict())
 
     def pair(call: Callable[[Any, Any], Any]) -> Pair:
@@ -41,7 +36,7 @@ def cases(device: str) -> Iterator[tuple[str, bool, Pair]]:
     yield "chain forward+backward", True, pair(lambda _, projector: projector(blocks).sum().backward())
 
 
-def measure(device: str, turns: int = TURNS) -> list[dict[str, Any]]:
+def measure(device: str, turns: int = 15) -> list[dict[str, Any]]:
     """In turns, so that a machine that is busier for a while slows both."""
     import torch
     from torch.utils.benchmark import Timer
@@ -52,7 +47,7 @@ def measure(device: str, turns: int = TURNS) -> list[dict[str, Any]]:
             timers = [Timer("call()", globals={"call": call}, num_threads=1) for call in pair]
             loops = max(10, int(2e-3 / timers[0].timeit(20).median))
             samples = [[1e6 * timer.timeit(loops).median for timer in timers] for _ in range(turns)]
-        ours, theirs = (median(series) for series in zip(*samples, strict=True))
+        ours, theirs = map(median, zip(*samples, strict=True))
         ratio = median(reference / own for own, reference in samples)
         rows.append({"what": what, "us": ours, "reference_us": theirs, "ratio": ratio})
     return rows
@@ -70,9 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     result = {**results.describe("host", device), "rows": measure(device), "complete": True}
     path = args.json or results.results_folder(device) / "host.json"
     results.write(path, result)
-    shown = [[r["what"], number(r["us"]), number(r["reference_us"]), f"{r['ratio']:.2f}x"] for r in result["rows"]]
-    print(f"{result['device']}, one thread\n\n{command.table(('host time of', 'us', 'reference us', 'ratio'), shown)}")
-    print(f"\n{path}")
+    shown = [[r["what"], *(f"{r[name]:.2f}" for name in ("us", "reference_us", "ratio"))] for r in result["rows"]]
+    print(f"{result['device']}\n\n{command.table(('host time', 'us', 'reference us', 'ratio'), shown)}\n\n{path}")
     return 0
 
 

@@ -1,9 +1,7 @@
 """The stopwatch, and the peak memory of one call above what was allocated before it.
 
-Time     on a GPU device events, nothing waits between them; on a CPU the host's clock
-Memory   GPU   torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() before the call
-         CPU   the highest running sum of all that torch's CPU allocator reports to the profiler (scratch inside an
-               operator included; oneDNN's own buffers are not torch's and are not seen)
+Memory on a CPU is the highest running sum of all that torch's allocator reports to the profiler: scratch inside an
+operator included; oneDNN's own buffers are not torch's and are not seen.
 """
 
 import json
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 T = TypeVar("T")
 MB = 2**20
@@ -75,14 +72,6 @@ def highest_sum(events: list[tuple[float, int]]) -> int:
         total += size
         peak = max(peak, total)
     return peak
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Parameters and buffers, a shared storage counted once."""
-    storages = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
 
 
 def available_bytes(device: str) -> int | None:

@@ -1,8 +1,5 @@
 """What is said about samples: their median, their spread, and of two series taken side by side the ratio.
 
-    spread     (p90 - p10) / median, linear interpolation between order statistics
-    speed-up   median over rounds of  baseline[round] / other[round],  with p10 and p90
-
 No mean: one descheduled run would move it, and nobody could see that it did.
 """
 

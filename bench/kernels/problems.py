@@ -65,6 +65,7 @@ def random_blocks(sizes: Sizes, batch: int, *, device: str, dtype: torch.dtype) 
     return [torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(sizes.blocks)]
 
 
+@torch.no_grad()
 def build_projector(sizes: Sizes, module: Callable[..., nn.Module], *, device: str, dtype: torch.dtype) -> nn.Module:
     """A CompactTokenProjector of `module` whose weights keep the variance of their input near one."""
     widths, factory = (sizes.blocks, sizes.dim, sizes.out_dim), {"device": device, "dtype": dtype}

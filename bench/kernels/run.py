@@ -1,24 +1,33 @@
-"""Steps in their order: operands, float64, agreement, time; one row for every provider."""
+"""Steps in their order: operands, float64, agreement, time; one row for every provider.
+
+    us        the call captured as a CUDA graph; the host queues flush, event, replay, event far ahead of the device
+    us_eager  the call as it is: the device is idle when it begins, so launches and gaps between kernels count
+
+Before either the L2 is flushed (stf_kernels/tune/timing.py). On a CPU only us_eager remains, with warm caches.
+"""
 
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stf_kernels.tune.timing import Flush
+from stf_kernels.tune.timing import Flush, capture, replay
 
 from .. import results, roofline
 from ..agreement import relative_error
 from ..command import Progress
-from ..meters import MB, peak_bytes
-from .coldtime import time_call
+from ..meters import MB, Stopwatch, peak_bytes, synchronize
+from ..stats import spread_percent
 from .problems import LLAVA, PRODUCTS, SMALL, Operands, merge
 from .providers import PROVIDERS, Provider, of_stage
+
+WARM_UP = 3
 
 
 class Run:
@@ -110,3 +119,32 @@ class Run:
             work = self.sizes.work(part, batch, 4 if dtype == "float32" else 2)
             total += 1e6 * count * self.ceilings.seconds(work)
         return total
+
+
+def time_call(call: Callable[[], Any], device: str, flush: Flush, *, seconds: float) -> dict[str, Any]:
+    """Microseconds, 5 to 100 repeats each way within about `seconds`; what cannot be captured says why."""
+    for _ in range(WARM_UP):
+        call()
+    times, repeats = {"us": None, "samples": [], "not_captured": None}, 10
+    if device.startswith("cuda"):
+        try:
+            graph = capture(call)
+        except RuntimeError as error:
+            times["not_captured"] = f"not captured: {(str(error).splitlines() or [''])[0][:200]}"
+        else:
+            begin = time.perf_counter()
+            replay(graph, flush, 5)
+            repeats = min(100, max(5, int(5 * seconds / 2 / (time.perf_counter() - begin))))
+            samples = replay(graph, flush, repeats)
+            times |= {"us": median(samples), "samples": samples, "spread_percent": spread_percent(samples)}
+    return {**times, "us_eager": median(_eager(call, device, flush) for _ in range(repeats))}
+
+
+def _eager(call: Callable[[], Any], device: str, flush: Flush) -> float:
+    watch = Stopwatch(device)
+    flush()
+    synchronize(device)
+    watch.mark("start")
+    call()
+    watch.mark("end")
+    return 1e3 * watch.between("start", "end")

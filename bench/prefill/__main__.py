@@ -1,9 +1,6 @@
 """The main job: LLaVA-1.5 at 576 image tokens against LLaVA-STF at 144, stage by stage, from a photograph.
 
-Several values of one option are measured with every value of the others. `--sweep` changes one at a time instead,
-around the first values: batch 1 to 32, 64 to 1024 text tokens, 1 to 16 images (frames) of a sequence.
-
-How it measures is in bench/METHOD.md. Exit codes: 0 measured, 1 outputs that should agree do not (no speed-up is
+Several values of one option are measured with every value of the others. How it measures is in bench/METHOD.md. Exit codes: 0 measured, 1 outputs that should agree do not (no speed-up is
 printed) or a row ended in an error, 2 bad input, 130 interrupted (the file keeps what was measured, as incomplete).
 """
 
@@ -64,7 +61,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", help="batch sizes", **many)
     add("--text", help="text tokens around the images", **many)
     add("--images", help="images, or frames, of a sequence", **many)
-    add("--sweep", action="store_true", help="one of the three at a time over a range")
     add("--json", type=command.writable_file, metavar="FILE", help="default: .work/results/<device>/prefill.json")
     add("--report", type=command.writable_folder, metavar="DIR", help="also report.html and its charts (default run)")
     add("--full", action="store_true", help="every row and column, and on a GPU all modes")
@@ -102,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         need, smallest = min((args.preset.activation_bytes(point, item), point) for point in wanted)
         if short := shortage(need + args.preset.weight_bytes(item), device):
             what = f"{'--model' if args.model else '--preset'}: {args.preset.name!r} at batch {smallest.batch}"
-            advice = f"on {device} and {short[1]} are free; use a smaller preset or a larger device"
-            return command.bad_input(NAME, f"{what} needs about {short[0]} {advice}")
+            advice = f"does not fit on {device}, {short}; use a smaller preset or a larger device"
+            return command.bad_input(NAME, f"{what} {advice}")
         return measure(args, device, began)
     except CheckpointError as error:
         return command.bad_input(NAME, f"--model: {error}")

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..meters import MB, Stopwatch, peak_bytes, synchronize, weight_bytes
+from ..meters import MB, Stopwatch, peak_bytes, synchronize
 from ..stats import spread_percent
 from .models import SKIP, Row
 from .presets import Point
-from .stages import STAGES, cache_bytes, first_token, inserted, measure, stage_times, watched
+from .stages import STAGES, cache_bytes, first_token, inserted, stage_times, watched
 
 
 class Eager:
@@ -62,14 +62,18 @@ class Eager:
 
     def run(self) -> dict[str, float | None]:
         """One timed prefill."""
-        return measure(self.model, self.inputs, self.device)
+        watch = Stopwatch(self.device)
+        synchronize(self.device)
+        with watched(self.model, watch.mark):
+            first_token(self.model, self.inputs, watch.mark)
+        return stage_times(watch)
 
     def release(self) -> None:
         self.embeds = None
 
     def as_dict(self) -> dict[str, Any]:
         """The row of prefill.json: medians, and beside them the samples they come from."""
-        row, weights, measured = self.row, weight_bytes(self.row.module), self.logits is not None
+        row, weights, measured = self.row, sum(p.nbytes for p in self.model.parameters()), self.logits is not None
         samples = {name: [sample[name] for sample in self.samples] for name in (*STAGES, "total_ms")}
         times = {name: median(series) if series and None not in series else None for name, series in samples.items()}
         total, projector = times["total_ms"], times["projector_ms"]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)  # LLaVA-STF's, of a tower of 24 layers, deepest first
-SWEEP = {"batch": (1, 2, 4, 8, 16, 32), "text": (64, 256, 1024), "images": (1, 4, 16)}
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336}
 CLIP_TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "image_size": 56}
 # name -> width, MLP width, layers, heads and vocabulary of the language model, the tower, batch sizes, text tokens
@@ -118,22 +117,16 @@ def preset_of(folder: Path) -> Preset:
 
 
 def points(args: argparse.Namespace, preset: Preset) -> list[Point]:
-    """In the order they are measured: of a sweep, the first point is part of each line."""
-    batches, texts = args.batch or list(preset.batches), args.text or [preset.text_tokens]
-    images = args.images or [1]
-    if not args.sweep:
-        return list(itertools.starmap(Point, itertools.product(batches, texts, images)))
-    lines = [Point(b, texts[0], images[0]) for b in args.batch or SWEEP["batch"]]
-    lines += [Point(batches[0], t, images[0]) for t in args.text or SWEEP["text"]]
-    lines += [Point(batches[0], texts[0], i) for i in args.images or SWEEP["images"]]
-    return list(dict.fromkeys(lines))
+    """Every value of one option with every value of the others, in the order they are measured."""
+    values = args.batch or preset.batches, args.text or [preset.text_tokens], args.images or [1]
+    return list(itertools.starmap(Point, itertools.product(*values)))
 
 
-def shortage(need: int, device: str) -> tuple[str, str] | None:
-    """GiB that are needed and free, where the first is more."""
+def shortage(need: int, device: str) -> str | None:
+    """What is needed and free, where the first is more."""
     from ..meters import available_bytes
 
     available = available_bytes(device)
-    return (
-        None if available is None or need <= available else (f"{need / 2**30:.1f} GiB", f"{available / 2**30:.1f} GiB")
-    )
+    if available is None or need <= available:
+        return None
+    return f"about {need / 2**30:.1f} GiB needed, {available / 2**30:.1f} GiB free"

@@ -133,7 +133,7 @@ class Run:
             self.bar.step(f"{mode}, {point}: warm-up of {cell.row.name}")
             try:
                 if short:
-                    raise MemoryError(f"about {short[0]} needed, {short[1]} free")
+                    raise MemoryError(short)
                 cell.warm_up(inputs(cell.row.image_tokens))
             except (torch.OutOfMemoryError, MemoryError) as error:
                 cell.failed = f"does not fit into memory ({first_line(error)})"

@@ -3,12 +3,8 @@
     embed | vision | projector | insert | prefill | first token
           ^tower   ^projector  ^its end ^language model  ^logits  ^token id on the host
 
-    vision_ms      tower -> projector           (with the selection of hidden states)
-    projector_ms   the projector's call         (where it writes into inputs_embeds itself, that is part of it)
-    insert_ms      start -> tower, and the projector's end -> language model: embedding and insertion
-    prefill_ms     language model and head, up to the logits
-    first_token_ms argmax, and the id on the host
-    total_ms       the sum: pixel values on the device -> first token on the host
+Where the projector writes into inputs_embeds itself, that is projector time. total: pixel values on the device -> first
+token on the host, the sum of them all.
 
 A boundary is a wrapped `forward` of one submodule; of the projector, of its class. Hooks would do for the stock model,
 but an STF model that sees a hook or a forward on its projector takes the plain insertion path: a stopwatch that changes
@@ -23,7 +19,7 @@ from unittest.mock import patch
 
 from torch import Tensor, nn
 
-from ..meters import Stopwatch, synchronize
+from ..meters import Stopwatch
 
 STAGES = ("vision_ms", "projector_ms", "insert_ms", "prefill_ms", "first_token_ms")
 # start of each interval -> stage; "start" and "insert" are both embedding and insertion
@@ -53,7 +49,7 @@ def stage_times(watch: Stopwatch) -> dict[str, float]:
 def watched(model: nn.Module, mark: Mark) -> Iterator[None]:
     """Within the block, calls of the model's submodules mark the boundaries."""
     inner = model.model
-    tower, projector, language = vision_entry(inner.vision_tower), inner.multi_modal_projector, inner.language_model
+    tower, projector, language = inner.vision_tower.embeddings, inner.multi_modal_projector, inner.language_model
     forward = type(projector).forward
 
     def begin(name: str, module: nn.Module) -> Any:
@@ -88,14 +84,6 @@ def inserted(model: nn.Module, keep: Callable[[Tensor | None], None]) -> Iterato
             hook.remove()
 
 
-def vision_entry(tower: nn.Module) -> nn.Module:
-    """The tower's embeddings: the first thing that both the stock forward and a shortened loop call."""
-    for name, module in tower.named_modules():
-        if name.rsplit(".", 1)[-1] == "embeddings":
-            return module
-    raise ValueError(f"vision_tower: expected a tower with an `embeddings` module, got {type(tower).__name__}")
-
-
 def first_token(model: nn.Module, inputs: dict[str, Tensor], mark: Mark = lambda _: None) -> tuple[Any, list[int]]:
     """One prefill as `generate()` does it: all keys and values kept, logits of the last position only, greedy."""
     mark("start")
@@ -104,15 +92,6 @@ def first_token(model: nn.Module, inputs: dict[str, Tensor], mark: Mark = lambda
     token = output.logits[:, -1].argmax(-1).tolist()
     mark("end")
     return output, token
-
-
-def measure(model: nn.Module, inputs: dict[str, Tensor], device: str) -> dict[str, float]:
-    """One timed prefill. The device is idle when the clock starts."""
-    watch = Stopwatch(device)
-    synchronize(device)
-    with watched(model, watch.mark):
-        first_token(model, inputs, watch.mark)
-    return stage_times(watch)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -13,13 +13,15 @@ FLOORS = ("vision", "projector", "prefill", "total")
 def cells(result: dict[str, Any]) -> list[dict[str, str]]:
     """Column -> what it says, for every row."""
     speedups = same_mode(result["comparisons"])
+    one = None if result["refused"] else {"ratio": 1.0, "low": 1.0, "high": 1.0, "beyond_noise": True}
+    speedups |= {(BASELINE, place(row), row["mode"]): one for row in result["rows"] if row["total_ms"] is not None}
     return [_cells(row, speedups.get((label(row), place(row), row["mode"]))) for row in result["rows"]]
 
 
 def _cells(row: dict[str, Any], speedup: dict[str, Any] | None) -> dict[str, str]:
-    share, one = row["projector_share"], label(row) == BASELINE and row["total_ms"] is not None
+    share = row["projector_share"]
     found = {"model": label(row), "mode": row["mode"], "at": str(place(row)), "image tokens": str(row["image_tokens"])}
-    found |= {"total ms": number(row["total_ms"]), "speed-up": "1.00x" if one else "-", "p10 to p90": ""}
+    found |= {"total ms": number(row["total_ms"]), "speed-up": "-", "p10 to p90": ""}
     if speedup:
         found["speed-up"] = f"{speedup['ratio']:.2f}x"
         found["p10 to p90"] = f"{speedup['low']:.2f} to {speedup['high']:.2f}"

@@ -1,6 +1,5 @@
 """The chart of a prefill. matplotlib is imported here and nowhere else, when it is drawn."""
 
-import importlib.util
 import io
 from typing import Any
 
@@ -14,10 +13,6 @@ STAGES = {
     "prefill_ms": ("language model", "#5dade2"),
 }
 NO_MATPLOTLIB = "matplotlib is not installed, so there are no charts; install it with: pip install matplotlib"
-
-
-def available() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def stages(result: dict[str, Any]) -> bytes | None:

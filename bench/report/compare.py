@@ -7,71 +7,65 @@ the stricter comparison.
 
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..command import number, table
-from ..prefill.speedup import label
+from ..command import table
+from ..prefill.speedup import label, place, same_mode
 from ..results import ResultError, read
 from ..stats import ENOUGH_ROUNDS, low_high
 
-PLACE = ("mode", "batch", "text_tokens", "images")
-KEYS = {"prefill": ("model", *PLACE), "kernels": ("stage", "pass", "provider", "dtype", "batch")}
+
+class Measured(NamedTuple):
+    """A median with its p10 and p90; `lower_is_better` of times, not of speed-ups."""
+
+    value: float
+    low: float
+    high: float
+    rounds: int
+    lower_is_better: bool
 
 
 def compare(first: Path, second: Path) -> str:
     a, b = read(first), read(second)
-    kind = a["kind"]
-    if kind != b["kind"] or kind not in KEYS:
-        raise ResultError(f"--compare: expected two prefill or two kernels files, got {kind!r} and {b['kind']!r}")
+    if a["kind"] != b["kind"] or a["kind"] not in ("prefill", "kernels"):
+        raise ResultError(f"--compare: expected two prefill or two kernels files, got {a['kind']!r} and {b['kind']!r}")
     for field in ("device", "dtype", "preset", "sizes"):
         if a.get(field) != b.get(field):
             raise ResultError(
                 f"--compare: {field}: {a.get(field)!r} in {first}, {b.get(field)!r} in {second}; "
                 "a ratio of the two would say nothing about the code"
             )
-    before, after = _samples(a), _samples(b)
-    shared = [key for key in before if after.get(key) and before[key]]
-    if not shared:
+    before, after = measured(a), measured(b)
+    lines = [[*key, *difference(before[key], after[key])] for key in before if key in after]
+    if not lines:
         raise ResultError(f"--compare: {first} and {second} have no measured row in common")
-    lines = [[*map(str, key), *difference(before[key], after[key])] for key in shared]
-    unit = "ms" if kind == "prefill" else "us"
     title = f"A {first} ({a['commit'][:12]})   B {second} ({b['commit'][:12]})   {a['device']}"
-    out = [title, "", table((*KEYS[kind], f"A {unit}", f"B {unit}", "B / A", ""), lines, left=len(KEYS[kind]))]
-    if speedups := _speedups(a, b, before, after):
-        header = ("speed-up of", *PLACE, "over", "A", "B", "")
-        out += ["", table(header, speedups, left=len(header) - 3)]
-    return "\n".join(out)
+    header = ("what", "of", "at", "A [p10, p90]", "B [p10, p90]", "B / A", "")
+    return "\n".join([title, "", table(header, lines, left=3)])
 
 
-def _samples(result: dict[str, Any]) -> dict[tuple, list[float]]:
-    found = {}
+def measured(result: dict[str, Any]) -> dict[tuple[str, str, str], Measured]:
+    """(what, of, at) -> times of rows, and speed-ups."""
+    found, rounds = {}, {}
     for row in result["rows"]:
-        samples = row["samples"]["total_ms"] if result["kind"] == "prefill" else row["samples"]
-        named = {**row, "model": label(row)} if result["kind"] == "prefill" else row
-        found[tuple(named[key] for key in KEYS[result["kind"]])] = [value for value in samples if value is not None]
+        if result["kind"] == "prefill":
+            key, samples = (label(row), f"{row['mode']}, {place(row)}"), row["samples"]["total_ms"]
+            what = ("ms", *key)
+        else:
+            key, samples = (row["stage"], f"{row['pass']}, batch {row['batch']}, {row['dtype']}"), row["samples"]
+            what = (f"us of {row['provider']}", *key)
+        rounds[key] = len(samples)
+        if samples:
+            found[what] = Measured(median(samples), *low_high(samples), len(samples), True)
+    for (name, where, mode), c in same_mode(result.get("comparisons", [])).items():
+        key = name, f"{mode}, {where}"
+        found[("speed-up", *key)] = Measured(c["ratio"], c["low"], c["high"], rounds[key], False)
     return found
 
 
-def _verdict(rounds: int, apart: bool, otherwise: str) -> str:
-    return "too few rounds" if rounds < ENOUGH_ROUNDS else otherwise if apart else "within noise"
-
-
-def difference(before: list[float], after: list[float]) -> tuple[str, str, str, str]:
-    (low, high), (later_low, later_high) = low_high(before), low_high(after)
-    ratio, apart = median(after) / median(before), high < later_low or later_high < low
-    verdict = _verdict(min(len(before), len(after)), apart, "faster" if ratio < 1 else "SLOWER")
-    return number(median(before), 2), number(median(after), 2), f"{ratio:.3f}", verdict
-
-
-def _speedups(a: dict[str, Any], b: dict[str, Any], before: dict, after: dict) -> list[list[str]]:
-    def key(c: dict[str, Any]) -> tuple:
-        return c["row"], *(c[field] for field in PLACE)
-
-    theirs, lines = {(key(c), c["baseline_mode"]): c for c in b.get("comparisons", ())}, []
-    for c in a.get("comparisons", ()):
-        if other := theirs.get((key(c), c["baseline_mode"])):
-            rounds = min(len(before[key(c)]), len(after[key(c)]))
-            verdict = _verdict(rounds, c["high"] < other["low"] or other["high"] < c["low"], "DIFFERS")
-            shown = [f"{s['ratio']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in (c, other)]
-            lines.append([*map(str, key(c)), c["baseline_mode"], *shown, verdict])
-    return lines
+def difference(a: Measured, b: Measured) -> list[str]:
+    ratio, apart = b.value / a.value, a.high < b.low or b.high < a.low
+    verdict = "faster" if (ratio < 1) == a.lower_is_better else "SLOWER"
+    enough = min(a.rounds, b.rounds) >= ENOUGH_ROUNDS
+    shown = [f"{m.value:,.2f} [{m.low:,.2f}, {m.high:,.2f}]" for m in (a, b)]
+    return [*shown, f"{ratio:.3f}", "too few rounds" if not enough else verdict if apart else "within noise"]
