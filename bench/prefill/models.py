@@ -3,8 +3,8 @@
 llava-1.5       mlp2x      the model as transformers runs it
 llava-1.5-skip  mlp2x      the same without the tower layer whose output nobody reads
 llava-1.5-pool  mlp2x      the stock projector's tokens averaged 2x2
-llava-stf       reference  LLaVA-STF with the projector of reference/, plain PyTorch, its tokens inserted by a copy
-llava-stf       fused      LLaVA-STF with the projector of stf_kernels, which writes its tokens into inputs_embeds
+llava-stf       reference  LLaVA-STF with the projector of reference/, plain PyTorch
+llava-stf       fused      LLaVA-STF with the projector of stf_kernels, the same parameters
 """
 
 import copy

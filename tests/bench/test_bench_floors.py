@@ -1,0 +1,73 @@
+"""If this fails, the floors that every ratio in the tables stands on are wrong."""
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.kernels.problems import LLAVA, PRODUCTS
+from bench.prefill import models, stages
+from bench.prefill.floors import prefill_work, with_floor
+from bench.prefill.presets import Point, preset
+from bench.roofline import Ceilings, linear
+
+aten = torch.ops.aten
+H200 = Ceilings(790e12, 4.3e12, "measured on such a card")
+
+
+def test_the_projector_is_82_gflop_an_image():
+    whole = sum(LLAVA.work(product, 1, 2).flops for product in PRODUCTS)
+    assert whole == pytest.approx(82.1e9, rel=1e-3)
+    work = prefill_work(preset("7b"), "llava-stf", Point(1, 64), 2)
+    assert sum(piece.flops for piece in work["projector_ms"]) == whole
+
+
+@pytest.mark.parametrize(("batch", "microseconds"), [(1, 120), (2, 208), (8, 832), (64, 6654)])
+def test_the_projector_floors_on_a_known_card(batch, microseconds):
+    times = dict.fromkeys(("vision_ms", "projector_ms", "insert_ms", "prefill_ms", "total_ms"), 10.0)
+    row = {"model": "llava-stf", "batch": batch, "text_tokens": 64, "images": 1, **times}
+    found = with_floor(row, preset("7b"), H200, 2)
+    assert 1e3 * found["floor_ms"]["projector_ms"] == pytest.approx(microseconds, rel=0.02)
+    assert found["floor_ratio"]["total_ms"] == 10.0 / found["floor_ms"]["total_ms"]
+
+
+def test_images_of_a_sequence_are_work_for_the_tower_and_tokens_for_the_language_model():
+    one, four = (prefill_work(preset("7b"), "llava-stf", Point(2, 64, images), 2) for images in (1, 4))
+    for stage in ("vision_ms", "projector_ms"):
+        assert sum(w.flops for w in four[stage]) == 4 * sum(w.flops for w in one[stage])
+    assert sum(w.flops for w in four["prefill_ms"]) > 3 * sum(w.flops for w in one["prefill_ms"]) * 208 / 288
+
+
+def test_a_product_moves_each_operand_once_and_the_slower_of_two_ceilings_counts():
+    work = linear(2, 3, 5, 2)
+    assert (work.flops, work.bytes) == (60.0, 2 * (6 + 15 + 10))
+    assert Ceilings(60.0, 31.0, "").seconds(work) == 2.0
+    assert Ceilings(2.0, 30.0, "a").raised(Ceilings(3.0, 20.0, "b")) == Ceilings(3.0, 30.0, "a")
+
+
+def test_the_weights_that_must_fit_are_those_of_the_models():
+    sizes = preset("7b")
+    assert sizes.weight_bytes(1) == pytest.approx(6.74e9 + 0.304e9 + 0.021e9 + 0.172e9, rel=0.01)
+    more = sizes.activation_bytes(Point(2, 64), 2) / sizes.activation_bytes(Point(1, 64), 2)
+    assert more == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 2}, {"head_dim": 32}], ids=str)
+@pytest.mark.parametrize("images", [1, 2])
+def test_the_products_are_those_that_torch_counts_in_a_run(options, images):
+    """FlopCounterMode over the model itself; attention, whose kernels it does not count on a CPU, by its formula."""
+    sizes, factory = preset("tiny", **options), {"device": "cpu", "dtype": torch.float32}
+    pixels = models.image_processor(sizes)(Image.new("RGB", (56, 56)), 2 * images)
+    for row in models.build_rows(models.build_stock(sizes, **factory), sizes, full=True):
+        inputs = models.build_inputs(sizes, pixels, Point(2, 5, images), row.image_tokens, **factory)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            output = row.module(**inputs, logits_to_keep=1)
+        counts = counter.get_flop_counts()["Global"]
+        counted = sum(counts.get(op, 0) for op in (aten.mm, aten.bmm, aten.addmm, aten.convolution))
+        tokens, length, layers = 4**2 + 1, images * row.image_tokens + 5, 24 - (row.model == models.SKIP)
+        attention = 4 * 2 * images * tokens**2 * 32 * layers + 2 * 2 * length**2 * sizes.attention_widths[0] * 2
+        work = prefill_work(sizes, row.model, Point(2, 5, images), 4)
+        ours = sum(piece.flops for pieces in work.values() for piece in pieces)
+        # transformers 5.17 multiplies angles of the rotary embedding as matrices, a few hundred operations
+        assert ours == pytest.approx(counted + attention, rel=1e-4), row.name
+        assert stages.cache_bytes(output.past_key_values) == 2 * 2 * 2 * length * sizes.attention_widths[1] * 4

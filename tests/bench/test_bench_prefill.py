@@ -1,0 +1,264 @@
+"""If this fails, `make prefill` runs something else than its rows say, reports what it should refuse or loses figures."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from bench import results
+from bench.prefill import models, run, table
+from bench.prefill.__main__ import main, parse
+from bench.prefill.modes import Eager
+from bench.prefill.presets import Point, points, preset, preset_of
+from bench.prefill.speedup import label
+from bench.prefill.stages import STAGES
+from bench.report.__main__ import main as report
+from bench.roofline import Ceilings
+from llava_integration.llava_stf import LlavaStfModel
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory, tiny):
+    """All rows, and what ran in each: the projector's package, tower layers, whether it wrote in place."""
+    path, ran, measure = tmp_path_factory.mktemp("run") / "prefill.json", {}, Eager.run
+
+    def spy_run(self):
+        seen = ran.setdefault(self.row.name, {"projector": set(), "layers": set(), "in place": set()})
+        with pytest.MonkeyPatch.context() as patch:
+            projector, layers, writes = self.model.model.multi_modal_projector, [], []
+            seen["projector"].add(type(getattr(projector, "stf", projector)).__module__.split(".")[0])
+            for layer in self.model.model.vision_tower.encoder.layers:
+                patch.setattr(layer, "forward", lambda *a, f=layer.forward, **k: layers.append(1) or f(*a, **k))
+            write = LlavaStfModel._write_images
+            patch.setattr(LlavaStfModel, "_write_images", lambda *a: writes.append(1) or write(*a))
+            times = measure(self)
+        seen["layers"].add(len(layers))
+        seen["in place"].add(bool(writes))
+        return times
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Eager, "run", spy_run)
+        status = main([*tiny, "--full", "--rounds", "3", "--json", str(path)])
+    return status, results.read(path), ran, path
+
+
+def test_five_rows_are_measured_and_agree(full_run):
+    status, result = full_run[:2]
+    assert status == 0
+    assert result["complete"]
+    rows = [("llava-1.5/mlp2x", 16), ("llava-1.5-skip/mlp2x", 16), ("llava-1.5-pool/mlp2x", 4)]
+    rows += [("llava-stf/reference", 4), ("llava-stf/fused", 4)]
+    assert [(label(row), row["image_tokens"]) for row in result["rows"]] == rows
+    assert len(result["checks"]) == 1 + 2 * 2  # the warm start; features and logits of two twins
+    assert all(check["agrees"] for check in result["checks"])
+    assert len(result["speedup"]) == 4
+    assert "llava-stf/fused eager over llava-1.5/mlp2x eager, batch 1, text 8" in result["speedup"]
+
+
+def test_each_row_runs_what_it_says_and_the_stopwatch_changes_nothing(full_run):
+    seen = full_run[2]
+    for name, package in (("reference", "reference"), ("fused", "stf_kernels")):
+        assert seen[f"llava-stf/{name}"] == {"projector": {package}, "layers": {24}, "in place": {True}}
+    assert seen["llava-1.5/mlp2x"]["layers"] == seen["llava-1.5-pool/mlp2x"]["layers"] == {24}
+    assert seen["llava-1.5-skip/mlp2x"]["layers"] == {23}
+
+
+def test_every_row_has_times_memory_and_its_samples(full_run):
+    rows = {label(row): row for row in full_run[1]["rows"]}
+    for row in rows.values():
+        assert row["rounds"] == len(row["samples"]["total_ms"]) == 3
+        for index, total in enumerate(row["samples"]["total_ms"]):
+            assert sum(row["samples"][stage][index] for stage in STAGES) == pytest.approx(total)
+        assert row["peak_mb"] > row["weights_mb"] > 0
+        assert row["projector_share"] == row["projector_ms"] / row["total_ms"]
+        image = row["image_tokens"]
+        # 2 (keys, values) * 2 layers * tokens * 64 channels * 4 bytes
+        assert row["kv_mb"] * 2**20 == 2 * 2 * (image + 8) * 64 * 4
+    floors = {name: row["floor_ms"]["vision_ms"] for name, row in rows.items()}
+    assert floors["llava-1.5-skip/mlp2x"] < floors["llava-stf/fused"] == floors["llava-1.5/mlp2x"]
+
+
+def test_the_terminal_says_what_matters_first_and_how_to_get_more_rounds(full_run):
+    result = full_run[1]  # of three rounds
+    printed = table.report(result, full=False).splitlines()
+    header = next(line for line in printed if line.startswith("model"))
+    assert re.split(r"\s{2,}", header)[:4] == ["model", "image tokens", "total ms", "speed-up"]
+    assert max(map(len, printed[: printed.index(header) + 7])) <= 120
+    [note] = [line for line in printed if line.startswith("note: fewer than 4 rounds")]
+    assert "--rounds 4" in note
+    assert all(f"{label(row)} eager" in note for row in result["rows"][1:])
+    assert "peak MB" in table.report(result, full=True)
+
+
+def test_two_runs_are_compared_row_by_row(full_run, tmp_path, capsys, tiny):
+    path = tmp_path / "again.json"
+    assert main([*tiny, "--rounds", "4", "--json", str(path)]) == 0
+    capsys.readouterr()
+    assert report(["--compare", str(full_run[3]), str(path)]) == 0
+    assert capsys.readouterr().out.count("too few rounds") == 3 + 2  # rows and speed-ups; three rounds there, four here
+    assert report(["--compare", str(path), str(path)]) == 0
+    assert capsys.readouterr().out.count("within noise") == 3 + 2
+
+
+def test_a_checkpoint_takes_the_place_of_a_preset(tmp_path):
+    folder = tmp_path / "small-llava"
+    stock = models.build_stock(preset("tiny", num_key_value_heads=2), device="cpu", dtype=torch.float32)
+    stock.save_pretrained(folder)
+    arguments = ["--model", str(folder), "--device", "cpu", "--rounds", "1", "--text", "5"]
+    assert main([*arguments, "--json", str(tmp_path / "x.json"), "--report", str(tmp_path)]) == 0
+    result = results.read(tmp_path / "x.json")
+    assert (result["preset"], result["weights"].split(",")[0]) == ("small-llava", "small-llava")
+    assert len(result["speedup"]) == 2
+    assert "small-llava" in (tmp_path / "report.html").read_text()
+    assert preset_of(folder).attention_widths == (64, 32)
+
+
+def test_every_value_is_measured_with_every_other():
+    args = parse(["--batch", "1", "8", "--images", "1", "4"])
+    assert points(args, preset("7b")) == [Point(1, 64, 1), Point(1, 64, 4), Point(8, 64, 1), Point(8, 64, 4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vision_feature_layer": [-2, -5]}, "expected vision_feature_layer -2"),
+        ({"vision_feature_select_strategy": "full"}, "expected vision_feature_layer -2"),
+        ({"text_config": 3}, "text_config"),
+        ({"vision_config": {"image_size": 70, "patch_size": 14}}, "a grid that 2x2 windows divide"),
+        (None, "cannot be loaded"),
+    ],
+)
+def test_half_a_checkpoint_is_an_error_without_a_traceback(change, words, tmp_path, capsys):
+    models.build_stock(preset("tiny"), device="cpu", dtype=torch.float32).save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if change is None:
+        weights.write_bytes(weights.read_bytes()[:5000])
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    assert main(["--model", str(tmp_path), "--device", "cpu", "--json", str(tmp_path / "x.json")]) == 2
+    error = capsys.readouterr().err
+    assert "error: --model:" in error
+    assert words in error
+
+
+def test_a_size_that_cannot_fit_is_refused_from_its_numbers(monkeypatch, capsys):
+    monkeypatch.setattr("bench.meters.available_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr("bench.prefill.models.build_stock", lambda *_, **__: pytest.fail("loaded all the same"))
+    assert main(["--preset", "13b", "--device", "cpu", "--batch", "8", "2"]) == 2
+    words = r"--preset: '13b' at batch 2 does not fit on cpu, about \d+\.\d GiB needed, 1\.0 GiB free; use a smaller"
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_modes_and_devices_that_are_not_here_are_refused(capsys):
+    assert main(["--preset", "tiny", "--device", "cpu", "--modes", "graph"]) == 2
+    assert "'graph' needs a GPU" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["--device", "cuda"]) == 2
+        assert "torch sees no GPU; use --device cpu" in capsys.readouterr().err
+
+
+def patched_first_run(monkeypatch, name, change):
+    """`change` of what the row `name` leaves; or the error that it ends in."""
+    original = Eager.first_run
+
+    def first_run(self):
+        logits = original(self)
+        if self.row.name == name:
+            change(self)
+        return logits
+
+    monkeypatch.setattr(Eager, "first_run", first_run)
+
+
+def raises(error):
+    def fail(_):
+        raise error
+
+    return fail
+
+
+def test_no_speed_up_when_fused_and_reference_differ(monkeypatch, tmp_path, capsys, tiny):
+    patched_first_run(monkeypatch, "llava-stf/fused", lambda cell: setattr(cell, "features", cell.features * 1.01))
+    path = tmp_path / "prefill.json"
+    assert main([*tiny, "--rounds", "1", "--json", str(path)]) == 1
+    result = results.read(path)
+    assert result["speedup"] == {}
+    assert result["comparisons"] == []
+    assert "image features, llava-stf/fused" in result["refused"]
+    printed = capsys.readouterr().out
+    assert "NO SPEED-UP IS REPORTED" in printed
+    assert not re.search(r"\d\.\d\dx", printed)
+
+
+def test_a_row_that_breaks_costs_only_itself_and_the_exit_code(monkeypatch, tmp_path, capsys, tiny):
+    """An operator that fails on a new GPU must not take the baseline's figures with it, nor pass for success."""
+    patched_first_run(monkeypatch, "llava-stf/fused", raises(RuntimeError("an illegal instruction")))
+    path = tmp_path / "prefill.json"
+    assert main([*tiny, "--rounds", "1", "--json", str(path)]) == 1
+    stock, plain, fused = results.read(path)["rows"]
+    assert fused["failed"].startswith("eager does not work here (RuntimeError: an illegal")
+    assert stock["total_ms"] > 0
+    assert plain["total_ms"] > 0
+    assert "an illegal instruction" in capsys.readouterr().err
+
+
+def test_a_row_that_does_not_fit_says_so_and_the_rest_goes_on(monkeypatch, tmp_path, tiny):
+    patched_first_run(monkeypatch, "llava-1.5/mlp2x", raises(torch.OutOfMemoryError("no room")))
+    # Room for one image of a sequence and not for 256: those are never tried.
+    small, many = preset("tiny"), Point(1, 8, 256)
+    room = small.weight_bytes(4) + small.activation_bytes(Point(1, 8), 4) + (1 << 20)
+    assert small.activation_bytes(many, 4) > room
+    monkeypatch.setattr("bench.meters.available_bytes", lambda device: room)
+    path = tmp_path / "prefill.json"
+    assert main([*tiny, "--images", "256", "1", "--rounds", "1", "--json", str(path)]) == 0
+    *too_large, first, second, third = results.read(path)["rows"]
+    assert [row["image_tokens"] for row in too_large] == [256 * 16, 256 * 4, 256 * 4]
+    assert all("does not fit into memory" in row["failed"] and "needed" in row["failed"] for row in too_large)
+    assert "no room" in first["failed"]  # as the device said
+    assert first["total_ms"] is None
+    assert second["total_ms"] > 0
+    assert third["total_ms"] > 0
+    assert results.read(path)["speedup"] == {}  # nothing to compare with
+
+
+def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path, tiny):
+    original, runs = Eager.run, []
+
+    def interrupted(self):
+        runs.append(self)
+        if len(runs) == 7:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(Eager, "run", interrupted)
+    path = tmp_path / "prefill.json"
+    assert main([*tiny, "--rounds", "5", "--json", str(path)]) == 130
+    result = results.read(path)
+    assert result["complete"] is False
+    assert {row["rounds"] for row in result["rows"]} == {2}
+    # Interleaved: each round begins with another row.
+    assert [cell.row.projector for cell in runs[:6]] == ["mlp2x", "reference", "fused", "reference", "fused", "mlp2x"]
+
+
+def test_points_and_rounds_that_the_budget_does_not_reach_are_said(tmp_path, tiny):
+    path = tmp_path / "prefill.json"
+    assert main([*tiny, "--text", "5", "6", "--budget", "0.001", "--json", str(path)]) == 0
+    result = results.read(path)
+    assert {(row["text_tokens"], row["rounds"]) for row in result["rows"]} == {(5, 2)}  # the fewest that are taken
+    assert result["complete"] is False
+    notes = " ".join(result["notes"])
+    assert "text 6: not measured" in notes
+    assert "2 rounds fitted into the time budget, 6 were planned; --budget SECONDS or --rounds N" in notes
+
+
+def test_the_ceilings_of_a_busy_cpu_are_the_best_of_the_run(monkeypatch, tmp_path, tiny):
+    measured = iter([1e3, 2e3, 5e3, 3e3])
+    monkeypatch.setattr(
+        run, "measure_ceilings", lambda *_: replace(Ceilings(1.0, 1e18, "made up"), flops=next(measured))
+    )
+    path = tmp_path / "prefill.json"
+    assert main([*tiny, "--rounds", "3", "--json", str(path)]) == 0
+    result = results.read(path)
+    assert result["ceilings"]["flops"] == 5e3
+    assert result["rows"][0]["floor_ms"]["vision_ms"] > 1e3  # from such ceilings
