@@ -19,7 +19,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        # Python flushes once more at its end, and would complain then.
+        # Python flushes once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     sys.exit(status)
@@ -58,13 +58,6 @@ def writable_file(text: str) -> Path:
             return path
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written ({error.strerror})") from None
-
-
-def writable_folder(text: str) -> Path:
-    """A folder that exists, or can be made beside ones that do, and takes new files."""
-    path = Path(text)
-    writable_file(str((path if path.is_dir() else path.parent) / "report.html"))
-    return path
 
 
 class Progress:

@@ -1,7 +1,7 @@
 """Host time of an eager call, ours against the reference module's: what the operators and the dispatch add.
 
-Tensors so small that the arithmetic is nothing: what is left is Python. Each pair is timed in turns, by
-torch.utils.benchmark on one thread: `us` is the median of the turns, `ratio` that of reference_us / us.
+The tensors are so small that what is left is Python. Each pair is timed in turns, by torch.utils.benchmark on one
+thread: `us` is the median of the turns, `ratio` that of reference_us / us.
 """
 
 import argparse
@@ -12,10 +12,9 @@ from typing import Any
 from . import command
 
 NAME = "bench.host"
-Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
-def cases(device: str) -> Iterator[tuple[str, bool, Pair]]:
+def cases(device: str) -> Iterator[tuple[str, bool, tuple[Callable[[], Any], ...]]]:
     """What, whether it trains, ours and the reference's."""
     import torch
 
@@ -27,7 +26,7 @@ def cases(device: str) -> Iterator[tuple[str, bool, Pair]]:
     ours, theirs = (p.CompactTokenProjector(8, 16, 16, device=device) for p in (stf_kernels, reference))
     theirs.load_state_dict(ours.state_dict())
 
-    def pair(call: Callable[[Any, Any], Any]) -> Pair:
+    def pair(call: Callable[[Any, Any], Any]) -> tuple[Callable[[], Any], ...]:
         return lambda: call(stf_kernels, ours), lambda: call(reference, theirs)
 
     yield "concat_linear", False, pair(lambda package, _: package.concat_linear(blocks, concat, activation="gelu"))

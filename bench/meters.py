@@ -1,10 +1,11 @@
-"""The stopwatch, and the peak memory of one call above what was allocated before it.
+"""Of one call: its time, the peak of the memory it allocates, and how far its result is from another.
 
 Memory on a CPU is the highest running sum of all that torch's allocator reports to the profiler: scratch inside an
 operator included; oneDNN's own buffers are not torch's and are not seen.
 """
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -13,10 +14,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 MB = 2**20
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes across the progress bar
+
+# A few roundings: both sides round every intermediate once. tf32 (3e-4) exceeds fp32's.
+FEATURES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+# The same across modes, whose towers may run other kernels: two of attention lie 1.3e-2 apart in bf16 behind 24 layers.
+ACROSS = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Logits are behind a whole language model, whose every layer amplifies a difference of its inputs.
+LOGITS = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 4e-2, torch.bfloat16: 2e-1}
 
 
 class Stopwatch:
@@ -83,3 +92,19 @@ def available_bytes(device: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def compare(name: str, ours: Tensor, theirs: Tensor, bounds: dict[torch.dtype, float]) -> dict[str, Any]:
+    """A check of prefill.json; different shapes and values that are not finite never agree."""
+    bound, error = bounds[theirs.dtype], math.nan
+    if ours.shape == theirs.shape:
+        error = relative_error(ours, theirs)
+    else:
+        name = f"{name} (shapes {list(ours.shape)} and {list(theirs.shape)})"
+    finite = error if math.isfinite(error) else None
+    return {"name": name, "error": finite, "bound": bound, "agrees": error <= bound}
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    theirs = theirs.double()
+    return float((ours.double() - theirs).norm() / theirs.norm().clamp_min(1e-300))

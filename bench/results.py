@@ -1,7 +1,6 @@
 """Result files: where they were measured, written whole or not at all, refused when they are not what they say.
 
-A file is written beside its destination and renamed over it, so a reader never sees half of one. While a run is under
-way its file says `"complete": false`; an interrupted run therefore leaves what it measured, marked as such.
+While a run is under way its file says `"complete": false`; an interrupted run leaves what it measured, marked so.
 """
 
 import contextlib
@@ -9,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from importlib import metadata
 from importlib.util import find_spec
@@ -17,7 +17,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
-PACKAGES = ("torch", "triton", "transformers")
 KINDS = ("host", "kernels", "prefill", "tests")
 
 
@@ -59,10 +58,8 @@ def _no_number(name: str) -> None:
 
 def check(result: Any, name: str) -> None:
     """Raise ResultError unless `result` has the fields and types of its kind."""
-    if not isinstance(result, dict):
-        raise ResultError(f"{name}: expected an object, got {type(result).__name__}")
-    kind = result.get("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
+    kind = result.get("kind") if isinstance(result, dict) else None
+    if kind not in KINDS:
         raise ResultError(f"{name}: kind: expected one of {list(KINDS)}, got {kind!r}")
     if result.get("schema") != SCHEMA:
         raise ResultError(f"{name}: schema: expected {SCHEMA}, got {result.get('schema')!r}; measure again")
@@ -113,12 +110,12 @@ def folder_name(device: str) -> str:
 
 
 def results_folder(device: str) -> Path:
-    """Where a run's files go unless it is told: inside the ignored `.work/`, so that no run dirties the checkout."""
+    """Where a run's files go unless it is told: into the ignored `.work/`, so that no run dirties the checkout."""
     return ROOT / ".work" / "results" / folder_name(device)
 
 
 def clock_mhz() -> float | None:
-    """The SM clock of GPU 0 right now, or None where it cannot be asked (no NVIDIA tool, no GPU)."""
+    """The SM clock of GPU 0 right now, or None where it cannot be asked."""
     try:
         return float(_said_by("nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"))
     except (OSError, ValueError, subprocess.SubprocessError):
@@ -127,10 +124,9 @@ def clock_mhz() -> float | None:
 
 def describe(kind: str, device: str) -> dict[str, Any]:
     """How every result file begins: what it is, and where it came from."""
-    return {
-        **{"schema": SCHEMA, "kind": kind, "complete": False, "device": device_name(device)},
-        **{package: metadata.version(package) if find_spec(package) else None for package in PACKAGES},
-        **{"python": platform.python_version(), "commit": commit()},
-        "clock_mhz": clock_mhz() if device.startswith("cuda") else None,
-        "notes": [],
-    }
+    packages = ("torch", "triton", "transformers")
+    versions = {package: metadata.version(package) if find_spec(package) else None for package in packages}
+    clock = clock_mhz() if device.startswith("cuda") else None
+    found = {"schema": SCHEMA, "kind": kind, "complete": False, "device": device_name(device), **versions}
+    found["command"] = ["python", "-m", f"bench.{kind}", *sys.argv[1:]]
+    return found | {"python": platform.python_version(), "commit": commit(), "clock_mhz": clock, "notes": []}

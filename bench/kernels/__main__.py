@@ -1,8 +1,7 @@
 """The kernel table: every product of the projector and the chain, this library against its rivals, on this GPU.
 
-A result is compared with float64 before its time is taken: more than twice the eager form's error (plus 1e-6), an
-element never written or a value that is not finite, and the row has no time. What is timed, and how, is in coldtime.py.
-A budget may end the list: the chain comes first in each batch, and what torch.compile has to build comes last.
+A result is compared with float64 before its time is taken: more than twice the eager form's error, an element never
+written or a value that is not finite, and the row has no time. What torch.compile has to build comes last.
 """
 
 import argparse
@@ -14,8 +13,7 @@ from .. import command
 from ..command import positive_float, positive_int
 
 STAGES = ("chain", "concat", "linear_merge", "linear", "linear_scatter")
-BATCHES = [1, 8, 2, 32, 4, 64, 16]  # in this order
-DTYPES = ("bfloat16", "float16", "float32")
+BATCHES, DTYPES = [1, 8, 2, 32, 4, 64, 16], ("bfloat16", "float16", "float32")  # in this order
 NAME = "bench.kernels"
 TRAINING = "forward+backward"
 
@@ -36,7 +34,7 @@ class Step(NamedTuple):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Time the projector on a GPU.")
     parser.add_argument("--batch", type=positive_int, nargs="+", default=BATCHES, metavar="N")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float16"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES[:2])
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--json", type=command.writable_file, metavar="FILE", help="default: .work/results/<device>/")
     parser.add_argument("--budget", type=positive_float, default=900.0, metavar="SECONDS")

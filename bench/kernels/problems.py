@@ -34,10 +34,6 @@ class Sizes:
     side: int = 24
     merge: int = 2
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.side, self.side
-
     def work(self, stage: str, batch: int, item: int) -> Work:
         c, window, tokens = self.dim, self.merge**2 * self.dim, batch * self.side**2
         merged = tokens // self.merge**2
@@ -48,10 +44,6 @@ class Sizes:
             "linear_scatter": (merged, 4 * window, self.out_dim),
         }[stage]
         return linear(rows, inner, columns, item)
-
-    def copied_bytes(self, batch: int, item: int) -> int:
-        """The concatenation and the unfolded copy, which the eager form makes and a fused chain does not."""
-        return item * batch * self.side**2 * self.dim * (self.blocks + 1)
 
 
 LLAVA = Sizes()

@@ -5,6 +5,7 @@ products take the places of the eager ones; a function that is registered for "c
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,7 @@ Product = Callable[[Any], Tensor]
 
 
 class Provider(NamedTuple):
-    """`build` gives each of `stages`, autograd differentiates it where it `trains`, torch.compile makes it if `slow`.
-
-    extra_error: of a formula that is not quite ours, in the norm.
-    """
+    """`build` gives each of `stages`; `slow`: by torch.compile; extra_error: of a formula that is not quite ours."""
 
     build: Callable[[Operands, str], Product]
     stages: tuple[str, ...]
@@ -81,7 +79,7 @@ def stf(operands: Operands, stage: str, **options: Any) -> Product:
     (w, b), sizes, x = operands.parameters[stage], operands.sizes, operands.inputs[stage]
     blocks, geometry = {
         "concat": lambda: ([block[:, 1:] for block in x], Stage("gelu")),
-        "linear_merge": lambda: ([x], Stage(merge_out=sizes.merge, grid=sizes.grid)),
+        "linear_merge": lambda: ([x], Stage(merge_out=sizes.merge, grid=(sizes.side, sizes.side))),
         "linear": lambda: ([merge(x, sizes)], Stage("gelu")),
         "linear_scatter": lambda: ([x], Stage()),
     }[stage]()
@@ -106,7 +104,7 @@ def stf_triton(operands: Operands, stage: str) -> Product:
 def stf_merge_in(operands: Operands, stage: str) -> Product:
     """spatial_merge_linear: merged on load, by the kernel that also multiplies."""
     w, b = operands.parameters[stage]
-    options = {"grid": operands.sizes.grid, "merge_size": operands.sizes.merge, "activation": "gelu"}
+    options = {"grid": [operands.sizes.side] * 2, "merge_size": operands.sizes.merge, "activation": "gelu"}
     return lambda x: stf_kernels.spatial_merge_linear(x, w, b, **options)
 
 
@@ -126,7 +124,7 @@ def conv2d(operands: Operands, stage: str) -> Product:
     def call(x: Tensor) -> Tensor:
         # Views alone: W[n, (dy dx c)] lies as a kernel [n, c, dy, dx] in channels_last does, tokens as an image.
         kernel = w.view(w.shape[0], sizes.merge, sizes.merge, sizes.dim).permute(0, 3, 1, 2)
-        image = x.transpose(1, 2).unflatten(2, sizes.grid)
+        image = x.transpose(1, 2).unflatten(2, (sizes.side, sizes.side))
         return F.gelu(F.conv2d(image, kernel, b, stride=sizes.merge)).flatten(2).transpose(1, 2)
 
     return call
@@ -144,18 +142,17 @@ def addmm_activation(operands: Operands, stage: str) -> Product:
     return call
 
 
-@provider("compile-tma", "chain", *PRODUCTS, slow=True)
-def compile_tma(operands: Operands, stage: str) -> Product:
-    """torch.compile of the eager form, max-autotune, persistent TMA kernels among what it chooses from."""
-    return compiled(operands, stage, {"triton.enable_persistent_tma_matmul": True})
-
-
 @provider("compile", "chain", *PRODUCTS, slow=True)
-def compiled(operands: Operands, stage: str, more: dict[str, Any] | None = None) -> Product:
+def compiled(operands: Operands, stage: str, **more: Any) -> Product:
     """torch.compile of the eager form, max-autotune without its own CUDA graphs."""
     import torch._inductor
 
     # One piece or an error, and no limit of recompilations from steps before: a rival must not be eager in disguise.
     torch._dynamo.reset()
-    options = {**torch._inductor.list_mode_options("max-autotune-no-cudagraphs"), **(more or {})}
+    options = {**torch._inductor.list_mode_options("max-autotune-no-cudagraphs"), **more}
     return torch.compile(eager(operands, stage), fullgraph=True, dynamic=False, options=options)
+
+
+# The same with persistent TMA kernels among what it chooses from.
+with_tma = partial(compiled, **{"triton.enable_persistent_tma_matmul": True})
+provider("compile-tma", "chain", *PRODUCTS, slow=True)(with_tma)

@@ -1,13 +1,10 @@
 """Steps in their order: operands, float64, agreement, time; one row for every provider.
 
-    us        the call captured as a CUDA graph; the host queues flush, event, replay, event far ahead of the device
-    us_eager  the call as it is: the device is idle when it begins, so launches and gaps between kernels count
-
-Before either the L2 is flushed (stf_kernels/tune/timing.py). On a CPU only us_eager remains, with warm caches.
+us is of the call captured as a CUDA graph, us_eager of the call as it is, on an idle device; before either the L2 is
+flushed (stf_kernels/tune/timing.py). On a CPU only us_eager remains, with warm caches.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -20,14 +17,11 @@ from torch import Tensor
 from stf_kernels.tune.timing import Flush, capture, replay
 
 from .. import results, roofline
-from ..agreement import relative_error
 from ..command import Progress
-from ..meters import MB, Stopwatch, peak_bytes, synchronize
+from ..meters import MB, Stopwatch, peak_bytes, relative_error, synchronize
 from ..stats import spread_percent
 from .problems import LLAVA, PRODUCTS, SMALL, Operands, merge
 from .providers import PROVIDERS, Provider, of_stage
-
-WARM_UP = 3
 
 
 class Run:
@@ -41,7 +35,6 @@ class Run:
         self.result = results.describe("kernels", device) | {
             "sizes": "small" if small else "llava-1.5-7b",
             "ceilings": asdict(self.ceilings),
-            "command": ["python", "-m", "bench.kernels", *sys.argv[1:]],
             "rows": [],
             "not_measured": [],
         }
@@ -123,7 +116,7 @@ class Run:
 
 def time_call(call: Callable[[], Any], device: str, flush: Flush, *, seconds: float) -> dict[str, Any]:
     """Microseconds, 5 to 100 repeats each way within about `seconds`; what cannot be captured says why."""
-    for _ in range(WARM_UP):
+    for _ in range(3):
         call()
     times, repeats = {"us": None, "samples": [], "not_captured": None}, 10
     if device.startswith("cuda"):

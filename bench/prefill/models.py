@@ -69,10 +69,7 @@ def load_stock(folder: Path, *, device: str, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int) -> None:
-    """Matrices uniform with standard deviation 0.02, biases small, scales of norms one; the same on every run.
-
-    A draw per element would take a quarter of the CPU run. Each matrix reads one pool of draws from a place of its own.
-    """
+    """Uniform with standard deviation 0.02, norms' scales one. A draw per element would take a quarter of a CPU run."""
     device = next(module.parameters()).device
     pool = torch.empty(POOL, device=device)
     pool.uniform_(-STD * 3**0.5, STD * 3**0.5, generator=torch.Generator(device).manual_seed(seed))
@@ -109,21 +106,16 @@ def reference_projector(fused: nn.Module, dim: int) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-class PooledProjector(nn.Module):
-    """The stock projector, then the mean of every 2x2 neighbourhood: [B, H*W, C] -> [B, H*W/4, D]"""
+class Pool(nn.Module):
+    """The mean of every 2x2 neighbourhood: [B, grid*grid, D] -> [B, grid*grid/4, D]"""
 
-    def __init__(self, projector: nn.Module, grid: int) -> None:
+    def __init__(self, grid: int) -> None:
         super().__init__()
-        self.projector, self.grid = projector, grid
+        self.grid = grid
 
-    def forward(self, features: Tensor) -> Tensor:
-        return pool_tokens(self.projector(features), self.grid)
-
-
-def pool_tokens(tokens: Tensor, grid: int) -> Tensor:
-    """[B, grid*grid, D] -> [B, grid*grid/4, D]"""
-    image = tokens.transpose(1, 2).unflatten(2, (grid, grid))
-    return F.avg_pool2d(image, 2).flatten(2).transpose(1, 2)
+    def forward(self, tokens: Tensor) -> Tensor:
+        image = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return F.avg_pool2d(image, 2).flatten(2).transpose(1, 2)
 
 
 def share(model: nn.Module) -> nn.Module:
@@ -152,7 +144,7 @@ def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
     rows = [Row("llava-1.5", "mlp2x", stock, many)]
     if full:
         pooled = share(stock)
-        pooled.model.multi_modal_projector = PooledProjector(pooled.model.multi_modal_projector, preset.grid)
+        pooled.model.multi_modal_projector = nn.Sequential(pooled.model.multi_modal_projector, Pool(preset.grid))
         rows += [Row(SKIP, "mlp2x", without_last_layer(stock), many), Row("llava-1.5-pool", "mlp2x", pooled, few)]
     fused = from_llava(stock).eval().requires_grad_(False)
     fused.model.__class__ = WholeTower
@@ -171,10 +163,7 @@ def image_processor(preset: Preset) -> Callable[[Any, int], Tensor]:
 
 
 def build_inputs(preset: Preset, pixels: Tensor, point: Point, image_tokens: int, **factory: Any) -> dict[str, Tensor]:
-    """A prompt: seeded random ids around the images of a sequence, which stand one behind the other: frames of a clip.
-
-    image_tokens: of each of the images, which all are the same photograph.
-    """
+    """A prompt: seeded random ids around the images of a sequence, `image_tokens` each, one behind the other."""
     shape, token = (point.batch, point.text_tokens), preset.config.image_token_id
     text = torch.randint(3, token, shape, generator=torch.Generator().manual_seed(0))
     before = point.text_tokens // 2  # the system sentence stands before the image, the question after it

@@ -1,8 +1,6 @@
 """One row at one point in one mode: what it left for the checks, and every raw sample.
 
-eager    the model called as `generate()` calls it
-graph    llava_integration.PrefillRunner: pixel values -> logits as one CUDA graph, for the baseline alike
-compile  torch.compile of the model's forward, default settings, static shapes
+eager: as `generate()` calls it; graph: llava_integration.PrefillRunner, for the baseline alike; compile: its defaults.
 """
 
 import time
@@ -69,7 +67,8 @@ class Eager:
         return stage_times(watch)
 
     def release(self) -> None:
-        self.embeds = None
+        """A captured graph holds its memory, and the next point may need it."""
+        self.embeds = self.compiled = self.runner = None
 
     def as_dict(self) -> dict[str, Any]:
         """The row of prefill.json: medians, and beside them the samples they come from."""
@@ -111,9 +110,6 @@ class Compiled(Eager):
         first_token(self.compiled, self.inputs, watch.mark)
         return {**dict.fromkeys(STAGES), "total_ms": watch.between("start", "end")}
 
-    def release(self) -> None:
-        self.compiled = None
-
 
 class Captured(Eager):
     """One CUDA graph. Events that are recorded outside of it are nodes inside: each replay times its own stages."""
@@ -123,15 +119,8 @@ class Captured(Eager):
     def first_run(self) -> Tensor:
         self.events: dict[str, torch.cuda.Event] = {}
         # A replay allocates nothing: the memory of a captured prefill is what its capture took.
-        with inserted(self.model, self.keep):
-            try:
-                with watched(self.model, self._mark):
-                    _, self.peak = peak_bytes(self._capture, self.device)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # a driver that cannot record events inside a graph: the total is worth having alone
-                self.events.clear()
-                _, self.peak = peak_bytes(self._capture, self.device)
+        with inserted(self.model, self.keep), watched(self.model, self._mark):
+            _, self.peak = peak_bytes(self._capture, self.device)
         logits = self._call()
         self.features, self.kv_bytes = self.image_tokens(), cache_bytes(self.runner.cache)
         return logits.clone()
@@ -139,7 +128,6 @@ class Captured(Eager):
     def _capture(self) -> None:
         from llava_integration import PrefillRunner
 
-        # Rows keep the tower layer that they run for nothing, except the one whose saving it is to skip it.
         # No room for new tokens: the cache columns of all modes then count the same tokens.
         shape, full_tower = self.inputs["input_ids"].shape, self.row.model != SKIP
         self.runner = PrefillRunner(self.model, *shape, max_new_tokens=0, full_tower=full_tower)
@@ -161,13 +149,7 @@ class Captured(Eager):
         logits.argmax(-1).tolist()
         watch.mark("end")
         watch.marks |= self.events
-        try:
-            return stage_times(watch)
-        except (ValueError, RuntimeError):  # no events inside the graph, or a driver that does not time them
-            return {**dict.fromkeys(STAGES), "total_ms": watch.between("start", "end")}
-
-    def release(self) -> None:
-        self.runner = self.embeds = None
+        return stage_times(watch)
 
 
 MODES = {cell.mode: cell for cell in (Eager, Captured, Compiled)}

@@ -1,12 +1,10 @@
 """A run: build the rows; for every mode and point warm up, check that outputs agree, then take interleaved rounds.
 
-Round i runs every row once, starting with another row each time, so drift of clocks or of a busy machine meets all rows
-alike, and a speed-up is a ratio of neighbours in time.
+Each round runs every row once and begins with another: drift meets all alike, a speed-up is a ratio of neighbours.
 """
 
 import functools
 import gc
-import sys
 import time
 import traceback
 from dataclasses import asdict
@@ -15,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import agreement, results
+from .. import meters, results
 from ..command import Progress
 from ..roofline import measure_ceilings
 from . import models
@@ -29,13 +27,7 @@ TWINS = {"llava-stf/fused": "llava-stf/reference", "llava-1.5-skip/mlp2x": "llav
 BROKEN = "does not work here"
 
 
-def is_broken(row: dict[str, Any]) -> bool:
-    """Whether a row of a result ended in an error that it should not. torch.compile is a mode where it works."""
-    return row["mode"] != "compile" and BROKEN in (row["failed"] or "")
-
-
 def free(device: str) -> None:
-    """A captured graph holds its memory, and the next point may need it."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -44,19 +36,18 @@ def free(device: str) -> None:
 def agreements(cells: list[Eager], eager: list[Eager]) -> list[dict[str, Any]]:
     """Twins against each other; in other modes also each row against its own eager outputs.
 
-    Image features are read where they end, in the language model's inputs_embeds. So insertion is compared too, and a
-    captured prefill, whose logits alone would hide a small error behind a whole language model.
+    Image features are read in the language model's inputs_embeds: insertion is compared too, which logits would hide.
     """
     ours, known = ({cell.row.name: cell for cell in group if cell.ready} for group in (cells, eager))
-    pairs = [(f"{a} against {b}", ours.get(a), ours.get(b), agreement.FEATURES) for a, b in TWINS.items()]
-    pairs += [(f"{name} against its eager run", ours[name], known.get(name), agreement.ACROSS) for name in ours]
+    pairs = [(f"{a} against {b}", ours.get(a), ours.get(b), meters.FEATURES) for a, b in TWINS.items()]
+    pairs += [(f"{name} against its eager run", ours[name], known.get(name), meters.ACROSS) for name in ours]
     checks, where = [], f"{cells[0].point}, {cells[0].mode}"
     for title, a, b, bounds in pairs:
         if a is None or b is None or a is b:
             continue
         if a.features is not None and b.features is not None:
-            checks.append(agreement.compare(f"image features, {title}, {where}", a.features, b.features, bounds))
-        checks.append(agreement.compare(f"logits, {title}, {where}", a.logits, b.logits, agreement.LOGITS))
+            checks.append(meters.compare(f"image features, {title}, {where}", a.features, b.features, bounds))
+        checks.append(meters.compare(f"logits, {title}, {where}", a.logits, b.logits, meters.LOGITS))
     return checks
 
 
@@ -78,7 +69,6 @@ class Run:
             "attention": "sdpa",
             "weights": f"{args.model.name}, LLaVA-STF's projector random" if args.model else "random",
             "output_tokens": 1,
-            "command": ["python", "-m", "bench.prefill", *sys.argv[1:]],
             "flags": {**flags, "threads": torch.get_num_threads(), "tf32": tf32},
             "checks": [],
             "rows": [],
@@ -114,8 +104,8 @@ class Run:
         self.rows = models.build_rows(stock, self.preset, full=args.full)
         pixels, fresh = self.process(args.image, 1).to(**factory), self.rows[-1].module.model
         warm, pooled = (torch.stack([*m.get_image_features(pixels).pooler_output]) for m in (fresh, stock.model))
-        pooled, name = models.pool_tokens(pooled, self.preset.grid), "warm start against the pooled stock projector"
-        self.result["checks"].append(agreement.compare(name, warm, pooled, agreement.FEATURES))
+        pooled, name = models.Pool(self.preset.grid)(pooled), "warm start against the pooled stock projector"
+        self.result["checks"].append(meters.compare(name, warm, pooled, meters.FEATURES))
         # From here on dense random weights: the warm start's zeros could run faster than a trained projector.
         models.randomise(fresh.multi_modal_projector, 1)
 

@@ -6,9 +6,8 @@
 Where the projector writes into inputs_embeds itself, that is projector time. total: pixel values on the device -> first
 token on the host, the sum of them all.
 
-A boundary is a wrapped `forward` of one submodule; of the projector, of its class. Hooks would do for the stock model,
-but an STF model that sees a hook or a forward on its projector takes the plain insertion path: a stopwatch that changes
-what it times.
+A boundary is a wrapped `forward` of one submodule; of the projector, of its class: a model that sees a hook or a
+forward on its projector takes the plain insertion path, and the stopwatch would change what it times.
 """
 
 import contextlib

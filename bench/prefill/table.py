@@ -40,9 +40,8 @@ def report(result: dict[str, Any], *, full: bool) -> str:
     if not full:
         columns = [c for c in columns if c not in ("mode", "at") or len({row[c] for row in shown}) > 1]
     rounds, ceilings = max((row["rounds"] for row in rows), default=0), result["ceilings"]
-    versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "transformers"))
     out = [
-        f"{result['device']}   {result['dtype']}, {versions}, commit {result['commit'][:12]}",
+        "{device}   {dtype}, torch {torch}, transformers {transformers}, commit {commit:.12}".format(**result),
         f"{result['preset']}, weights: {result['weights']}, {shown[0]['at'] if shown else 'nothing measured'}, "
         f"median of {rounds} interleaved rounds",
         "",
@@ -55,21 +54,11 @@ def report(result: dict[str, Any], *, full: bool) -> str:
         at = f"{ceilings['flops'] / 1e12:.3g} TFLOP/s, {ceilings['bandwidth'] / 1e9:.0f} GB/s ({ceilings['source']})"
         out += ["", table(more, [[row[c] for c in more] for row in shown], left=3), f"Floors at {at}.", ""]
     out += [f"{label(row)} {row['mode']}, {place(row)}: {row['failed']}" for row in rows if row["failed"]]
-    compiled = [row for row in rows if row["mode"] == "compile" and row["warm_up_s"]]
-    out += [f"{label(row)}: {row['warm_up_s']:.0f} s of torch.compile before the first timed run" for row in compiled]
-    out += [f"note: {note}" for note in (*_doubts(result), *result["notes"])]
+    doubted = [(c, why) for c in same_mode(result["comparisons"]).values() if (why := doubt(c))]
+    out += [f"note: {c['ratio']:.2f}x of {c['row']} {c['mode']}, {place(c)}: {why}" for c, why in doubted]
+    out += [f"note: {note}" for note in result["notes"]]
     out += [f"checked: {sentence(check)}" for check in result["checks"]]
     return "\n".join(out + [f"\nNO SPEED-UP IS REPORTED: {result['refused']}"] * bool(result["refused"]))
-
-
-def _doubts(result: dict[str, Any]) -> list[str]:
-    """One sentence for all speed-ups over the same mode that may be noise for the same reason."""
-    named: dict[str, list[str]] = {}
-    for (row, where, mode), c in same_mode(result["comparisons"]).items():
-        if why := doubt(c):
-            ratio = f"{c['ratio']:.2f}x [{c['low']:.2f}, {c['high']:.2f}]"
-            named.setdefault(why, []).append(f"{row} {mode}, {where} {ratio}")
-    return [f"{why}: {'; '.join(names)}" for why, names in named.items()]
 
 
 def sentence(check: dict[str, Any]) -> str:

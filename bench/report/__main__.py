@@ -1,13 +1,9 @@
 """Result files -> one page and its charts; or the difference between two runs, and whether it is more than noise.
 
-    python -m bench.report FILE... [--out DIR]     report.html and PNG charts, beside the first FILE unless --out says
-    python -m bench.report --compare A B           rows of two runs on one device: B over A, beyond their spread or not
-
 Exit codes: 0, or 2 for a file that is not a result, is cut short, or comes from another device.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from .. import command
@@ -27,20 +23,16 @@ def main(argv: list[str] | None = None) -> int:
     from .compare import compare
     from .page import write_report
 
-    said, note = [], None
     try:
         if args.compare:
-            said.append(compare(*args.compare))
+            print(compare(*args.compare))
         if args.files:
             path, note = write_report(args.files, args.out or args.files[0].parent)
-            said.append(str(path))
+            print("\n".join(filter(None, (note, str(path)))))
     except ResultError as error:
         return command.bad_input(NAME, str(error))
-    except OSError as error:
+    except (NotADirectoryError, PermissionError, FileExistsError) as error:
         return command.bad_input(NAME, f"--out: {error}")
-    print("\n".join(said))
-    if note:
-        print(note, file=sys.stderr)
     return 0
 
 

@@ -1,8 +1,7 @@
 """Two runs on one device: every row and every speed-up that both have, and whether they differ beyond the noise.
 
-A difference counts when the p10-p90 ranges of the two runs do not overlap; with fewer than four rounds that happens by
-chance too often to be told. Ratios within a round do not feel a machine that was busier in one run: the speed-ups are
-the stricter comparison.
+It counts where the p10-p90 ranges do not overlap, from four rounds on. Speed-ups, ratios within a round, do not feel a
+machine that was busier in one run: they are the stricter comparison.
 """
 
 from pathlib import Path
@@ -59,7 +58,7 @@ def measured(result: dict[str, Any]) -> dict[tuple[str, str, str], Measured]:
             found[what] = Measured(median(samples), *low_high(samples), len(samples), True)
     for (name, where, mode), c in same_mode(result.get("comparisons", [])).items():
         key = name, f"{mode}, {where}"
-        found[("speed-up", *key)] = Measured(c["ratio"], c["low"], c["high"], rounds[key], False)
+        found[("speed-up", *key)] = Measured(c["ratio"], c["low"], c["high"], rounds.get(key, 0), False)
     return found
 
 

@@ -1,7 +1,6 @@
 """One HTML page from result files: no script, no network, the chart inside, readable printed and on a narrow screen.
 
-It opens with the verdict and the chart; then the tables; what the rows are, versions and checks come last. How it looks
-and which columns it has is in page.html.j2.
+How it looks, in what order, and which columns it has is in page.html.j2.
 """
 
 import base64

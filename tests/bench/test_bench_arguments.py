@@ -53,7 +53,6 @@ def refused(option, words, *arguments):
         (["--modes", "fast"], "'fast'"),
         (["--model", "llava-hf/llava-1.5-7b-hf"], "config.json"),
         (["--model", "absent", "--preset", "cpu"], "'absent'"),
-        (["--report", "absent/folder"], "does not exist"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_loaded(arguments, words):

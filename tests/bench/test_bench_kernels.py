@@ -1,4 +1,4 @@
-"""If this fails, the kernel table leaves out a rival, times a wrong kernel, hides a loss or loses rows to one that fails."""
+"""If this fails, the kernel table leaves out a rival, times a wrong kernel, hides a loss or loses rows."""
 
 import fake_cuda
 import pytest

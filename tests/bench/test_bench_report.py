@@ -107,10 +107,9 @@ def test_an_incomplete_or_refused_run_is_marked(tmp_path):
 
 def test_compare_says_what_is_more_than_noise(files, tmp_path, capsys):
     other = prefill_result()
-    for row, samples in zip(
-        other["rows"], ([121.0, 124.0, 124.0, 125.5], [40.0, 40.5, 40.5, 41.0], [55.0] * 4, [801.0] * 3, [310.0] * 4)
-    ):  # fmt: skip
-        row["samples"]["total_ms"] = samples
+    samples = [[121.0, 124.0, 124.0, 125.5], [40.0, 40.5, 40.5, 41.0], [55.0] * 4, [801.0] * 3, [310.0] * 4]
+    for row, totals in zip(other["rows"], samples, strict=True):
+        row["samples"]["total_ms"] = totals
     other["comparisons"][0] |= {"ratio": 2.43, "low": 2.41, "high": 2.5}
     other["comparisons"][1] |= {"ratio": 2.4, "low": 2.3, "high": 2.5}
     write(tmp_path / "b.json", other)
