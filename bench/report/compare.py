@@ -58,7 +58,8 @@ def measured(result: dict[str, Any]) -> dict[tuple[str, str, str], Measured]:
             found[what] = Measured(median(samples), *low_high(samples), len(samples), True)
     for (name, where, mode), c in same_mode(result.get("comparisons", [])).items():
         key = name, f"{mode}, {where}"
-        found[("speed-up", *key)] = Measured(c["ratio"], c["low"], c["high"], rounds.get(key, 0), False)
+        if key in rounds:
+            found[("speed-up", *key)] = Measured(c["ratio"], c["low"], c["high"], rounds[key], False)
     return found
 
 

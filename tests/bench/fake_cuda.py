@@ -12,8 +12,6 @@ import llava_integration.llava_stf  # noqa: F401   now: transformers imports tor
 
 
 class Event:
-    """Records the host's clock. `made` keeps the arguments of each."""
-
     made = []  # noqa: RUF012
 
     def __init__(self, **options):
@@ -31,11 +29,10 @@ class OnCpu(TorchFunctionMode):
     """device="cuda" becomes device="cpu" in every call of torch."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*map(_cpu, args), **{name: _cpu(value) for name, value in (kwargs or {}).items()})
+        def cpu(value):
+            return "cpu" if isinstance(value, (str, torch.device)) and str(value).startswith("cuda") else value
 
-
-def _cpu(value):
-    return "cpu" if isinstance(value, (str, torch.device)) and str(value).startswith("cuda") else value
+        return function(*map(cpu, args), **{name: cpu(value) for name, value in (kwargs or {}).items()})
 
 
 def install(monkeypatch):

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from bench import stats
 from bench.meters import FEATURES, Stopwatch, compare, highest_sum, peak_bytes
-from bench.prefill.models import POOL, Pool, build_stock, randomise
+from bench.prefill.models import POOL, build_stock, randomise
 from bench.prefill.presets import preset
 from bench.prefill.speedup import compare_rows, doubt, refusal, speedup_field
-from bench.prefill.stages import STAGES, cache_bytes, stage_times, watched
+from bench.prefill.stages import STAGES, stage_times, watched
 
 
 def test_boundaries_are_met_in_their_order_and_leave_the_model_as_it_was():
@@ -62,23 +61,13 @@ def test_agreement_bounds_rounding_and_nothing_more():
 
 
 def test_random_weights_are_the_same_every_time_dense_and_never_aligned():
-    first, second = (nn.Sequential(nn.Linear(300, 200), nn.LayerNorm(200)) for _ in range(2))
+    first, second = nn.Linear(300, 200), nn.Linear(300, 200)
     for module in (first, second):
         randomise(module, 3)
-    weight = first[0].weight
-    assert torch.equal(weight, second[0].weight)
-    assert (weight != 0).float().mean() > 0.99
-    assert weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert not torch.equal(weight[0], weight[1])
-    assert (first[1].weight == 1).all()
+    assert torch.equal(first.weight, second.weight)
+    assert first.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert not torch.equal(first.weight[0], first.weight[1])
     assert all(POOL % divisor for divisor in range(2, 4097))  # a prime: no row length divides the pool
-
-
-def test_pooling_averages_windows_and_a_cache_counts_keys_and_values():
-    assert Pool(4)(torch.arange(16.0).view(1, 16, 1)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
-    cache = DynamicCache()
-    cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
-    assert cache_bytes(cache) == 2 * 24 * 4
 
 
 def test_spread_ignores_scale_and_a_ratio_of_rounds_survives_drift():

@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from bench import results
-from bench.prefill import models, run, table
-from bench.prefill.__main__ import main, parse
+from bench.prefill import models, table
+from bench.prefill.__main__ import main
 from bench.prefill.modes import Eager
-from bench.prefill.presets import Point, points, preset, preset_of
+from bench.prefill.presets import Point, preset, preset_of
 from bench.prefill.speedup import label
 from bench.prefill.stages import STAGES
-from bench.report.__main__ import main as report
-from bench.roofline import Ceilings
 from llava_integration.llava_stf import LlavaStfModel
+
+TINY = ["--preset", "tiny", "--device", "cpu", "--batch", "1"]
 
 
 @pytest.fixture(scope="module")
-def full_run(tmp_path_factory, tiny):
+def full_run(tmp_path_factory):
     """All rows, and what ran in each: the projector's package, tower layers, whether it wrote in place."""
     path, ran, measure = tmp_path_factory.mktemp("run") / "prefill.json", {}, Eager.run
 
@@ -39,14 +39,13 @@ def full_run(tmp_path_factory, tiny):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Eager, "run", spy_run)
-        status = main([*tiny, "--full", "--rounds", "3", "--json", str(path)])
+        status = main([*TINY, "--full", "--rounds", "3", "--json", str(path)])
     return status, results.read(path), ran, path
 
 
 def test_five_rows_are_measured_and_agree(full_run):
     status, result = full_run[:2]
-    assert status == 0
-    assert result["complete"]
+    assert (status, result["complete"]) == (0, True)
     rows = [("llava-1.5/mlp2x", 16), ("llava-1.5-skip/mlp2x", 16), ("llava-1.5-pool/mlp2x", 4)]
     rows += [("llava-stf/reference", 4), ("llava-stf/fused", 4)]
     assert [(label(row), row["image_tokens"]) for row in result["rows"]] == rows
@@ -85,27 +84,14 @@ def test_the_terminal_says_what_matters_first_and_how_to_get_more_rounds(full_ru
     header = next(line for line in printed if line.startswith("model"))
     assert re.split(r"\s{2,}", header)[:4] == ["model", "image tokens", "total ms", "speed-up"]
     assert max(map(len, printed[: printed.index(header) + 7])) <= 120
-    notes = [
-        line for line in printed if "fewer than 4 rounds cannot tell it from noise (--rounds 4 or more can)" in line
-    ]
+    notes = [line for line in printed if "fewer than 4 rounds cannot tell it" in line and "--rounds 4" in line]
     assert all(label(row) in note for row, note in zip(result["rows"][1:], notes, strict=True))
     assert "peak MB" in table.report(result, full=True)
 
 
-def test_two_runs_are_compared_row_by_row(full_run, tmp_path, capsys, tiny):
-    path = tmp_path / "again.json"
-    assert main([*tiny, "--rounds", "4", "--json", str(path)]) == 0
-    capsys.readouterr()
-    assert report(["--compare", str(full_run[3]), str(path)]) == 0
-    assert capsys.readouterr().out.count("too few rounds") == 3 + 2  # rows and speed-ups; three rounds there, four here
-    assert report(["--compare", str(path), str(path)]) == 0
-    assert capsys.readouterr().out.count("within noise") == 3 + 2
-
-
 def test_a_checkpoint_takes_the_place_of_a_preset(tmp_path):
-    folder = tmp_path / "small-llava"
-    stock = models.build_stock(preset("tiny", num_key_value_heads=2), device="cpu", dtype=torch.float32)
-    stock.save_pretrained(folder)
+    folder, sizes = tmp_path / "small-llava", preset("tiny", num_key_value_heads=2)
+    models.build_stock(sizes, device="cpu", dtype=torch.float32).save_pretrained(folder)
     arguments = ["--model", str(folder), "--device", "cpu", "--rounds", "1", "--text", "5"]
     assert main([*arguments, "--json", str(tmp_path / "x.json")]) == 0
     result = results.read(tmp_path / "x.json")
@@ -114,16 +100,10 @@ def test_a_checkpoint_takes_the_place_of_a_preset(tmp_path):
     assert preset_of(folder).attention_widths == (64, 32)
 
 
-def test_every_value_is_measured_with_every_other():
-    args = parse(["--batch", "1", "8", "--images", "1", "4"])
-    assert points(args, preset("7b")) == [Point(1, 64, 1), Point(1, 64, 4), Point(8, 64, 1), Point(8, 64, 4)]
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"vision_feature_layer": [-2, -5]}, "expected vision_feature_layer -2"),
-        ({"vision_feature_select_strategy": "full"}, "expected vision_feature_layer -2"),
         ({"text_config": 3}, "text_config"),
         ({"vision_config": {"image_size": 70, "patch_size": 14}}, "a grid that 2x2 windows divide"),
         (None, "cannot be loaded"),
@@ -142,7 +122,9 @@ def test_half_a_checkpoint_is_an_error_without_a_traceback(change, words, tmp_pa
     assert words in error
 
 
-def test_a_size_that_cannot_fit_is_refused_from_its_numbers(monkeypatch, capsys):
+def test_what_cannot_run_here_is_refused_before_it_is_loaded(monkeypatch, capsys):
+    assert main([*TINY, "--modes", "graph"]) == 2
+    assert "'graph' needs a GPU" in capsys.readouterr().err
     monkeypatch.setattr("bench.meters.available_bytes", lambda device: 1 << 30)
     monkeypatch.setattr("bench.prefill.models.build_stock", lambda *_, **__: pytest.fail("loaded all the same"))
     assert main(["--preset", "13b", "--device", "cpu", "--batch", "8", "2"]) == 2
@@ -150,20 +132,12 @@ def test_a_size_that_cannot_fit_is_refused_from_its_numbers(monkeypatch, capsys)
     assert re.search(words, capsys.readouterr().err)
 
 
-def test_modes_and_devices_that_are_not_here_are_refused(capsys):
-    assert main(["--preset", "tiny", "--device", "cpu", "--modes", "graph"]) == 2
-    assert "'graph' needs a GPU" in capsys.readouterr().err
-    if not torch.cuda.is_available():
-        assert main(["--device", "cuda"]) == 2
-        assert "torch sees no GPU; use --device cpu" in capsys.readouterr().err
-
-
 @pytest.fixture
-def tiny_run(tmp_path, tiny):
+def tiny_run(tmp_path):
     """(exit code, result file) of a run of the smallest prefill."""
 
     def start(*arguments):
-        status = main([*tiny, *arguments, "--json", str(tmp_path / "prefill.json")])
+        status = main([*TINY, *arguments, "--json", str(tmp_path / "prefill.json")])
         return status, results.read(tmp_path / "prefill.json")
 
     return start
@@ -175,18 +149,13 @@ def patched_first_run(monkeypatch, name, change):
 
     def first_run(self):
         logits = original(self)
+        if self.row.name == name and isinstance(change, Exception):
+            raise change
         if self.row.name == name:
             change(self)
         return logits
 
     monkeypatch.setattr(Eager, "first_run", first_run)
-
-
-def raises(error):
-    def fail(_):
-        raise error
-
-    return fail
 
 
 def test_no_speed_up_when_fused_and_reference_differ(monkeypatch, capsys, tiny_run):
@@ -201,34 +170,25 @@ def test_no_speed_up_when_fused_and_reference_differ(monkeypatch, capsys, tiny_r
     assert not re.search(r"\d\.\d\dx", printed)
 
 
-def test_a_row_that_breaks_costs_only_itself_and_the_exit_code(monkeypatch, capsys, tiny_run):
-    """An operator that fails on a new GPU must not take the baseline's figures with it, nor pass for success."""
-    patched_first_run(monkeypatch, "llava-stf/fused", raises(RuntimeError("an illegal instruction")))
-    status, result = tiny_run("--rounds", "1")
-    assert status == 1
-    stock, plain, fused = result["rows"]
-    assert fused["failed"].startswith("eager does not work here (RuntimeError: an illegal")
-    assert stock["total_ms"] > 0
-    assert plain["total_ms"] > 0
-    assert "an illegal instruction" in capsys.readouterr().err
-
-
-def test_a_row_that_does_not_fit_says_so_and_the_rest_goes_on(monkeypatch, tiny_run):
-    patched_first_run(monkeypatch, "llava-1.5/mlp2x", raises(torch.OutOfMemoryError("no room")))
+def test_a_row_that_breaks_or_does_not_fit_costs_only_itself_and_the_exit_code(monkeypatch, capsys, tiny_run):
+    """An operator that fails on a new GPU must not take the others' figures with it, nor pass for success."""
+    patched_first_run(monkeypatch, "llava-1.5/mlp2x", torch.OutOfMemoryError("no room"))
+    patched_first_run(monkeypatch, "llava-stf/fused", RuntimeError("an illegal instruction"))
     # Room for one image of a sequence and not for 256: those are never tried.
     small, many = preset("tiny"), Point(1, 8, 256)
     room = small.weight_bytes(4) + small.activation_bytes(Point(1, 8), 4) + (1 << 20)
     assert small.activation_bytes(many, 4) > room
     monkeypatch.setattr("bench.meters.available_bytes", lambda device: room)
     status, result = tiny_run("--images", "256", "1", "--rounds", "1")
-    assert status == 0
+    assert status == 1
+    assert "an illegal instruction" in capsys.readouterr().err
     *too_large, first, second, third = result["rows"]
     assert [row["image_tokens"] for row in too_large] == [256 * 16, 256 * 4, 256 * 4]
     assert all("does not fit into memory" in row["failed"] and "needed" in row["failed"] for row in too_large)
     assert "no room" in first["failed"]  # as the device said
     assert first["total_ms"] is None
     assert second["total_ms"] > 0
-    assert third["total_ms"] > 0
+    assert third["failed"].startswith("eager does not work here (RuntimeError: an illegal")
     assert result["speedup"] == {}  # nothing to compare with
 
 
@@ -254,16 +214,6 @@ def test_points_and_rounds_that_the_budget_does_not_reach_are_said(tiny_run):
     status, result = tiny_run("--text", "5", "6", "--budget", "0.001")
     assert status == 0
     assert {(row["text_tokens"], row["rounds"]) for row in result["rows"]} == {(5, 2)}  # the fewest that are taken
-    assert result["complete"] is False
     notes = " ".join(result["notes"])
-    assert "text 6: not measured" in notes
+    assert (result["complete"], "text 6: not measured" in notes) == (False, True)
     assert "2 rounds fitted into the time budget, 6 were planned; --budget SECONDS or --rounds N" in notes
-
-
-def test_the_ceilings_of_a_busy_cpu_are_the_best_of_the_run(monkeypatch, tiny_run):
-    measured = iter([1e3, 2e3, 5e3, 3e3])
-    monkeypatch.setattr(run, "measure_ceilings", lambda *_: Ceilings(next(measured), 1e18, "made up"))
-    status, result = tiny_run("--rounds", "3")
-    assert status == 0
-    assert result["ceilings"]["flops"] == 5e3
-    assert result["rows"][0]["floor_ms"]["vision_ms"] > 1e3  # from such ceilings

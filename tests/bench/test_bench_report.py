@@ -1,38 +1,14 @@
 """If this fails, the page shows other numbers than the file, or two runs are called different that are not."""
 
 import base64
-import html.parser
-import random
 import re
 
 import pytest
 from sample_results import kernel_row, kernels_result, prefill_result
 
-from bench.report import compare, page
+from bench.report import page
 from bench.report.__main__ import main
-from bench.results import read, write
-
-
-class Page(html.parser.HTMLParser):
-    """Cells, sources, the order of what is seen, and whether every tag is closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.cells, self.sources, self.open, self.order = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.sources += [value for name, value in attributes if name in ("src", "href")]
-        self.order += [tag] if tag in ("h1", "img", "table", "h2") else []
-        if tag not in ("meta", "img", "link"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th"):
-            self.cells.append(data)
+from bench.results import write
 
 
 @pytest.fixture
@@ -50,20 +26,26 @@ def text_of(tmp_path, **change):
 def test_the_page_shows_the_numbers_and_needs_no_network(files, tmp_path):
     assert main([*map(str, files), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.html").read_text()
-    found = Page(text)
-    assert not found.open
+    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", text)
     for cell in ("123.2", "50.5", "2.44x", "2.40 to 2.45", "1.70", "10.1", "200.0", "1.50x"):
-        assert cell in found.cells
+        assert cell in cells
     assert text.count('class="new"') == 2  # batch 8 after 1, in both tables; LLaVA-1.5 comes first there
     assert "GPU &lt;1&gt;" in text
     assert "<script" not in text
-    assert all(source.startswith("data:") for source in found.sources)
+    for said in (
+        "<dt>threads</dt><dd>3</dd>", "200 TFLOP/s, 3000 GB/s, measured in this run", "preprocessing is not in it",
+        "<dt>llava-stf/fused</dt><dd>LLaVA-STF, the same projector", "1755 to 1980 behind the rounds",
+        "features: difference 1.0e-06 (allowed 1e-05)",
+    ):  # fmt: skip
+        assert said in text
+    assert "<dt>llava-1.5-pool" not in text  # no such row
+    assert all(source.startswith("data:") for source in re.findall(r'(?:src|href)="(.*?)"', text))
     assert not re.search(r"https?://", text)
 
 
 def test_the_page_opens_with_its_verdict_and_the_chart(tmp_path):
     text = text_of(tmp_path)
-    assert Page(text).order == ["h1", "img", "table", "table", "h2"]
+    assert re.findall(r"<(h1|img|table|h2)\b", text) == ["h1", "img", "table", "table", "h2"]
     assert "<h1>LLaVA-STF gives its first token 2.44x sooner than LLaVA-1.5</h1>" in text
     assert "50.5 ms instead of 123.2, with 144 image tokens instead of 144: 7b on GPU &lt;1&gt;, eager" in text
     assert "Fused against plain PyTorch operators in the same model: 1.20x [1.20, 1.21]" in text
@@ -85,17 +67,6 @@ def test_the_chart_is_embedded_as_written_or_its_absence_is_said(files, tmp_path
     assert "matplotlib" in note
     assert "matplotlib" in path.read_text()
     assert list((tmp_path / "without").iterdir()) == [path]
-
-
-def test_the_page_alone_says_what_its_rows_and_numbers_are(tmp_path):
-    text = text_of(tmp_path)
-    for said in (
-        "<dt>threads</dt><dd>3</dd>", "200 TFLOP/s, 3000 GB/s, measured in this run", "preprocessing is not in it",
-        "<dt>llava-stf/fused</dt><dd>LLaVA-STF, the same projector", "1755 to 1980 behind the rounds",
-        "features: difference 1.0e-06 (allowed 1e-05)",
-    ):  # fmt: skip
-        assert said in text
-    assert "<dt>llava-1.5-pool" not in text  # no such row
 
 
 def test_an_incomplete_or_refused_run_is_marked(tmp_path):
@@ -122,20 +93,6 @@ def test_compare_says_what_is_more_than_noise(files, tmp_path, capsys):
     assert "us of stf" in capsys.readouterr().out
 
 
-def test_two_runs_of_one_machine_agree_within_their_spread():
-    """As long as the noise is the same: 200 pairs of runs of seven rounds, drawn from one distribution."""
-    draws = random.Random(4)
-
-    def verdict(factor):
-        samples = [[draws.lognormvariate(3.0, 0.2) * f for _ in range(7)] for f in (1, factor)]
-        runs = [{"kind": "kernels", "rows": [kernel_row("stf", 1.0, samples=s)]} for s in samples]
-        [before], [after] = (compare.measured(run).values() for run in runs)
-        return compare.difference(before, after)[-1]
-
-    assert [verdict(1) for _ in range(200)].count("within noise") >= 195
-    assert [verdict(2) for _ in range(200)].count("SLOWER") >= 195
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -145,19 +102,17 @@ def test_two_runs_of_one_machine_agree_within_their_spread():
         ({"schema": 0}, "schema"),
     ],
 )
-def test_runs_that_cannot_be_compared_are_refused(files, tmp_path, capsys, change, words):
+def test_files_that_cannot_be_read_or_compared_are_refused(files, tmp_path, capsys, change, words):
     write(tmp_path / "b.json", {**prefill_result(), **change})
     assert main(["--compare", str(files[0]), str(tmp_path / "b.json")]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert "error" in error
-
-
-def test_a_file_that_is_no_result_is_refused(files, tmp_path, capsys):
     (tmp_path / "cut.json").write_text(files[0].read_text()[:100])
-    assert main([str(tmp_path / "cut.json")]) == 2
-    assert "cut.json" in capsys.readouterr().err
-    assert main(["--compare", str(files[0]), str(files[1])]) == 2
-    assert read(files[0])["kind"] in capsys.readouterr().err
-    assert main([str(files[0]), "--out", str(files[1])]) == 2
-    assert "--out" in capsys.readouterr().err
+    for arguments, named in (
+        ([tmp_path / "cut.json"], "cut.json"),
+        (["--compare", *files], "got 'prefill' and 'kernels'"),
+        ([files[0], "--out", files[1]], "--out"),
+    ):
+        assert main([*map(str, arguments)]) == 2
+        assert named in capsys.readouterr().err

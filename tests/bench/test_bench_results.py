@@ -6,7 +6,7 @@ import json
 import pytest
 from sample_results import kernels_result, prefill_result
 
-from bench.results import ROOT, ResultError, check, read, write
+from bench.results import ResultError, check, read, write
 
 
 def broken(result, change, message):
@@ -22,10 +22,7 @@ def broken(result, change, message):
     [
         (lambda r: r["rows"][0].pop("insert_ms"), r"file: rows\[0\]: 'insert_ms' is a required property"),
         (lambda r: r["rows"][0]["floor_ratio"].update(vision_ms="a"), "floor_ratio.vision_ms: 'a' is not of type"),
-        (lambda r: r["rows"][0]["samples"].update(total_ms="abc"), "samples.total_ms: 'abc' is not of type 'array'"),
         (lambda r: r["rows"][0]["samples"].update(total_ms=[0.0]), r"total_ms\[0\]: 0.0 is less than or equal"),
-        (lambda r: r["comparisons"][0].update(images=[1]), r"comparisons\[0\].images: \[1\] is not of type 'integer'"),
-        (lambda r: r["checks"].append("fine"), r"checks\[1\]: 'fine' is not of type 'object'"),
         (lambda r: r.pop("comparisons"), "'comparisons' is a required property"),
     ],
 )
@@ -36,16 +33,12 @@ def test_what_the_page_and_the_chart_read_is_checked_before_them(change, message
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(kind="speed"), "kind: expected one of"),
         (lambda r: r.update(kind=["kernels"]), "kind: expected one of"),
         (lambda r: r.update(schema=7), "schema: expected 1, got 7; measure again"),
         (lambda r: r["rows"][0].update(floor_us=0), r"rows\[0\].floor_us: 0 is less than or equal to the minimum of 0"),
-        (lambda r: r["rows"][0].update({"pass": 1}), r"rows\[0\].pass: 1 is not of type 'string'"),
         (lambda r: r.pop("commit"), "'commit' is a required property"),
-        (lambda r: r.update(torch=None), "torch: None is not of type 'string'"),
         (lambda r: r["rows"][0].update(batch=True), r"rows\[0\].batch: True is not of type 'integer'"),
         (lambda r: r["rows"][0].update(us="fast"), r"rows\[0\].us: 'fast' is not of type 'number', 'null'"),
-        (lambda r: r["rows"].append(3), r"rows\[3\]: 3 is not of type 'object'"),
     ],
 )
 def test_a_file_of_another_schema_is_refused_by_field(change, message):
@@ -71,8 +64,3 @@ def test_a_file_cut_short_is_named(tmp_path):
             read(path)
     with pytest.raises(ResultError, match=r"absent\.json: cannot be read"):
         read(tmp_path / "absent.json")
-
-
-def test_every_file_under_results_says_what_was_measured():
-    for path in sorted((ROOT / "bench" / "results").rglob("*.json")):
-        assert json.loads(path.read_text())["commit"]

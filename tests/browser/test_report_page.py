@@ -79,13 +79,9 @@ def seen(page):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_nothing_sticks_out_at_any_width(seen, width):
+def test_nothing_sticks_out_and_the_chart_is_large_enough_to_read(seen, width):
     assert seen[width]["scrolls"] <= width
     assert seen[width]["outside"] == []
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_chart_is_there_and_large_enough_to_read(seen, width):
     [(natural, shown_width, shown_height, visible)] = seen[width]["images"]
     assert natural >= shown_width >= (0.6 if width == A4 else 0.9) * min(width, 700)  # never blown up
     assert shown_height >= 100
