@@ -11,12 +11,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
 MB = 2**20
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes across the progress bar
 
@@ -56,7 +55,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(call: Callable[[], T], device: str) -> tuple[T, int]:
+def peak_bytes(call: Callable[[], Any], device: str) -> tuple[Any, int]:
     """The call's result, and the peak of what it allocated."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()

@@ -138,8 +138,8 @@ def measure(args: argparse.Namespace, device: str, began: float) -> int:
     print("\n".join(filter(None, ("", report(result, full=args.full), note))))
     print(f"\n{'  '.join(map(str, written))}   ({time.monotonic() - began:.0f} s)")
     # torch.compile is a mode where it works.
-    broken = [row for row in result["rows"] if BROKEN in (row["failed"] or "") and row["mode"] != "compile"]
-    return 1 if result["refused"] or broken else 0
+    broken = any(BROKEN in (row["failed"] or "") and row["mode"] != "compile" for row in result["rows"])
+    return int(bool(result["refused"]) or broken)
 
 
 if __name__ == "__main__":

@@ -70,17 +70,14 @@ def watched(model: nn.Module, mark: Mark) -> Iterator[None]:
 @contextlib.contextmanager
 def inserted(model: nn.Module, keep: Callable[[Tensor | None], None]) -> Iterator[None]:
     """Within the block `keep` gets the inputs_embeds of the language model, and None where the next ones are begun."""
-    hooks = [
-        model.get_input_embeddings().register_forward_pre_hook(lambda *_: keep(None)),
-        model.model.language_model.register_forward_pre_hook(
-            lambda _, args, kwargs: keep(kwargs["inputs_embeds"]), with_kwargs=True
-        ),
-    ]
+    first, second = model.get_input_embeddings(), model.model.language_model
+    begin = first.register_forward_pre_hook(lambda *_: keep(None))
+    end = second.register_forward_pre_hook(lambda _, args, kwargs: keep(kwargs["inputs_embeds"]), with_kwargs=True)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        begin.remove()
+        end.remove()
 
 
 def first_token(model: nn.Module, inputs: dict[str, Tensor], mark: Mark = lambda _: None) -> tuple[Any, list[int]]:
