@@ -45,9 +45,14 @@ def use_backend(backend: str):
     return _switched(backend)
 
 
+def chosen_backend() -> str | None:
+    """The innermost `use_backend` of this thread."""
+    return getattr(_state, "backend", None)
+
+
 def current_backend() -> str:
     """The innermost `use_backend` of this thread, else STF_KERNELS_BACKEND, else "auto"."""
-    return getattr(_state, "backend", None) or _default_backend()
+    return chosen_backend() or _default_backend()
 
 
 @functools.cache

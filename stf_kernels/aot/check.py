@@ -10,12 +10,9 @@ All but the first are asserted of the specialisation that a launch on 16-byte al
 need only fit. gfx942 has no asynchronous copy.
 """
 
-from ..configs import SHARED_MEMORY_LIMIT
-from .cases import Case, kernel_arguments, kernel_of
-
-# Multiply-adds a cycle of one multiprocessor's tensor cores on 16-bit operands with fp32 sums, by the makers' data
-# sheets: peak rate over multiprocessors and boost clock.
-_MULTIPLY_ADDS = {"sm_80": 1024, "sm_89": 256, "sm_90": 2048, "sm_100": 4096, "sm_120": 256, "gfx942": 1024}
+from ..configs.model import ARCHITECTURES, SHARED_MEMORY_LIMIT
+from ..tune.problems import PROBLEMS
+from .cases import Case, launch_of
 
 
 def examine(case: Case) -> tuple[str, list[str], dict | None]:
@@ -23,7 +20,7 @@ def examine(case: Case) -> tuple[str, list[str], dict | None]:
     from .codegen import compile_for
 
     try:
-        code = compile_for(case.arch, kernel_of(case), kernel_arguments(case), **case.config.compiler_options())
+        code = compile_for(case.arch, *launch_of(case), **case.config.compiler_options())
     except Exception as error:  # the compiler raises what it likes; a case that does not compile is a violation
         return f"{case}  does not compile", [f"does not compile: {error!s:.300}"], None
     spilled = f"{code.spilled:3}" + (" (allowed: unaligned)" if code.spilled and not case.aligned else "")
@@ -54,7 +51,8 @@ def violations(case: Case, code) -> list[str]:
         found.append("no asynchronous copy in the loop")
     if nvidia and code.loop_plain_copies:
         found.append(f"{code.loop_plain_copies} plain loads or stores in the loop")
-    if case.arch in ("sm_90", "sm_100") and code.loop_constant_loads:
+    # A weight gradient's loop is short of registers and loads its bounds again, each load for itself.
+    if case.arch in ("sm_90", "sm_100") and code.loop_constant_loads and not PROBLEMS[case.problem].wgrad:
         found.append(f"{code.loop_constant_loads} loads of constants in the loop")
     return found
 
@@ -62,12 +60,13 @@ def violations(case: Case, code) -> list[str]:
 def record(case: Case, code) -> dict:
     """A case as --json writes it. Cycles are of one K step of a program that has a multiprocessor to itself.
 
-    issue_cycles: one instruction a cycle and scheduler, of which there are four, for all warps; or the stalls that the
-    compiler wrote into the instructions of one warp, where those are more.
+    issue_cycles: one instruction a cycle and scheduler, of which there are four, for all warps. Where the tensor cores
+    run beside the warps (sm_90, sm_100), at least the stalls that the compiler wrote into the instructions of one warp.
     """
     config = case.config
     tensor_cores = case.dtype != "float32" or case.tf32
-    rate = _MULTIPLY_ADDS[case.arch] // (2 if case.tf32 else 1)
+    stalls = code.loop_stalls if case.arch in ("sm_90", "sm_100") else 0
+    rate = ARCHITECTURES[case.arch].multiply_adds // (2 if case.tf32 else 1)
     return {
         "arch": case.arch,
         "problem": case.problem,
@@ -81,7 +80,7 @@ def record(case: Case, code) -> dict:
         "shared": code.shared,
         "loop": {
             "instructions": code.loop_instructions,
-            "issue_cycles": max(code.loop_instructions * config.num_warps / 4, code.loop_stalls),
+            "issue_cycles": max(code.loop_instructions * config.num_warps / 4, stalls),
             "tensor_cycles": config.rows * config.block_n * config.block_k / rate if tensor_cores else None,
             "constant_loads": code.loop_constant_loads,
             "mma": code.loop_tensor_core,

@@ -8,14 +8,13 @@ selection.py   from a product to a configuration, and what becomes of one that d
 
 from .config import GemmConfig
 from .model import SHARED_MEMORY_LIMIT, default_config, smallest
-from .selection import choose, choose_wgrad, reject
+from .selection import choose, reject
 from .tables import device_identity, device_slug
 
 __all__ = [
     "SHARED_MEMORY_LIMIT",
     "GemmConfig",
     "choose",
-    "choose_wgrad",
     "default_config",
     "device_identity",
     "device_slug",

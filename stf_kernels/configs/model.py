@@ -1,32 +1,62 @@
-"""The configuration when no table matches.
+"""What a configuration costs on a GPU, by arithmetic alone: no measurement, and not calibrated by one.
 
-Rule: the largest tile that still gives every multiprocessor one (about a hundred tiles), within the shared memory
-and the register file of the architecture. It is a default that fits everywhere, not a measurement.
+    cycles = programs of the busiest multiprocessor * (K steps * cycles of a step + epilogue) + fill
+    a step = the slowest of tensor cores, shared memory, L2, and the issue of instructions
+    at least = the bytes of A, W and y over what memory delivers while so many bytes of W are in flight
+
+It ranks configurations: the cheapest of an architecture's `tiles` serves when no table matches, and a search measures
+the cheapest of many. To change a tile size, change it in the tables below.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 from .config import GemmConfig
 
-# Bytes of shared memory that one program may take, by architecture.
-SHARED_MEMORY_LIMIT = {
-    "sm_80": 166_912,
-    "sm_89": 101_376,
-    "sm_90": 232_448,
-    "sm_100": 232_448,
-    "sm_120": 101_376,
-    "gfx942": 65_536,
+
+class Architecture(NamedTuple):
+    """Of one multiprocessor: bytes of shared memory that one program and all of them may take, multiply-adds a cycle of
+    its tensor cores on 16-bit operands, its share of the bytes a cycle that memory and L2 deliver (published rates over
+    multiprocessors and boost clock), and multiprocessors of a common model, for who has none at hand."""
+
+    shared_limit: int
+    shared_total: int
+    multiply_adds: int
+    memory: float
+    l2: float
+    multiprocessors: int
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(166_912, 167_936, 1024, 12.0, 35.0, 108),
+    "sm_89": Architecture(101_376, 102_400, 256, 2.9, 16.0, 128),
+    "sm_90": Architecture(232_448, 233_472, 2048, 15.0, 42.0, 132),
+    "sm_100": Architecture(232_448, 233_472, 4096, 29.0, 40.0, 148),
+    "sm_120": Architecture(101_376, 102_400, 256, 4.4, 16.0, 170),
+    "gfx942": Architecture(65_536, 65_536, 1024, 8.3, 50.0, 304),
 }
+SHARED_MEMORY_LIMIT = {arch: limits.shared_limit for arch, limits in ARCHITECTURES.items()}
+_LATENCY = 1400  # cycles from a request to memory until its bytes are there
+_FILL = 2500  # cycles before the first product and behind the last store
 
-_MANY_TILES = 96  # roughly the multiprocessors of a data-centre GPU
-
-# Tiles of a family (see _family), from large to small: the first is left out where an epilogue would make it spill.
-# 16-bit operands; fp32 below.
+# Tiles of a family (see _family) for 16-bit operands, large to small; fp32 below.
 _HALF = {
-    # 227 KB of shared memory, warpgroup products: wide tiles, 64 columns a step
-    "sm_90": (GemmConfig(128, 256, 64, 8, 8, 3), GemmConfig(128, 128, 64, 8, 8, 4), GemmConfig(64, 128, 64, 8, 4, 4)),
+    # 227 KB of shared memory, warpgroup products. 128x128 with 3 stages leaves room for a second program.
+    "sm_90": (
+        GemmConfig(128, 256, 64, 8, 8, 4),
+        GemmConfig(128, 128, 64, 8, 8, 3),
+        GemmConfig(64, 256, 64, 8, 8, 4),
+        GemmConfig(64, 128, 128, 8, 4, 4),
+    ),
     # 163 KB of shared memory
-    "sm_80": (GemmConfig(128, 256, 32, 8, 8, 4), GemmConfig(128, 128, 32, 8, 8, 4), GemmConfig(64, 128, 64, 8, 4, 4)),
+    "sm_80": (
+        GemmConfig(128, 256, 32, 8, 8, 4),
+        GemmConfig(128, 128, 32, 8, 8, 4),
+        GemmConfig(64, 128, 64, 8, 4, 4),
+        GemmConfig(64, 64, 64, 8, 4, 4),
+    ),
     # 99 KB of shared memory: sm_120 and unknown architectures, too
     "sm_89": (GemmConfig(128, 128, 32, 8, 8, 4), GemmConfig(128, 64, 64, 8, 4, 3), GemmConfig(64, 64, 64, 8, 4, 4)),
     # 64 KB of shared memory, wavefronts of 64 threads
@@ -45,7 +75,7 @@ _SWAP_AB = (
     GemmConfig(128, 128, 64, 8, 8, 5, 4, form="swap_ab", tail_m=16),
     GemmConfig(128, 64, 64, 8, 4, 5, 2, form="swap_ab", tail_m=16),
 )
-_FLOAT = (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 16, 8, 4, 3))
+_FLOAT = (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 16, 8, 8, 3))
 _FLOAT_AMD = (GemmConfig(128, 64, 16, 8, 8, 2), GemmConfig(64, 64, 16, 8, 4, 2), GemmConfig(32, 64, 16, 8, 4, 2))
 
 
@@ -56,39 +86,23 @@ def _family(arch: str) -> str:
     return {"sm_90": "sm_90", "sm_100": "sm_90", "sm_103": "sm_90", "sm_80": "sm_80"}.get(arch, "sm_89")
 
 
-def tiles(arch: str, itemsize: int, *, save_pre: bool = False) -> tuple[GemmConfig, ...]:
-    """The heuristic's configurations for an architecture ("sm_90", "gfx942", ...), largest tile first.
+def tiles(arch: str, itemsize: int, *, save_pre: bool = False, wgrad: bool = False) -> tuple[GemmConfig, ...]:
+    """What may serve when no table matches, on an architecture ("sm_90", "gfx942", ...).
 
-    save_pre: for an epilogue that stores the pre-activation too. With the largest tile it spills.
+    save_pre: for an epilogue that stores the pre-activation too; the largest tile spills with it. wgrad: for the weight
+    gradient, where it does so in fp32 and on sm_89 and sm_120.
     """
-    if save_pre:
-        return tiles(arch, itemsize)[1:]
-    if itemsize == 4:
-        return _FLOAT_AMD if arch.startswith("gfx") else _FLOAT
-    return _HALF[_family(arch)]
+    found = _HALF[_family(arch)] if itemsize == 2 else _FLOAT_AMD if arch.startswith("gfx") else _FLOAT
+    spills = save_pre or (wgrad and (itemsize == 4 or _family(arch) == "sm_89"))
+    return found[1:] if spills else found
 
 
-def wgrad_tiles(arch: str, itemsize: int) -> tuple[GemmConfig, ...]:
-    """Tiles of the weight gradient's kernel, largest first; on sm_120 the family's largest spills."""
-    found = tiles(arch, itemsize)
-    return found[1:] if itemsize == 4 or _family(arch) == "sm_89" else found
-
-
-def split_tiles(arch: str, itemsize: int) -> list[GemmConfig]:
-    """The smaller tiles with K split, for the tuner to try at few rows: never run on hardware, so no default."""
-    if arch.startswith("gfx"):
-        return []  # kernels/split_k.py says why
-    return [replace(config, split_k=splits) for config in tiles(arch, itemsize)[1:] for splits in (2, 4, 8)]
-
-
-def tma_tiles(arch: str, itemsize: int) -> list[GemmConfig]:
-    """Tiles fetched by TMA, for the tuner to try: never run on hardware, so no default."""
-    return [*_TMA] if has_tma(arch, itemsize) else []
-
-
-def swap_ab_tiles(arch: str, itemsize: int) -> list[GemmConfig]:
-    """The swapped form for M = 144 and its multiples, whole and with K split: likewise no default."""
-    return [*_SWAP_AB] if has_tma(arch, itemsize) else []
+def others(arch: str, itemsize: int) -> list[GemmConfig]:
+    """Forms that have not run on hardware, so no default anywhere: for a search to try."""
+    found = [*_TMA, *_SWAP_AB] if has_tma(arch, itemsize) else []
+    if not arch.startswith("gfx"):  # kernels/split_k.py says why
+        found += [replace(config, split_k=splits) for config in tiles(arch, itemsize)[1:] for splits in (2, 4, 8)]
+    return found
 
 
 def has_tma(arch: str, itemsize: int) -> bool:
@@ -96,21 +110,66 @@ def has_tma(arch: str, itemsize: int) -> bool:
     return itemsize == 2 and _family(arch) == "sm_90"
 
 
-def default_config(arch: str, itemsize: int, m: int, n: int, *, save_pre: bool = False) -> GemmConfig:
-    """A configuration for y [m, n] on an architecture, operands of `itemsize` bytes."""
-    return _largest_that_fills(tiles(arch, itemsize, save_pre=save_pre), m, n)
+def cycles(config: GemmConfig, m: int, n: int, k: int, itemsize: int, arch: str, multiprocessors: int) -> float:
+    """The model's estimate for y [m, n] = A [m, k] @ W^T with an activation behind it."""
+    device = ARCHITECTURES.get(arch, ARCHITECTURES["sm_89"])
+    threads = config.num_warps * (64 if arch.startswith("gfx") else 32)
+    registers = min(255, config.rows * config.block_n // threads + 64)
+    shared = config.shared_bytes(itemsize) + 1024
+    resident = max(1, min(device.shared_total // shared, 2048 // threads, 65536 // (threads * registers)))
+    columns = math.ceil(n / config.block_n)
+    programs = math.ceil(m / config.rows) * columns * config.split_k
+    busiest = math.ceil(programs / multiprocessors)
+
+    rate = device.multiply_adds if itemsize == 2 else 128  # fp32 has the ordinary lanes
+    tensor = config.rows * config.block_n * config.block_k / rate
+    loaded = (config.rows + config.block_n) * config.block_k * itemsize
+    if has_tma(arch, itemsize):  # a warpgroup's 64 rows read the whole of W's tile
+        read = math.ceil(config.rows / 64) * (64 + config.block_n)
+    else:  # as many warps side by side as one above the other
+        above = 2 ** math.ceil(math.log2(config.num_warps) / 2)
+        read = config.rows * config.num_warps / above + config.block_n * above
+    shared_memory = (read * config.block_k * itemsize + loaded) / 128
+    l2 = loaded / min(64, device.l2 * multiprocessors / min(programs, multiprocessors))
+    issue = config.num_warps * (13 if config.form != "pointer" else 26)
+    step = max(tensor, shared_memory, l2, issue)
+    overlap = 1.05 if min(resident, busiest) > 1 else 1.15
+    steps = math.ceil(k / config.block_k) / config.split_k
+    epilogue = config.rows * config.block_n * 0.15
+    exposed = busiest if resident == 1 else math.ceil(busiest / resident)
+    compute = busiest * steps * step * overlap + exposed * epilogue + _FILL
+
+    at_once = min(programs, multiprocessors * resident)
+    in_flight = min(at_once, columns * config.split_k) * (config.num_stages - 1) * config.block_n * config.block_k
+    bandwidth = device.memory * multiprocessors
+    weights = n * k * itemsize / min(bandwidth, in_flight * itemsize / _LATENCY)
+    memory = weights + (m * k + m * n) * itemsize / bandwidth
+    # Parts are written and read once more, in fp32 and mostly in L2.
+    reduction = 3000 + 2 * 4 * m * n * config.split_k / (2 * bandwidth) if config.split_k > 1 else 0
+    return max(compute, memory) + reduction
 
 
-def _largest_that_fills(candidates: tuple[GemmConfig, ...], m: int, n: int) -> GemmConfig:
-    for config in candidates:
-        if -(-m // config.block_m) * -(-n // config.block_n) >= _MANY_TILES:
-            return config
-    return candidates[-1]
+def rank(
+    configs: Iterable[GemmConfig], m: int, n: int, k: int, itemsize: int, arch: str, multiprocessors: int
+) -> list[GemmConfig]:
+    """The cheapest first."""
+    return sorted(configs, key=lambda config: cycles(config, m, n, k, itemsize, arch, multiprocessors))
 
 
-def default_wgrad_config(arch: str, itemsize: int, n: int, k: int) -> GemmConfig:
-    """A configuration for dW [n, k]."""
-    return _largest_that_fills(wgrad_tiles(arch, itemsize), n, k)
+def default_config(
+    arch: str,
+    itemsize: int,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    multiprocessors: int | None = None,
+    save_pre: bool = False,
+    wgrad: bool = False,
+) -> GemmConfig:
+    """What serves for y [m, n] = A [m, k] @ W^T when no table matches, operands of `itemsize` bytes."""
+    multiprocessors = multiprocessors or ARCHITECTURES.get(arch, ARCHITECTURES["sm_89"]).multiprocessors
+    return rank(tiles(arch, itemsize, save_pre=save_pre, wgrad=wgrad), m, n, k, itemsize, arch, multiprocessors)[0]
 
 
 def smallest(itemsize: int) -> GemmConfig:

@@ -1,8 +1,7 @@
 """From a product to its configuration: the device's table if it knows the stage, else the model's.
 
-choose         for y [m, n] = A [m, k] @ W^T
-choose_wgrad   for dW [n, k], a sum over m rows
-reject         what serves in place of a configuration that did not run
+choose   for y [m, n] = A [m, k] @ W^T, or for a weight gradient
+reject   what serves in place of a configuration that did not run
 """
 
 import functools
@@ -11,31 +10,13 @@ import warnings
 import torch
 
 from .config import GemmConfig
-from .model import default_config, default_wgrad_config, smallest
-from .tables import device_identity, table_of
+from .model import default_config, smallest
+from .tables import device_identity, multiprocessors, table_of
 
 INTERPRETER_CONFIG = GemmConfig(block_m=32, block_n=32, block_k=32, group_m=2)
 
 # (slug, itemsize, of a weight gradient, configuration) that did not run in this process: the two kernels share tiles.
 _rejected: set[tuple[str, int, bool, GemmConfig]] = set()
-
-
-def gpu_index(device: torch.device) -> int:
-    """Of a GPU; "cuda" without an index is the current one."""
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(slug: str, arch: str, stage: str, dtype: torch.dtype, m: int, n: int, k: int) -> GemmConfig | None:
-    choices = table_of(slug, arch).get((stage, str(dtype).removeprefix("torch."), n, k))
-    for m_max, config in choices or ():
-        if m <= m_max:
-            return config
-    # Beyond the table: split K's workspace would grow with M, gigabytes for what a table of one image says.
-    if choices and not (choices[-1][1] is not None and choices[-1][1].is_for_few_rows):
-        return choices[-1][1]
-    # Of any stage's weight gradient, also of one that no table can name: a cropped linear layer's.
-    return None if stage.endswith("_wgrad") else default_config(arch, dtype.itemsize, m, n)
 
 
 def choose(
@@ -49,35 +30,43 @@ def choose(
     forced: bool = False,
     save_pre: bool = False,
 ) -> GemmConfig | None:
-    """The configuration for y [m, n] = A [m, k] @ W^T at a stage of `tables.STAGES` on `device`.
+    """The configuration for y [m, n] = A [m, k] @ W^T at a stage of `tables.STAGES` on `device`, or for the weight
+    gradient dW [m, n], a sum over k rows, at "concat_wgrad", "merge_wgrad" or "linear_wgrad".
 
-    None, plain torch, where the table says that it is faster, unless `forced`. save_pre: the pre-activation is stored
-    too. On the CPU (the interpreter) it is one small configuration: nothing there depends on speed.
+    None, plain torch, where the table says that it is faster, unless `forced`; for a weight gradient also where no
+    table names the kernel, and where it did not run. save_pre: the pre-activation is stored too. On the CPU (the
+    interpreter) it is one small configuration: nothing there depends on speed.
     """
     if device.type == "cpu":
         return INTERPRETER_CONFIG
-    slug, arch = device_identity(gpu_index(device))
-    config = _choose(slug, arch, stage, dtype, m, n, k)
+    index = torch.cuda.current_device() if device.index is None else device.index  # "cuda" is the current one
+    wgrad = stage.endswith("_wgrad")
+    config = _choose(index, stage, dtype, m, n, k)
     # Tables are measured without the pre-activation's store, which wants smaller tiles.
     if (config is None and forced) or (config is not None and save_pre):
-        config = default_config(arch, dtype.itemsize, m, n, save_pre=save_pre)
-    return smallest(dtype.itemsize) if (slug, dtype.itemsize, False, config) in _rejected else config
+        config = _default(index, dtype.itemsize, m, n, k, save_pre, wgrad)
+    rejected = config is not None and (device_identity(index)[0], dtype.itemsize, wgrad, config) in _rejected
+    return (None if wgrad else smallest(dtype.itemsize)) if rejected else config
 
 
-def choose_wgrad(
-    device: torch.device, stage: str, dtype: torch.dtype, m: int, n: int, k: int, *, forced: bool = False
-) -> GemmConfig | None:
-    """The weight gradient's configuration for dW [n, k], a sum over m rows, of a stage that merges or concatenates.
+@functools.lru_cache(maxsize=4096)
+def _choose(index: int, stage: str, dtype: torch.dtype, m: int, n: int, k: int) -> GemmConfig | None:
+    name, wgrad = str(dtype).removeprefix("torch."), stage.endswith("_wgrad")
+    rows, shape = (k, (m, n)) if wgrad else (m, (n, k))  # a table knows both by the rows of A and the shape of W
+    choices = table_of(*device_identity(index)).get((stage, name, *shape))
+    for m_max, config in choices or ():
+        if rows <= m_max:
+            return config
+    # Beyond the table: split K's workspace would grow with M, gigabytes for what a table of one image says.
+    if choices and not (choices[-1][1] is not None and choices[-1][1].is_for_few_rows):
+        return choices[-1][1]
+    return None if wgrad else _default(index, dtype.itemsize, m, n, k, False, False)
 
-    None, the library GEMM, where no table names the kernel, unless `forced`, and where it did not run.
-    """
-    if device.type == "cpu":
-        return INTERPRETER_CONFIG
-    slug, arch = device_identity(gpu_index(device))
-    config = _choose(slug, arch, f"{stage}_wgrad", dtype, m, n, k)
-    if config is None and forced:
-        config = default_wgrad_config(arch, dtype.itemsize, n, k)
-    return None if (slug, dtype.itemsize, True, config) in _rejected else config
+
+@functools.lru_cache(maxsize=4096)
+def _default(index: int, itemsize: int, m: int, n: int, k: int, save_pre: bool, wgrad: bool) -> GemmConfig:
+    options = {"multiprocessors": multiprocessors(index), "save_pre": save_pre, "wgrad": wgrad}
+    return default_config(device_identity(index)[1], itemsize, m, n, k, **options)
 
 
 def reject(
@@ -88,7 +77,7 @@ def reject(
     Returns what serves instead: the smallest one or, if wgrad, None for the library GEMM. Raises `reason` where the
     smallest one itself does not run.
     """
-    slug, arch = device_identity(gpu_index(device))
+    slug, arch = device_identity(torch.cuda.current_device() if device.index is None else device.index)
     instead = None if wgrad else smallest(dtype.itemsize)
     if config == instead:
         raise reason

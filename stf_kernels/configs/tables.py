@@ -51,6 +51,12 @@ def device_identity(index: int) -> tuple[str, str]:
     return device_slug(properties.name), f"sm_{properties.major}{properties.minor}"
 
 
+@functools.cache
+def multiprocessors(index: int) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def table_path(slug: str) -> Path:
     return _FOLDER / f"{slug}.json"
 

@@ -60,13 +60,18 @@ def bytes_ahead(block_ptrs, base_ptr, index, COUNT: tl.constexpr):
 
 @triton.jit
 def tile_of_program(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Program id -> (tile row, tile column), GROUP_M tile rows at a time so that W tiles stay in L2."""
+    """Program id -> (tile row, tile column), about GROUP_M tile rows at a time so that W tiles stay in L2.
+
+    The groups are of equal height: each reads all of W, and a ninth row alone would read it for itself.
+    """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    per_group = GROUP_M * tiles_n
+    groups = tl.maximum((tiles_m + GROUP_M // 2) // GROUP_M, 1)
+    rows = tl.cdiv(tiles_m, groups)
+    per_group = rows * tiles_n
     group = program // per_group
-    first = group * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
+    first = group * rows
+    height = tl.minimum(tiles_m - first, rows)
     within = program - group * per_group
     return first + within % height, within // height
 
@@ -97,6 +102,7 @@ def accumulate(
     k = tl.arange(0, BLOCK_K)
     w_tile = w_ptr + n.to(tl.int64)[None, :] * w_stride_n + k[:, None]
     row_offset = image.to(tl.int64) * x_strides_b[0] + token.to(tl.int64) * x_strides_t[0]
+    a_tile = block_ptrs[0] + row_offset[:, None] + k[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
     for step in range(step_begin, step_end):
@@ -104,26 +110,28 @@ def accumulate(
         # Not `% C`: a remainder of the loop variable hides the alignment and with it the asynchronous copies.
         column = (step - segment * STEPS) * BLOCK_K
         block = segment // WINDOW
-        base = block_ptrs[0] + column
+        offset = tl.cast(column, tl.int64)
         if NUM_BLOCKS > 1:
             ahead = bytes_ahead(block_ptrs, block_ptrs[0], block, NUM_BLOCKS) // ITEMSIZE
-            base += tl.multiple_of(ahead, ALIGNMENT)
-        if not UNIFORM_STRIDES:
-            row_offset = image.to(tl.int64) * pick(x_strides_b, block, NUM_BLOCKS)
-            row_offset += token.to(tl.int64) * pick(x_strides_t, block, NUM_BLOCKS)
+            offset += tl.multiple_of(ahead, ALIGNMENT)
         if MERGE_IN > 1:
             dy = (segment % WINDOW) // MERGE_IN
             dx = segment % MERGE_IN
             stride_t = x_strides_t[0] if UNIFORM_STRIDES else pick(x_strides_t, block, NUM_BLOCKS)
-            base += (dy * grid_w + dx).to(tl.int64) * stride_t
-        a_tile = base + row_offset[:, None] + k[None, :]
+            offset += (dy * grid_w + dx).to(tl.int64) * stride_t
+        if UNIFORM_STRIDES:
+            a_step = a_tile + offset
+        else:
+            row_offset = image.to(tl.int64) * pick(x_strides_b, block, NUM_BLOCKS)
+            row_offset += token.to(tl.int64) * pick(x_strides_t, block, NUM_BLOCKS)
+            a_step = block_ptrs[0] + offset + row_offset[:, None] + k[None, :]
         w_step = w_tile + (segment * C + column)
         if C % BLOCK_K == 0:
-            a = tl.load(a_tile)
+            a = tl.load(a_step)
             w = tl.load(w_step)
         else:
             inside = k < C - column
-            a = tl.load(a_tile, mask=inside[None, :], other=0.0)
+            a = tl.load(a_step, mask=inside[None, :], other=0.0)
             w = tl.load(w_step, mask=inside[:, None], other=0.0)
         if INTERPRETED:  # which multiplies the bit patterns of bf16 operands
             a = a.to(tl.float32)

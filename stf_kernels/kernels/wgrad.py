@@ -53,8 +53,15 @@ def _segmented_wgrad_kernel(
     steps = tl.cdiv(tokens, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
-    image = tl.cast(0, tl.int64)
+    # Offsets are counted on, not computed from the step: that takes a division by a run-time number.
     first_t = 0
+    x_image = tl.cast(0, tl.int64)
+    g_image = tl.cast(0, tl.int64)
+    x_step = tl.cast(stride_t, tl.int64) * BLOCK_K
+    g_step = tl.cast(g_stride, tl.int64) * BLOCK_K
+    g_images = tl.cast(g_stride, tl.int64) * tokens
+    x_offset = x_image
+    g_offset = g_image
     for _ in range(images * steps):
         t = first_t + k
         if MERGE_IN > 1:
@@ -62,10 +69,10 @@ def _segmented_wgrad_kernel(
             i = t // OUT_W
             dy = (segment % (MERGE_IN * MERGE_IN)) // MERGE_IN
             token = (i * GRID_W + t - i * OUT_W) * MERGE_IN + dy * GRID_W + segment % MERGE_IN
-            x_tile = x_columns + (image * stride_b + token.to(tl.int64) * stride_t)[:, None]
+            x_tile = x_columns + (x_image + token.to(tl.int64) * stride_t)[:, None]
         else:
-            x_tile = x_lanes + (image * stride_b + tl.cast(first_t, tl.int64) * stride_t)
-        g_tile = g_lanes + (image * tokens + first_t) * g_stride
+            x_tile = x_lanes + x_offset
+        g_tile = g_lanes + g_offset
         # The next image's rows must not enter, nor what lies behind the last one: 0 * inf is not 0, so both are masked.
         inside_t = t < tokens
         if WHOLE_STEPS and C % BLOCK_N == 0:
@@ -79,10 +86,15 @@ def _segmented_wgrad_kernel(
             x = x.to(tl.float32)
             g = g.to(tl.float32)
         acc = tl.dot(g, x, acc, input_precision=INPUT_PRECISION)
-        # Counted on rather than divided out of the step: a division by a run-time number is 20 instructions.
         first_t += BLOCK_K
-        image = tl.where(first_t < tokens, image, image + 1)
-        first_t = tl.where(first_t < tokens, first_t, 0)
+        x_offset += x_step
+        g_offset += g_step
+        if first_t >= tokens:
+            first_t = 0
+            x_image += stride_b
+            g_image += g_images
+            x_offset = x_image
+            g_offset = g_image
 
     dw_tile = dw_ptr + n.to(tl.int64)[:, None] * dw_stride + (segment * C + c)[None, :]
     tl.store(dw_tile, acc.to(dw_ptr.dtype.element_ty), mask=inside_n & inside_c)

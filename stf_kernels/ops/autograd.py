@@ -13,12 +13,13 @@ torch.func's transforms and forward-mode differentiation plain torch computes, i
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..backend import current_backend, resolve
+from ..backend import BACKENDS, chosen_backend, current_backend, resolve
 from .backward import Needs, Sizes, chain_bwd
 from .chain import Plan, chain_fwd
 from .torch_path import differentiable_chain
@@ -67,7 +68,7 @@ class ChainOperator:
             stages, skip = self._traced_plan(*static)
             cropped = [block[:, skip:] for block in blocks]
             return differentiable_chain(stages, cropped, weights, biases or [None] * len(weights))
-        if torch.compiler.is_compiling() or not is_ordinary(tensors) or is_recorded(blocks[0]):
+        if _is_traced() or not is_ordinary(tensors) or is_recorded(blocks[0]):
             return self._forward_op(blocks, weights, biases, *static, needs)[0]
         plan, path = self.plan(*static), resolve(blocks[0].device, blocks[0].dtype)
         if needs:
@@ -84,7 +85,8 @@ class ChainOperator:
         *static, needs = static_and_needs
         plan, x = self.plan(*static), blocks[0]
         keep = Needs.of(needs, len(blocks), len(weights)).keeps(plan.stages) if needs else ()
-        y, saved = chain_fwd(plan, resolve(x.device, x.dtype), blocks, weights, biases, keep=keep)
+        with without_autocast(x.device.type):
+            y, saved = chain_fwd(plan, resolve(x.device, x.dtype), blocks, weights, biases, keep=keep)
         return [y, *saved]
 
     def _fake(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
@@ -183,8 +185,7 @@ def _run_backward(
     saved, blocks, weights = _split([next(tensors) if flag else None for flag in flags], (len(stages), *counts))
     kept.clear()
     blocks = [None if block is None else block[:, skip:] for block in blocks]
-    # A backward called inside an autocast region must not have its products cast: they are in the forward's dtype.
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad.device.type):  # of the region that the backward is called in
         d_blocks, d_weights, d_biases = chain_bwd(
             grad, saved, blocks, weights, sizes.without(skip), stages, Needs.of(needs, *counts), path
         )
@@ -206,9 +207,21 @@ def is_ordinary(tensors: Sequence[Tensor]) -> bool:
     return _ORDINARY.issuperset(map(type, tensors))
 
 
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """An operator computes in the dtype of its operands: functional.py and modules.py have cast them."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def is_recorded(x: Tensor) -> bool:
     """A kernel would run where a mode records (FLOP counters, make_fx) what goes through the dispatcher."""
     return torch._C._len_torch_dispatch_stack() > 0 and resolve(x.device, x.dtype) != "torch"
+
+
+def _is_traced() -> bool:
+    """Inside torch.compile; asking for the backend makes it a guard, for a graph holds the backend of its backward."""
+    return torch.compiler.is_compiling() and chosen_backend() in (None, *BACKENDS)
 
 
 def _is_transformed() -> bool:

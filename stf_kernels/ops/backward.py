@@ -61,11 +61,7 @@ class Needs:
     @classmethod
     def of(cls, flags: Sequence[bool], blocks: int, weights: int) -> "Needs":
         """From a flag for each of [*blocks, *weights, *biases], of which there may be no biases."""
-        return cls(
-            flags[:blocks],
-            flags[blocks : blocks + weights],
-            flags[blocks + weights :] or [False] * weights,
-        )
+        return cls(flags[:blocks], flags[blocks : blocks + weights], flags[blocks + weights :] or [False] * weights)
 
     def upstream_of(self, stage: int) -> bool:
         """Whether the gradient of the input of a stage is wanted."""

@@ -76,13 +76,13 @@ def run_stage(
     if out is None:
         y = torch.empty(stage.out_shape(x.shape, n), device=x.device, dtype=store_dtype)
     else:
-        y = out.to(store_dtype)  # `out` itself, but for the interpreter
+        y = out.float() if interpreting() else out  # in a dtype of its own under autocast
     pre = torch.empty((m, n), device=x.device, dtype=store_dtype) if save_pre else None
-    tensors = blocks, weight, bias, y, pre, rows
+    tensors = tuple(blocks), weight, bias, y, pre, rows
     with on_device(x.device):
         if ready.compiled is not None:
             scratch = split_k_scratch(ready.config, ready.grid[0], x.device)
-            ready.compiled[ready.grid](tuple(blocks), *tensors[1:], *scratch, *ready.sizes)
+            ready.compiled[ready.grid](*tensors, *scratch, *ready.sizes)
         while ready.compiled is None and m and n:
             try:
                 kernel, grid, operands, sizes, constants = ARGUMENTS[ready.config.form](ready.config, tensors, stage)
@@ -110,7 +110,8 @@ def _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre) -> tu
     tensors = [tensor for tensor in (*blocks, weight, bias, out, rows) if tensor is not None]
     return (
         stage, config, forced, save_pre, x.device, x.dtype, x.shape, weight.shape, weight.stride(0), bias is None,
-        out is None or (out.shape[0], out.stride(0)), input_precision() if x.dtype == torch.float32 else None,
+        out is None or (out.dtype, out.shape[0], out.stride(0)),
+        input_precision() if x.dtype == torch.float32 else None,
         tuple([block.stride() for block in blocks]), tuple([tensor.data_ptr() % 16 for tensor in tensors]),
     )  # fmt: skip
 
@@ -169,21 +170,8 @@ def split_k_scratch(config: GemmConfig, tiles: int, device: torch.device) -> tup
     return room, torch.zeros(tiles, device=device, dtype=torch.int32)
 
 
-# One function a form: (configuration, tensors, stage) -> kernel, grid, its tensors, its sizes, its constants.
-
-
-def _grid(config: GemmConfig, m: int, n: int) -> tuple[int, int, int]:
-    return -(-m // config.rows) * -(-n // config.block_n), config.split_k, 1
-
-
-def _sizes(x: Tensor, weight: Tensor, y: Tensor, stage: Stage) -> tuple[int, ...]:
-    """M, N, tokens, grid_h, grid_w, y_stride, y_rows: the first seven of every kernel."""
-    tokens = stage.tokens(x.shape)
-    return x.shape[0] * tokens, weight.shape[0], tokens, *stage.grid, y.stride(-2), y.shape[0]
-
-
-def epilogue_constants(
-    stage: Stage, dtype: torch.dtype, config: GemmConfig, *, has_bias: bool, save_pre: bool, index_rows: bool
+def constants_of(
+    config: GemmConfig, stage: Stage, dtype: torch.dtype, *, has_bias: bool, save_pre: bool, index_rows: bool
 ) -> dict[str, object]:
     """The constexpr parameters that all forms have."""
     return {
@@ -202,73 +190,67 @@ def epilogue_constants(
     }
 
 
+def _of_all_forms(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple[tuple, tuple, dict[str, object]]:
+    """The grid, the first seven sizes and the constants of every kernel."""
+    (x, *_), weight, bias, y, pre, rows = tensors
+    n, tokens = weight.shape[0], stage.tokens(x.shape)
+    m = x.shape[0] * tokens
+    grid = -(-m // config.rows) * -(-n // config.block_n), config.split_k, 1
+    sizes = m, n, tokens, *stage.grid, y.stride(-2), y.shape[0]
+    has = {"has_bias": bias is not None, "save_pre": pre is not None, "index_rows": rows is not None}
+    return grid, sizes, constants_of(config, stage, x.dtype, **has) | {"C": x.shape[-1]}
+
+
+# One function a form: (configuration, tensors, stage) -> kernel, grid, its tensors, its sizes, its constants.
+
+
 def _pointer(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     from ..kernels.segmented_linear import _segmented_linear_fwd_kernel
 
-    blocks, weight, bias, y, pre, rows = tensors
-    x = blocks[0]
-    strides = list(dict.fromkeys(block.stride()[:2] for block in blocks))
-    uniform = len(strides) == 1
-    if not uniform:
-        strides = [block.stride()[:2] for block in blocks]
-    strides_b, strides_t = zip(*strides, strict=True)
-    sizes = *_sizes(x, weight, y, stage), strides_b, strides_t, weight.stride(0)
-    grid = _grid(config, sizes[0], sizes[1])
-    operands = tuple(blocks), weight, bias, y, pre, rows, *split_k_scratch(config, grid[0], x.device)
+    grid, sizes, constants = _of_all_forms(config, tensors, stage)
+    blocks, weight, *_ = tensors
+    strides = [block.stride()[:2] for block in blocks]
+    uniform = len(set(strides)) == 1
+    strides_b, strides_t = zip(*(strides[:1] if uniform else strides), strict=True)
     aligned = all(block.data_ptr() % 16 == 0 for block in blocks)
-    constants = epilogue_constants(
-        stage, x.dtype, config, has_bias=bias is not None, save_pre=pre is not None, index_rows=rows is not None
-    )
     constants |= {
         "NUM_BLOCKS": len(blocks),
-        "C": x.shape[-1],
-        "ALIGNMENT": 16 // x.element_size() if aligned else 1,
+        "ALIGNMENT": 16 // weight.element_size() if aligned else 1,
         "MERGE_IN": stage.merge_in,
         "UNIFORM_STRIDES": uniform,
         "SPLIT_K": config.split_k,
     }
-    return _segmented_linear_fwd_kernel, grid, operands, sizes, constants
+    operands = *tensors, *split_k_scratch(config, grid[0], weight.device)
+    return _segmented_linear_fwd_kernel, grid, operands, (*sizes, strides_b, strides_t, weight.stride(0)), constants
 
 
 def _tma(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     from ..kernels.tma import _segmented_linear_tma_fwd_kernel
 
-    blocks, weight, bias, y, pre, rows = tensors
-    x = blocks[0]
+    grid, sizes, constants = _of_all_forms(config, tensors, stage)
+    blocks, weight, *others = tensors
     layout = tma.layout_of(blocks, weight, stage, config)
     box_rows = layout.box_rows(config.block_m)
-    x_desc = tma.block_descriptor(layout, x.shape[-1], box_rows, config.block_k)
+    x_desc = tma.block_descriptor(layout, constants["C"], box_rows, config.block_k)
     w_desc = tma.weight_descriptor(weight, config.block_n, config.block_k)
-    operands = x_desc, w_desc, layout.base, tuple(blocks), bias, y, pre, rows
-    sizes = *_sizes(x, weight, y, stage), layout.image_rows
-    constants = epilogue_constants(
-        stage, x.dtype, config, has_bias=bias is not None, save_pre=pre is not None, index_rows=rows is not None
-    )
-    constants |= {"NUM_BLOCKS": len(blocks), "C": x.shape[-1], "UNIT": layout.unit, "BOX_M": box_rows}
-    return _segmented_linear_tma_fwd_kernel, _grid(config, sizes[0], sizes[1]), operands, sizes, constants
+    operands = x_desc, w_desc, layout.base, blocks, *others
+    constants |= {"NUM_BLOCKS": len(blocks), "UNIT": layout.unit, "BOX_M": box_rows}
+    return _segmented_linear_tma_fwd_kernel, grid, operands, (*sizes, layout.image_rows), constants
 
 
 def _swap_ab(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     from ..kernels.swap_ab import _linear_swap_ab_fwd_kernel
 
-    (x, *_), weight, bias, y, pre, rows = tensors
-    layout = tma.layout_of([x], weight, stage, config)
-    c = x.shape[-1]
-    sizes = _sizes(x, weight, y, stage)
-    grid = _grid(config, sizes[0], sizes[1])
-    operands = (
-        tma.row_descriptor(layout, c, config.block_m, config.block_k),
-        tma.row_descriptor(layout, c, config.tail_m, config.block_k),
-        tma.weight_descriptor(weight, config.block_n, config.block_k),
-        bias, y, pre, rows, *split_k_scratch(config, grid[0], x.device),
-    )  # fmt: skip
-    constants = epilogue_constants(
-        stage, x.dtype, config, has_bias=bias is not None, save_pre=pre is not None, index_rows=rows is not None
+    grid, sizes, constants = _of_all_forms(config, tensors, stage)
+    blocks, weight, *others = tensors
+    layout = tma.layout_of(blocks, weight, stage, config)
+    main, tail = (
+        tma.row_descriptor(layout, constants["C"], rows, config.block_k) for rows in (config.block_m, config.tail_m)
     )
-    return (
-        _linear_swap_ab_fwd_kernel, grid, operands, sizes,
-        constants | {"C": c, "TAIL_M": config.tail_m, "SPLIT_K": config.split_k},
-    )  # fmt: skip
+    w_desc = tma.weight_descriptor(weight, config.block_n, config.block_k)
+    operands = main, tail, w_desc, *others, *split_k_scratch(config, grid[0], weight.device)
+    constants |= {"TAIL_M": config.tail_m, "SPLIT_K": config.split_k}
+    return _linear_swap_ab_fwd_kernel, grid, operands, sizes, constants
 
 
 ARGUMENTS = {"pointer": _pointer, "tma": _tma, "swap_ab": _swap_ab}
@@ -294,7 +276,8 @@ def run_activation_bwd(
         with on_device(pre.device):
             _activation_bwd_kernel[(strips, -(-n // BLOCK_N))](
                 dy, pre, dpre, act, partial, m, n,
-                ACTIVATION=activation, FAST_ACTIVATION=fast_activation(pre.dtype), WRITE_ACT=write_act, SUM_ROWS=sum_rows,
+                ACTIVATION=activation, FAST_ACTIVATION=fast_activation(pre.dtype),
+                WRITE_ACT=write_act, SUM_ROWS=sum_rows,
                 ROWS_PER_PROGRAM=ROWS_PER_PROGRAM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
             )  # fmt: skip
     total = None if partial is None else partial.sum(0)

@@ -12,7 +12,7 @@ All take (blocks, weights, biases, activation, skip_tokens, merge_size, grid_h, 
 import torch
 
 from ..backend import resolve
-from .autograd import STATIC, TENSORS, ChainOperator, define, is_ordinary, is_recorded
+from .autograd import STATIC, TENSORS, ChainOperator, define, is_ordinary, is_recorded, without_autocast
 from .chain import Plan, chain_fwd
 from .segments import Stage
 
@@ -39,7 +39,8 @@ compact_token_projector = ChainOperator("compact_token_projector", _four_layers)
 def _project_into(blocks, weights, biases, *static_out_rows) -> None:
     *static, out, rows = static_out_rows
     path = resolve(blocks[0].device, blocks[0].dtype)
-    chain_fwd(compact_token_projector.plan(*static), path, blocks, weights, biases, out=out, rows=rows)
+    with without_autocast(out.device.type):
+        chain_fwd(compact_token_projector.plan(*static), path, blocks, weights, biases, out=out, rows=rows)
 
 
 _project_into_op = define(

@@ -51,57 +51,46 @@ def layout_of(blocks: Sequence[Tensor], weight: Tensor, stage: Stage, config: Ge
 
     blocks: [B, T, C] each, weight [N, K], last axes contiguous.
     """
-    layout = _layout(blocks, weight, stage, config)
-    if layout is None:
+    x = blocks[0]
+    batch, tokens, c = x.shape
+    of_use = slice(1 if batch == 1 else 0, None)  # one image has no stride between images
+    alike = all(block.stride()[of_use] == x.stride()[of_use] for block in blocks)
+    pitch_image, pitch_row = x.stride(0), x.stride(1)
+    if batch == 1 or pitch_image == tokens * pitch_row:
+        batch, tokens, pitch_image = 1, batch * tokens, batch * tokens * pitch_row
+    base = min(blocks, key=Tensor.data_ptr)
+    ahead = [block.data_ptr() - base.data_ptr() for block in blocks]
+    unit = math.gcd(LARGEST_UNIT, *ahead)  # a power of two, as LARGEST_UNIT is
+    pitches = [pitch * x.element_size() for pitch in (pitch_image, pitch_row, weight.stride(0))]
+    aligned = not any(a % _ALIGNMENT for a in (base.data_ptr(), weight.data_ptr(), unit, *pitches))
+    near = max(ahead) < 2**31  # bytes: Triton counts the span of a descriptor in an int
+    layout = Layout(base, unit, max(ahead) // unit + 1, batch, tokens, pitch_image, pitch_row)
+    if config.form == "swap_ab":
+        fits = layout.dense and len(blocks) == 1
+    else:
+        fits = (layout.dense or tokens % _BOX_ROWS == 0) and c % config.block_k == 0
+    if not (
+        has_tma(x.device) and stage.merge_in == 1 and alike and aligned and near and fits and c and min(pitches) > 0
+    ):
         raise Refused(f"no descriptor names these operands of {config}")
     return layout
 
 
-def _layout(blocks: Sequence[Tensor], weight: Tensor, stage: Stage, config: GemmConfig) -> Layout | None:
-    x = blocks[0]
-    if stage.merge_in > 1 or not (interpreting() or is_hopper_or_later(x.device)):
-        return None
-    batch, tokens, c = x.shape
-    of_use = slice(1 if batch == 1 else 0, None)  # one image has no stride between images
-    if any(block.stride()[of_use] != x.stride()[of_use] for block in blocks):
-        return None
-    pitch_image, pitch_row = x.stride(0), x.stride(1)
-    if batch == 1 or pitch_image == tokens * pitch_row:
-        batch, tokens, pitch_image = 1, batch * tokens, batch * tokens * pitch_row
-    itemsize = x.element_size()
-    base = min(blocks, key=Tensor.data_ptr)
-    ahead = [block.data_ptr() - base.data_ptr() for block in blocks]
-    unit = math.gcd(LARGEST_UNIT, *ahead)  # a power of two, as LARGEST_UNIT is
-    pitches = [pitch * itemsize for pitch in (pitch_image, pitch_row, weight.stride(0))]
-    multiples = [base.data_ptr(), weight.data_ptr(), unit, *pitches]
-    far = max(ahead) >= 2**31  # bytes: Triton counts the span of a descriptor in an int
-    if any(a % _ALIGNMENT for a in multiples) or min(pitches) <= 0 or far:
-        return None
-    layout = Layout(base, unit, max(ahead) // unit + 1, batch, tokens, pitch_image, pitch_row)
-    if config.form == "swap_ab":
-        return layout if layout.dense and len(blocks) == 1 and c > 0 else None
-    whole_boxes = layout.dense or tokens % _BOX_ROWS == 0
-    return layout if whole_boxes and c > 0 and c % config.block_k == 0 else None
-
-
 @functools.cache
-def is_hopper_or_later(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def has_tma(device: torch.device) -> bool:
+    """A GPU that has it; the interpreter pretends, and nothing runs on the meta device."""
+    if device.type != "cuda":
+        return interpreting() or device.type == "meta"
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def block_descriptor(layout: Layout, c: int, box_rows: int, block_k: int):
     """x[offset, image, row, column] in boxes of [1, 1, box_rows, block_k]."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    unit = layout.unit // layout.base.element_size()
-    return TensorDescriptor(
-        layout.base,
-        [layout.offsets, layout.images, layout.image_rows, c],
-        [unit, layout.pitch_image, layout.pitch_row, 1],
-        [1, 1, box_rows, block_k],
-    )
+    shape = [layout.offsets, layout.images, layout.image_rows, c]
+    strides = [layout.unit // layout.base.element_size(), layout.pitch_image, layout.pitch_row, 1]
+    return TensorDescriptor(layout.base, shape, strides, [1, 1, box_rows, block_k])
 
 
 def row_descriptor(layout: Layout, c: int, box_rows: int, block_k: int):

@@ -3,5 +3,5 @@
 problems.py    the products of LLaVA-STF at the sizes of LLaVA-1.5-7B
 candidates.py  which configurations of a product are worth measuring
 measure.py     the time of one of them;  timing.py  its clock
-search.py      the journal of an interrupted search, and the table it writes
+search.py      the table, entry by entry
 """

@@ -1,106 +1,55 @@
 """The configurations worth measuring for a problem. The rest is pruned before anything runs:
 
-shared memory    stages * block_k * (block_m + block_n) * itemsize  within the device's limit
-registers        the fp32 accumulator takes at most 128 registers a thread
-cost             waves of tiles over the multiprocessors times the work of a tile, padding included;
-                 what is over twice the best is not tried
+by rules   what an architecture or a stage cannot run (configs/tables.py), an accumulator over 128 registers a thread
+by cost    what the model (configs/model.py) estimates at over twice its best
 """
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 from ..configs import GemmConfig
-from ..configs.model import has_tma
+from ..configs.model import cycles
+from ..configs.tables import does_not_suit
 from .problems import Problem
 
 _ACCUMULATOR_REGISTERS = 128
 _NOT_WORTH_TRYING = 2.0  # times the best estimate
 
+# (rows, rows of the tail), columns, shares of K
+_TILES = {
+    "tma": (((64, 0), (128, 0), (192, 0)), (64, 128, 256), (1,)),  # 256 rows spill where a GELU follows
+    "swap_ab": (((64, 16), (128, 16), (128, 32)), (64, 128, 256), (1, 2, 4, 8)),
+    "pointer": (((16, 0), (32, 0), (64, 0), (128, 0), (256, 0)), (32, 64, 128, 256), (1, 2, 4, 8)),
+}
 
-def candidates(
-    m: int,
-    n: int,
-    k: int,
-    itemsize: int,
-    *,
-    shared_limit: int,
-    multiprocessors: int,
-    splits: Sequence[int] = (1, 2, 4, 8),
-    forms: Sequence[str] = ("pointer",),
-) -> list[GemmConfig]:
-    """Configurations worth measuring for y [m, n] = A [m, k] @ W^T, the most promising first.
 
-    Tiles come in the order of their cost, first each with one pipeline, then each with its next, so that a search cut
-    short has tried every promising tile. Where two forms cost the same, tma comes first: it spares the
-    address arithmetic, which the estimate does not see.
+def candidates(problem: Problem, m: int, itemsize: int, arch: str, multiprocessors: int) -> list[GemmConfig]:
+    """Configurations worth measuring for m rows of A, the most promising first.
+
+    Each tile comes first with its best pipeline, then each with its next, so that a search cut short has tried every
+    promising tile.
     """
-    tiles = [
-        (cost(tile.rows, tile.bn, tile.splits, m, n, k, multiprocessors), tile.form == "pointer", tile)
-        for form in forms
-        for tile in _tiles(form, splits)
-    ]
-    best = min(tiles)[0]
-    promising = [tile for estimate, _, tile in sorted(tiles) if estimate <= _NOT_WORTH_TRYING * best]
-    pipelines = [list(_pipelines(tile, itemsize, shared_limit)) for tile in promising]
-    return [config for turn in itertools.zip_longest(*pipelines) for config in turn if config is not None]
-
-
-class Tile(NamedTuple):
-    """bm + tail rows by bn columns of y, K shared out among `splits` programs."""
-
-    form: str
-    bm: int
-    tail: int
-    bn: int
-    splits: int
-
-    @property
-    def rows(self) -> int:
-        return self.bm + self.tail
-
-
-def _tiles(form: str, splits: Sequence[int]) -> Iterator[Tile]:
-    rows, widths, shares = {
-        "pointer": (((16, 0), (32, 0), (64, 0), (128, 0), (256, 0)), (32, 64, 128, 256), splits),
-        # 256 rows spill where a GELU follows
-        "tma": (((64, 0), (128, 0), (192, 0)), (64, 128, 256), (1,)),
-        "swap_ab": (((64, 16), (128, 16), (128, 32)), (64, 128, 256), splits),
-    }[form]
-    return (Tile(form, bm, tail, bn, share) for (bm, tail), bn, share in itertools.product(rows, widths, shares))
-
-
-def _pipelines(tile: Tile, itemsize: int, shared_limit: int) -> Iterator[GemmConfig]:
-    """The ways to run one tile: warps that hold its accumulator, and the deepest pipelines that fit."""
-    for bk in (64, 32, 128) if itemsize == 2 else (32, 16):
-        for warps in (8, 4):
-            if not 512 * warps // 4 <= tile.rows * tile.bn <= _ACCUMULATOR_REGISTERS * warps * 32:
-                continue
-            fitting = [
+    product = problem.product(m)
+    tiles, order = [], itertools.count()  # among equals, the one that was listed first
+    for form, (rows, columns, shares) in _TILES.items():
+        for (block_m, tail), block_n, split in itertools.product(rows, columns, shares):
+            pipelines = [
                 config
-                for stages in (5, 4, 3, 2)
-                if (
-                    config := GemmConfig(tile.bm, tile.bn, bk, 8, warps, stages, tile.splits, tile.form, tile.tail)
-                ).shared_bytes(itemsize)
-                <= shared_limit
+                for config in _pipelines(form, block_m, tail, block_n, split, itemsize)
+                if does_not_suit(config, arch, problem.kind, itemsize) is None
             ]
-            yield from fitting[:2]
+            if pipelines:
+                costs = [cycles(config, *product, itemsize, arch, multiprocessors) for config in pipelines]
+                tiles.append(sorted(zip(costs, order, pipelines, strict=False)))
+    best = min(tile[0][0] for tile in tiles)
+    promising = [tile for tile in sorted(tiles) if tile[0][0] <= _NOT_WORTH_TRYING * best]
+    turns = itertools.zip_longest(*promising)
+    return [entry[-1] for turn in turns for entry in turn if entry is not None]
 
 
-def forms_for(problem: Problem, arch: str, itemsize: int) -> tuple[str, ...]:
-    """The kernels that can run a problem on an architecture."""
-    if not has_tma(arch, itemsize) or problem.stage.merge_in > 1 or problem.wgrad:
-        return ("pointer",)
-    return ("tma", "pointer") if problem.num_blocks > 1 else ("tma", "swap_ab", "pointer")
-
-
-def cost(bm: int, bn: int, splits: int, m: int, n: int, k: int, multiprocessors: int) -> float:
-    """Relative time of a tile: waves of programs, times what one does.
-
-    A program multiplies and adds bm * bn * k / splits times and reads (bm + bn) * k / splits elements, each worth 64 of
-    those; a split one also writes its part, and the last reads them all.
-    """
-    programs = math.ceil(m / bm) * math.ceil(n / bn) * splits
-    reduction = 64 * 2 * splits * bm * bn if splits > 1 else 0
-    return math.ceil(programs / multiprocessors) * ((bm * bn + 64 * (bm + bn)) * k / splits + reduction)
+def _pipelines(form: str, block_m: int, tail: int, block_n: int, split: int, itemsize: int) -> Iterator[GemmConfig]:
+    """The ways to run one tile: warps that hold its accumulator, steps, and depths of the pipeline."""
+    for block_k, warps, stages in itertools.product((64, 32, 128) if itemsize == 2 else (32, 16), (8, 4), (5, 4, 3, 2)):
+        elements = (block_m + tail) * block_n
+        if 512 * warps // 4 <= elements <= _ACCUMULATOR_REGISTERS * warps * 32:
+            yield GemmConfig(block_m, block_n, block_k, 8, warps, stages, split, form, tail)

@@ -4,7 +4,6 @@ All configurations of a problem are compiled first, on all cores at once. A meas
 each on a cold cache and replayed from a CUDA graph, so that the host's launch time counts for nobody (timing.py).
 """
 
-import contextlib
 import os
 import statistics
 from collections.abc import Sequence
@@ -21,14 +20,6 @@ from .timing import Flush, capture, replay
 _WARM_UP, _REPEATS = 3, 30
 
 
-def compile_errors() -> tuple[type[Exception], ...]:
-    """What the compiler raises for one tile; another error is a defect, and ends the search."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import PTXASError
-
-    return CompilationError, PTXASError
-
-
 class ProblemBench:
     """Operands of one problem on the GPU, and the time of one way to compute it."""
 
@@ -38,53 +29,46 @@ class ProblemBench:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, device="cuda", generator=generator).to(dtype)
 
-        self._problem, self._expected, self._flush = problem, None, Flush("cuda")
-        # As the chain has them: the tower's blocks with CLS cut off by a view, every later operand dense. A weight
-        # gradient that the library takes without a copy is not the kernel's to compute.
-        skip = 1 if problem.num_blocks > 1 or problem.wgrad else 0
-        shape = batch, problem.source_tokens + skip, problem.c
-        self._blocks = [draw(*shape)[:, skip:] for _ in range(problem.num_blocks)]
-        self._weight, self._bias = draw(problem.n, problem.k) / problem.k**0.5, draw(problem.n)
+        self._problem, self._expected, self._flush, self._broken = problem, None, Flush("cuda"), set()
+        self._blocks, weight, self._bias = problem.operands(draw, batch)
+        self._weight = weight / problem.k**0.5
         self._g = draw(batch * problem.tokens, problem.n) if problem.wgrad else None
 
     def compile(self, configs: Sequence[GemmConfig]) -> None:
-        """All of them at once, on every core; what does not compile says so again when it is measured."""
-        stage, x = self._problem.stage, self._blocks[0]
-        y = x.new_empty(stage.out_shape(x.shape, self._problem.n))
+        """All of them at once, on every core. One that the compiler refuses does not run; it is named."""
+        stage, blocks = self._problem.stage, tuple(self._blocks)
+        y = blocks[0].new_empty(stage.out_shape(blocks[0].shape, self._problem.n))
 
         def compile_one(config: GemmConfig) -> None:
-            with contextlib.suppress(Exception):
+            try:
                 if self._g is not None:
-                    tensors = self._blocks, self._g, torch.empty_like(self._weight)
-                    arguments = weight_grad.wgrad_arguments(config, tensors, stage)
+                    found = weight_grad.wgrad_arguments(
+                        config, (blocks, self._g, torch.empty_like(self._weight)), stage
+                    )
                 else:
-                    tensors = self._blocks, self._weight, self._bias, y, None, None
-                    arguments = launch.ARGUMENTS[config.form](config, tensors, stage)
-                kernel, grid, operands, sizes, constants = arguments
+                    tensors = blocks, self._weight, self._bias, y, None, None
+                    found = launch.ARGUMENTS[config.form](config, tensors, stage)
+                kernel, grid, operands, sizes, constants = found
                 kernel.warmup(*operands, *sizes, grid=grid, **constants, **config.compiler_options())
+            except Exception as error:  # the compiler raises what it likes
+                self._broken.add(config)
+                print(f"{self._problem.name}: {config} does not compile: {str(error).splitlines()[0]:.100}", flush=True)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, configs))
 
     def microseconds(self, config: GemmConfig | None) -> float | None:
         """Median on a cold cache; config None is the torch path (cuBLAS). None where it does not run."""
-
-        def run() -> Tensor:
-            return self._run(config)
-
+        if config in self._broken:
+            return None
         try:
-            found = run()
+            found = self._run(config)
             if config is not None:
                 self._check(found)
-            graph = capture(run)
+            graph = capture(lambda: self._run(config))
             replay(graph, self._flush, _WARM_UP)
             return statistics.median(replay(graph, self._flush, _REPEATS))
         except launch.does_not_run():
-            return None
-        except (*compile_errors(), RuntimeError) as error:
-            if not isinstance(error, compile_errors()) and "PassManager" not in str(error):
-                raise  # a RuntimeError of the compiler's passes is one tile's; another one is a defect
-            print(f"{self._problem.name}: {config} does not compile: {str(error).splitlines()[0]:.100}", flush=True)
             return None
 
     def _run(self, config: GemmConfig | None) -> Tensor:

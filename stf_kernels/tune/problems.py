@@ -1,6 +1,9 @@
 """The stages of LLaVA-STF at the sizes of LLaVA-1.5-7B: what is tuned and compiled ahead of time."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from ..ops.segments import Stage
 
@@ -40,10 +43,13 @@ class Problem:
         takes without a copy (ops/weight_grad.py)."""
         return not self.wgrad or self.stage.merge_in > 1 or batch > 1
 
-    @property
-    def source_tokens(self) -> int:
-        """Tokens per image of the operand that is read."""
-        return self.tokens * self.stage.merge_in**2
+    def operands(self, draw: Callable[..., Tensor], batch: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        """(blocks, weight, bias) by draw(*shape), as the chain has them: the tower's blocks with CLS cut off by a view,
+        every later operand dense. A weight gradient that the library takes without a copy is not the kernel's."""
+        skip = 1 if self.num_blocks > 1 or self.wgrad else 0
+        shape = batch, self.tokens * self.stage.merge_in**2 + skip, self.c
+        blocks = [draw(*shape)[:, skip:] for _ in range(self.num_blocks)]
+        return blocks, draw(self.n, self.k), draw(self.n)
 
 
 _GRID = (24, 24)

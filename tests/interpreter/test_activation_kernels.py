@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from support.rule import assert_within_rule
 
+from stf_kernels.configs import GemmConfig
 from stf_kernels.ops.launch import run_activation_bwd, run_stage
 from stf_kernels.ops.segments import Stage
-from stf_kernels.configs import GemmConfig
 
 FUNCTIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 NAMES = pytest.mark.parametrize("name", FUNCTIONS)

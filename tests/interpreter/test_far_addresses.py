@@ -1,85 +1,71 @@
 """If this fails, an offset beyond 2^31 elements wraps: the wrong memory is read, or written.
 
-The buffers are sparse: 4 GB of address space, of which a few pages are touched.
+The memory is sparse: 8 GB of address space, of which a few pages are touched.
 """
-
-import mmap
 
 import pytest
 import torch
 
+from stf_kernels.configs import GemmConfig
+from stf_kernels.ops import launch
 from stf_kernels.ops.launch import run_stage
 from stf_kernels.ops.segments import Stage
-from stf_kernels.configs import GemmConfig
+from stf_kernels.ops.weight_grad import launch_wgrad
 
 CONFIG = GemmConfig(16, 16, 16)
-FAR = 2**31 + 2**20  # elements
+FAR = 2**31 + 2**10  # elements
 C, N = 16, 20
-
-
-@pytest.fixture
-def far():
-    """fp16 memory of more than 2^31 elements, zero until touched."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.12 on
-    memory = mmap.mmap(-1, 2 * (FAR + 2**20), flags=flags)
-    return torch.frombuffer(memory, dtype=torch.float16)
 
 
 def small(batch, tokens):
     return torch.randn(batch, tokens, C).half(), torch.randn(N, C).half() / 4
 
 
-def expected(x, weight):
+def product(x, weight):
     return (x.float() @ weight.float().t()).half()
 
 
-@pytest.mark.parametrize("axis", ["batch", "token"])
-def test_rows_are_read_there(far, axis):
+@pytest.mark.parametrize("strides", [(FAR, C, 1), (C, FAR, 1)], ids=["image", "token"])
+def test_rows_are_read_there(far_apart, strides):
     x, weight = small(2, 2)
-    strides = (FAR, C, 1) if axis == "batch" else (C, FAR, 1)
-    view = far.as_strided(x.shape, strides)
-    view.copy_(x)
-    y, _ = run_stage([view], weight, None, Stage(), CONFIG)
-    torch.testing.assert_close(y, expected(x, weight))
+    view = far_apart(x.shape, strides).copy_(x)
+    torch.testing.assert_close(run_stage([view], weight, None, Stage(), CONFIG)[0], product(x, weight))
+    twice, _ = run_stage([x, view], torch.cat([weight, weight], 1), None, Stage(), CONFIG)  # strides of its own
+    torch.testing.assert_close(twice, (2 * (x.float() @ weight.float().t())).half())
 
 
-def test_windows_are_read_there(far):
+def test_windows_are_read_there(far_apart):
     """A merge multiplies the grid's width by the token stride: dy * W * stride."""
-    x, _ = small(1, 4)
-    weight = torch.randn(N, 4 * C).half() / 8
-    view = far.as_strided(x.shape, (1, FAR // 3 + 16, 1))
-    view.copy_(x)
+    x, weight = torch.randn(1, 4, C).half(), torch.randn(N, 4 * C).half() / 8
+    view = far_apart(x.shape, (1, FAR // 3 + 16, 1)).copy_(x)
     y, _ = run_stage([view], weight, None, Stage(merge_in=2, grid=(2, 2)), CONFIG)
-    torch.testing.assert_close(y, (x.float().view(1, 1, -1) @ weight.float().t()).half())
+    torch.testing.assert_close(y, product(x.view(1, 1, -1), weight))
 
 
-def test_weights_are_read_there(far):
+def test_weights_are_read_there(far_apart):
     x, weight = small(1, 3)
-    view = far.as_strided(weight.shape, (FAR // (N - 1), 1))
-    view.copy_(weight)
-    y, _ = run_stage([x], view, None, Stage(), CONFIG)
-    torch.testing.assert_close(y, expected(x, weight))
+    view = far_apart(weight.shape, (FAR // (N - 1), 1)).copy_(weight)
+    torch.testing.assert_close(run_stage([x], view, None, Stage(), CONFIG)[0], product(x, weight))
 
 
-def test_blocks_of_unlike_strides(far):
-    x, weight = small(2, 2)
-    view = far.as_strided(x.shape, (FAR, C, 1))
-    view.copy_(x)
-    both = torch.cat([weight, weight], 1)
-    y, _ = run_stage([x, view], both, None, Stage(), CONFIG)
-    torch.testing.assert_close(y, (2 * (x.float() @ weight.float().t())).half())
-
-
-def test_rows_are_written_there(far, monkeypatch):
+def test_rows_are_written_there(far_apart, monkeypatch):
     """Under the interpreter a 16-bit `out` is copied to fp32 whole; told otherwise, the kernel writes to it."""
-    from stf_kernels.ops import forms, launch
-
-    def direct(kernel, grid, arguments, constants, **options):
-        kernel[grid](*arguments, **constants, **options)
-
     monkeypatch.setattr(launch, "interpreting", lambda: False)
-    monkeypatch.setattr(forms, "launch", direct)
     x, weight = small(1, 4)
-    out = far.as_strided((3, N), (FAR // 2, 1))
+    out = far_apart((3, N), (FAR // 2, 1))
     run_stage([x], weight, None, Stage(), CONFIG, out=out, rows=torch.tensor([2, 0, 1, 7]))
-    torch.testing.assert_close(out[[2, 0, 1]], expected(x, weight)[0, :3], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(out[[2, 0, 1]], product(x, weight)[0, :3], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("strides", [(FAR // 2, C, 1), (3 * C, FAR // 2, 1)], ids=["image", "token"])
+def test_a_weight_gradient_reads_there(far_apart, strides):
+    """Row 2 is 2^31 elements away; an offset of 32 bits would find the zeros that far in front."""
+    x = torch.randn((3, 1, C) if strides[0] > C * 3 else (1, 3, C)).half()
+    view, g = far_apart(x.shape, strides).copy_(x), torch.randn(3, N).half()
+    torch.testing.assert_close(launch_wgrad(g, [view], Stage(), CONFIG), product(g.t(), x.flatten(0, 1).t()))
+
+
+def test_a_weight_gradient_of_rows_that_far(far_apart):
+    x, g = torch.randn(1, 3, C).half(), torch.randn(3, N).half()
+    view = far_apart(g.shape, (FAR // 2, 1)).copy_(g)
+    torch.testing.assert_close(launch_wgrad(view, [x], Stage(), CONFIG), product(g.t(), x[0].t()))

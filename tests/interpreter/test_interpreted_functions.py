@@ -8,7 +8,9 @@ import torch
 from support.compare import compare_functions
 from support.operators import ACTIVATIONS, concat_operands, concat_pair, merge_operands, merge_pair
 
-HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+import stf_kernels
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 # blocks, batch, tokens, channels, N, bias
 CONCAT = {
@@ -25,7 +27,7 @@ CONCAT = {
 }
 
 
-@HALF
+@DTYPES
 @pytest.mark.parametrize("shape", CONCAT.values(), ids=CONCAT)
 def test_concat_linear(shape, dtype):
     count, batch, tokens, channels, n, bias = shape
@@ -33,14 +35,14 @@ def test_concat_linear(shape, dtype):
     compare_functions(*concat_pair(count, activation="gelu"), operands, dtype)
 
 
-@HALF
+@DTYPES
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, dtype):
     pair = concat_pair(2, crop=1, skip_tokens=1, activation=activation)
     compare_functions(*pair, concat_operands(2, 2, 14, 16, 40), dtype, gradients=True)
 
 
-@HALF
+@DTYPES
 @pytest.mark.parametrize(("merge_size", "grid"), [(1, (3, 5)), (2, (4, 6)), (3, (3, 6)), (4, (8, 4)), (2, (2, 34))])
 @pytest.mark.parametrize("order", ["patch_major", "channel_major"])
 def test_spatial_merge_linear(merge_size, grid, order, dtype):
@@ -48,7 +50,7 @@ def test_spatial_merge_linear(merge_size, grid, order, dtype):
     compare_functions(*pair, merge_operands(2, 2 + grid[0] * grid[1], 9, 35, merge_size), dtype)
 
 
-@HALF
+@DTYPES
 @pytest.mark.parametrize("grid", [(5, 4), (4, 5), (7, 5)])
 @pytest.mark.parametrize("merge_size", [2, 3])
 def test_truncate(grid, merge_size, dtype):
@@ -57,7 +59,7 @@ def test_truncate(grid, merge_size, dtype):
     compare_functions(*pair, operands, dtype, gradients=True)
 
 
-@HALF
+@DTYPES
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 4), (2, 0)])
 def test_nothing_to_compute(batch, tokens, dtype):
     compare_functions(
@@ -77,7 +79,7 @@ def batch_inner(x):
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-@HALF
+@DTYPES
 def test_blocks_of_unlike_strides(dtype):
     def call(run):
         return lambda weight, bias, a, b, c, d: run(weight, bias, a, transposed(b), interleaved(c), batch_inner(d))
@@ -123,12 +125,10 @@ def test_other_strides(what):
 def test_torch_ops_directly_with_a_transposed_block():
     """The operator itself is public through torch.ops: it must not read what is not contiguous as if it were."""
     blocks, weight = [transposed(torch.randn(2, 5, 8)) for _ in range(2)], torch.randn(7, 16)
-    y = torch.ops.stf_kernels.concat_linear(blocks, weight, None, None, 0, [])[0]
+    y = torch.ops.stf_kernels.concat_linear(blocks, [weight], [], None, 0, 1, 0, 0, [])[0]
     torch.testing.assert_close(y, torch.cat(blocks, -1) @ weight.t())
 
 
 def test_float64_is_refused_by_name():
-    import stf_kernels
-
     with pytest.raises(TypeError, match=r"dtype.*float16.*float64"):
         stf_kernels.concat_linear([torch.zeros(1, 2, 4, dtype=torch.float64)], torch.zeros(3, 4, dtype=torch.float64))

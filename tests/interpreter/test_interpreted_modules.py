@@ -1,5 +1,8 @@
 """If this fails, the chain of kernels (merged stores, dense reads, scatter) or its backward is wrong."""
 
+import traceback
+from pathlib import Path
+
 import pytest
 import torch
 from support.compare import compare_modules, twins
@@ -7,8 +10,9 @@ from support.rule import assert_within_rule
 
 import reference
 import stf_kernels
+from stf_kernels.ops import launch
 
-HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 CASES = {
     "defaults": ({}, (4, 4)),
@@ -17,12 +21,12 @@ CASES = {
     "r3-no-bias": ({"merge_size": 3, "bias": False}, (3, 6)),
     "r1-tanh": ({"merge_size": 1, "activation": "gelu_tanh"}, (3, 5)),
     "r4": ({"merge_size": 4, "stf_hidden_dim": 40}, (4, 8)),
-    "linear-channel-major": ({"activation": None, "feature_order": "channel_major"}, (4, 6)),
+    "no-activation": ({"activation": None}, (4, 6)),
     "widths": ({"mbtf_hidden_dim": 33, "stf_hidden_dim": 37}, (4, 4)),
 }
 
 
-@HALF
+@DTYPES
 @pytest.mark.parametrize(("options", "grid"), CASES.values(), ids=CASES)
 def test_projector(options, grid, dtype):
     classes = stf_kernels.CompactTokenProjector, reference.CompactTokenProjector
@@ -31,7 +35,7 @@ def test_projector(options, grid, dtype):
     compare_modules(modules, blocks, dtype, lambda module, x: module(x, grid), gradients=True)
 
 
-@HALF
+@DTYPES
 def test_the_children(dtype):
     fusion = twins(stf_kernels.MultiBlockTokenFusion, reference.MultiBlockTokenFusion, 3, 8, skip_tokens=1, dtype=dtype)
     compare_modules(fusion, [torch.randn(2, 12, 8) for _ in range(3)], dtype, gradients=True)
@@ -40,7 +44,7 @@ def test_the_children(dtype):
     compare_modules(merging, x, dtype, lambda module, blocks: module(blocks[0], (4, 6)), gradients=True)
 
 
-@HALF
+@DTYPES
 @pytest.mark.parametrize("batch", [0, 1])
 def test_small_batches(batch, dtype):
     classes = stf_kernels.CompactTokenProjector, reference.CompactTokenProjector
@@ -48,7 +52,7 @@ def test_small_batches(batch, dtype):
     compare_modules(modules, [torch.randn(batch, 16, 8) for _ in range(2)], dtype, gradients=True)
 
 
-@HALF
+@DTYPES
 @pytest.mark.parametrize("strided", [False, True])
 def test_scatter(strided, dtype):
     modules = twins(stf_kernels.CompactTokenProjector, reference.CompactTokenProjector, 2, 8, 20, dtype=dtype)
@@ -87,17 +91,43 @@ def test_saved_tensors_that_come_back_in_another_layout():
         torch.testing.assert_close(mine, exact)
 
 
-def test_the_kernels_really_ran(monkeypatch):
-    """Else every comparison here would be torch with torch: the chain is four launches, and two in its backward."""
-    from stf_kernels.ops import launch
+@pytest.fixture
+def launched(monkeypatch):
+    """Of each launch, the functions of stf_kernels that stood on the stack, outermost first."""
+    found = []
 
-    calls = []
-    for name in ("run_stage", "run_activation_bwd"):
-        original = getattr(launch, name)
-        monkeypatch.setattr(launch, name, lambda *a, _o=original, _n=name, **k: calls.append(_n) or _o(*a, **k))
+    def note(function):
+        def noted(*arguments, **options):
+            stack = [frame for frame in traceback.extract_stack() if "stf_kernels" in Path(frame.filename).parts]
+            found.append([f"{Path(frame.filename).stem}.{frame.name}" for frame in stack])
+            return function(*arguments, **options)
+
+        return noted
+
+    monkeypatch.setitem(launch.ARGUMENTS, "pointer", note(launch.ARGUMENTS["pointer"]))
+    monkeypatch.setattr(launch, "run_activation_bwd", note(launch.run_activation_bwd))
+    return found
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_the_path_to_a_launch_is_short_and_ends_in_a_kernel(launched, grad):
+    """Else every comparison here would be torch with torch, or the host would cost more than the GPU."""
     module = stf_kernels.CompactTokenProjector(2, 8, 20)
-    module([torch.randn(1, 16, 8) for _ in range(2)]).sum().backward()
-    assert calls == ["run_stage"] * 4 + ["run_activation_bwd"] * 2
+    blocks = [torch.randn(1, 16, 8) for _ in range(2)]
+    with torch.set_grad_enabled(grad):
+        y = module(blocks)
+    assert [path[0] for path in launched] == ["modules.forward"] * 4
+    assert [path[-1] for path in launched] == ["launch.run_stage"] * 4
+    assert max(map(len, launched)) <= 6, launched[0]
+    launched.clear()
+    with torch.set_grad_enabled(grad):
+        stf_kernels.concat_linear(blocks, torch.randn(5, 16, requires_grad=True))
+    assert launched[0][0] == "functional.concat_linear"
+    assert len(launched[0]) <= 5, launched[0]
+    launched.clear()
+    if grad:
+        y.sum().backward()
+        assert [path[-1] for path in launched] == ["backward._through_activation"] * 2
 
 
 def test_compiled_and_bad_input():

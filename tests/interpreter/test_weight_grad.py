@@ -3,19 +3,17 @@
 Sizes stand around the tiles: rows of an image that end inside a step, features and channels inside a tile.
 """
 
-import mmap
-
 import pytest
 import torch
+from stages import matrix, tower
 from support.rule import assert_within_rule
 
 import reference
 import stf_kernels
-from reference.functional import spatial_merge
+from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
+from stf_kernels.configs.model import tiles
 from stf_kernels.ops import weight_grad
 from stf_kernels.ops.segments import Stage
-from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
-from stf_kernels.configs.model import wgrad_tiles
 
 CONFIGS = [
     GemmConfig(16, 16, 16, group_m=1),
@@ -26,49 +24,37 @@ EVERY = pytest.mark.parametrize("config", CONFIGS, ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
-def check(blocks, n, stage, config, dtype, dense, g=None):
-    """dense(blocks) is the matrix A."""
-    blocks = [block.to(dtype) for block in blocks]
-    a = dense(blocks).flatten(0, 1)
-    g = (torch.randn(a.shape[0], n) if g is None else g).to(dtype)
+def check(config, stage, blocks, n, g=None):
+    a, dtype = matrix(blocks, stage).flatten(0, 1), blocks[0].dtype
+    g = torch.randn(a.shape[0], n).to(dtype) if g is None else g
     found = weight_grad.launch_wgrad(g, blocks, stage, config)
-    assert found.dtype == dtype
-    assert_within_rule("dW", found, g.t() @ a, g.double().t() @ a.double())
-    return found
-
-
-def joined(blocks):
-    return torch.cat(blocks, -1)
+    assert_within_rule(f"dW of {config}", found, g.t() @ a, g.double().t() @ a.double())
 
 
 @EVERY
 @DTYPES
 @pytest.mark.parametrize("tokens", [1, 13, 16, 32])
-def test_concat(config, dtype, tokens):
+def test_concatenated(config, dtype, tokens):
     """What stands before, between and behind the rows is infinite: none of it may enter, not even times zero."""
     memory = torch.full((3, 3, tokens + 5, 40), torch.inf)
     memory[:, :, 2:-3, :35] = torch.randn(3, 3, tokens, 35)
-    blocks = [block[:, 2:-3, :35] for block in memory.to(dtype)]
-    check(blocks, 45, Stage(), config, dtype, joined)
+    check(config, Stage(), [block[:, 2:-3, :35] for block in memory.to(dtype)], 45)
 
 
 @EVERY
 @DTYPES
 @pytest.mark.parametrize("merge_size", [1, 2, 3])
-def test_gather(config, dtype, merge_size):
+def test_merged_on_load(config, dtype, merge_size):
     grid = (2 * merge_size + merge_size // 2, 3 * merge_size + merge_size // 2)  # the last belong to no window
-    check(
-        [torch.randn(2, grid[0] * grid[1] + 1, 20)[:, 1:]], 37, Stage(merge_in=merge_size, grid=grid), config, dtype,
-        lambda x: spatial_merge(x[0], grid, merge_size, "patch_major", True),
-    )  # fmt: skip
+    check(config, Stage(merge_in=merge_size, grid=grid), tower(1, 2, grid[0] * grid[1], 20, dtype), 37)
 
 
-@pytest.mark.parametrize(
-    "config", sorted({c for arch in SHARED_MEMORY_LIMIT for size in (2, 4) for c in wgrad_tiles(arch, size)}, key=str),
-    ids=str,
-)  # fmt: skip
+SHIPPED = {config for arch in SHARED_MEMORY_LIMIT for size in (2, 4) for config in tiles(arch, size, wgrad=True)}
+
+
+@pytest.mark.parametrize("config", sorted(SHIPPED, key=str), ids=str)
 def test_every_shipped_tile(config):
-    check([torch.randn(2, 51, 72)[:, 1:] for _ in range(2)], 136, Stage(), config, torch.float16, joined)
+    check(config, Stage(), tower(2, 2, 50, 72, torch.float16), 136)
 
 
 @EVERY
@@ -78,32 +64,7 @@ def test_strides_of_every_kind(config):
     blocks[2] = blocks[2].transpose(1, 2).contiguous().transpose(1, 2)  # copied: its last axis is not contiguous
     blocks[3] = blocks[3][:1].expand(2, -1, -1)
     for g in (torch.randn(33, 18).t(), torch.randn(1, 33).expand(18, 33), torch.randn(18, 50)[:, 7:40]):
-        check(blocks, 33, Stage(), config, torch.float32, joined, g)
-
-
-@pytest.fixture(scope="module")
-def far_apart():
-    """strided(shape, strides): fp16 with 2^31 elements before and behind it, and only what is written takes memory."""
-    size = 2**31
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.11 has no name for it
-    memory = mmap.mmap(-1, 2 * (2 * size + 2**10), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
-    whole = torch.frombuffer(memory, dtype=torch.float16)
-
-    def strided(shape, strides):
-        return whole.as_strided(shape, strides, size).copy_(torch.randn(shape))
-
-    return strided
-
-
-@pytest.mark.parametrize("operand", ["images", "tokens", "gradient"])
-def test_rows_beyond_what_32_bits_count(far_apart, operand):
-    """Row 2 is 2^31 elements away; an offset of 32 bits would find the zeros that far in front."""
-    shape, strides = {"images": ((3, 1, 20), (2**30, 20, 1)), "tokens": ((1, 3, 20), (60, 2**30, 1))}.get(
-        operand, ((1, 3, 20), (60, 20, 1))
-    )
-    block = torch.randn(shape) if operand == "gradient" else far_apart(shape, strides)
-    g = far_apart((3, 17), (2**30, 1)) if operand == "gradient" else None
-    check([block], 17, Stage(), CONFIGS[0], torch.float16, joined, g)
+        check(config, Stage(), blocks, 33, g)
 
 
 def test_nothing_to_sum_is_zero():
@@ -144,20 +105,15 @@ def test_it_runs_where_the_library_would_copy(launches, skip_tokens, batch, runs
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_it_runs_for_a_gathered_operand(launches):
-    x, weight = torch.randn(1, 16, 8), torch.randn(12, 32, requires_grad=True)
-    stf_kernels.spatial_merge_linear(x, weight, grid=(4, 4), activation="gelu").sum().backward()
-    assert launches == [(4, 12)]
-
-
-def test_not_on_the_torch_path(launches):
-    with stf_kernels.use_backend("torch"):
+@pytest.mark.parametrize(("backend", "expected"), [("triton", [(4, 12)]), ("torch", [])])
+def test_it_runs_for_an_operand_that_is_merged_and_not_on_the_torch_path(launches, backend, expected):
+    with stf_kernels.use_backend(backend):
         weight = torch.randn(12, 32, requires_grad=True)
         stf_kernels.spatial_merge_linear(torch.randn(1, 16, 8), weight, grid=(4, 4)).sum().backward()
-    assert launches == []
+    assert launches == expected
 
 
 def test_two_runs_give_the_same_bits():
-    g, blocks = torch.randn(26, 40), [torch.randn(2, 14, 24)[:, 1:] for _ in range(2)]
+    g, blocks = torch.randn(26, 40), tower(2, 2, 13, 24)
     runs = [weight_grad.launch_wgrad(g, blocks, Stage(), CONFIGS[1]) for _ in range(2)]
     assert torch.equal(*runs)

@@ -1,4 +1,5 @@
-"""If this fails, use_backend picks another path than it says, or leaks out of its block or its thread."""
+"""If this fails, use_backend picks another path than it says, or leaks out of its block or its thread; or the package
+needs Triton, or imports what it should not, before it is asked for."""
 
 import threading
 
@@ -7,6 +8,7 @@ import torch
 from support.processes import python
 
 import stf_kernels
+from stf_kernels import backend
 from stf_kernels.backend import current_backend
 
 BLOCKS, WEIGHT = [torch.randn(1, 2, 4)] * 2, torch.randn(3, 8)
@@ -26,11 +28,8 @@ def test_an_unknown_name_is_refused_at_once(name):
 @pytest.mark.parametrize("module", [False, True])
 def test_triton_on_cpu_tensors_names_the_remedy(module):
     projector = stf_kernels.CompactTokenProjector(2, 4, 5).requires_grad_(False)
-    out = torch.zeros(4, 5)
-    with (
-        stf_kernels.use_backend("triton"),
-        pytest.raises(ValueError, match=r"backend.*triton.*cpu.*TRITON_INTERPRET=1"),
-    ):
+    out, refusal = torch.zeros(4, 5), r"backend.*triton.*cpu.*TRITON_INTERPRET=1"
+    with stf_kernels.use_backend("triton"), pytest.raises(ValueError, match=refusal):
         projector([torch.ones(1, 16, 4)] * 2, out=out, rows=torch.arange(4)) if module else call()
     assert not out.any()
 
@@ -45,23 +44,15 @@ def test_nesting_and_the_way_back():
     with stf_kernels.use_backend("torch"):
         with stf_kernels.use_backend("auto"):
             assert current_backend() == "auto"
-            with stf_kernels.use_backend("triton"):
-                assert current_backend() == "triton"
+        assert current_backend() == "torch"
+        with pytest.raises(KeyError), stf_kernels.use_backend("triton"):
+            raise KeyError
         assert current_backend() == "torch"
     assert current_backend() == "auto"
 
 
-def test_an_exception_ends_the_block():
-    with pytest.raises(KeyError), stf_kernels.use_backend("torch"):
-        raise KeyError
-    assert current_backend() == "auto"
-
-
 def test_a_decorator():
-    @stf_kernels.use_backend("torch")
-    def inner():
-        return current_backend()
-
+    inner = stf_kernels.use_backend("torch")(current_backend)
     assert [inner(), inner(), current_backend()] == ["torch", "torch", "auto"]
 
 
@@ -85,49 +76,47 @@ def test_threads_do_not_see_each_other():
     assert seen == ["triton"]
 
 
-def test_auto_and_torch_agree_on_the_cpu():
-    with stf_kernels.use_backend("torch"):
-        expected = call()
-    assert torch.equal(call(), expected)
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets the variable as if it had been there before the first call."""
 
+    def set_to(value):
+        backend._default_backend.cache_clear()
+        if value is not None:
+            monkeypatch.setenv("STF_KERNELS_BACKEND", value)
 
-PROBE = """
-import torch, stf_kernels
-from stf_kernels.backend import current_backend
-try:
-    stf_kernels.concat_linear([torch.zeros(1, 2, 4)], torch.zeros(3, 4))
-    print("ran", current_backend())
-except ValueError as error:
-    print("refused", error)
-with stf_kernels.use_backend("torch"):
-    print(current_backend())
-"""
+    yield set_to
+    monkeypatch.undo()
+    backend._default_backend.cache_clear()
 
 
 @pytest.mark.parametrize("value", [None, "", "auto", "torch", "triton"])
-def test_environment(value, monkeypatch):
-    if value is not None:
-        monkeypatch.setenv("STF_KERNELS_BACKEND", value)
+def test_environment(value, environment):
+    environment(value)
     assert current_backend() == (value or "auto")
     with stf_kernels.use_backend("torch"):
         assert current_backend() == "torch"  # the block wins
-        call()
+        expected = call()
     if value == "triton":
         with pytest.raises(ValueError, match=r"backend.*TRITON_INTERPRET=1"):
             call()
     else:
-        call()
+        assert torch.equal(call(), expected)
 
 
-def test_an_unknown_name_in_the_environment(monkeypatch):
-    monkeypatch.setenv("STF_KERNELS_BACKEND", "fast")
+def test_an_unknown_name_in_the_environment(environment):
+    environment("fast")
     with pytest.raises(ValueError, match=r"STF_KERNELS_BACKEND.*auto.*triton.*torch.*'fast'"):
         call()
 
 
 def test_the_interpreter_makes_triton_available():
-    result = python("-c", PROBE, STF_KERNELS_BACKEND="triton", TRITON_INTERPRET="1")
-    assert result.stdout.splitlines()[0] == "ran triton", result.stdout + result.stderr
+    code = (
+        "import torch, stf_kernels; from stf_kernels import backend;"
+        "stf_kernels.concat_linear([torch.zeros(1, 2, 4)], torch.zeros(3, 4)); print(backend.current_backend())"
+    )
+    result = python("-c", code, STF_KERNELS_BACKEND="triton", TRITON_INTERPRET="1")
+    assert result.stdout.strip() == "triton", result.stdout + result.stderr
 
 
 ALONE = """

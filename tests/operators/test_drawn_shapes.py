@@ -16,50 +16,37 @@ DRAWN = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+BATCHES, CROPS = st.integers(0, 3), st.integers(0, 2)
+CHANNELS, WIDTHS, SIDES = st.integers(1, 20), st.integers(1, 40), st.integers(1, 9)
+OPTIONS = st.fixed_dictionaries({"skip_tokens": st.integers(0, 3), "activation": st.sampled_from(ACTIVATIONS)})
 WIDE = st.sampled_from([torch.float32, torch.float64])  # in 16 bit torch may be exact by luck on a tiny shape
-ACTIVATION = st.sampled_from(ACTIVATIONS)
 
 
 @DRAWN
-@given(
-    count=st.integers(1, 12), batch=st.integers(0, 3), tokens=st.integers(0, 9), channels=st.integers(1, 20),
-    n=st.integers(1, 40), skip=st.integers(0, 3), crop=st.integers(0, 2), bias=st.booleans(), activation=ACTIVATION,
-    dtype=WIDE,
-)  # fmt: skip
-def test_concat_linear(count, batch, tokens, channels, n, skip, crop, bias, activation, dtype):
-    operands = concat_operands(count, batch, crop + skip + tokens, channels, n, bias=bias)
-    pair = concat_pair(count, crop, skip_tokens=skip, activation=activation)
-    compare_functions(*pair, operands, dtype, gradients=True)
+@given(st.integers(1, 12), BATCHES, st.integers(0, 9), CHANNELS, WIDTHS, CROPS, st.booleans(), OPTIONS, WIDE)
+def test_concat_linear(count, batch, tokens, channels, n, crop, bias, options, dtype):
+    operands = concat_operands(count, batch, crop + options["skip_tokens"] + tokens, channels, n, bias=bias)
+    compare_functions(*concat_pair(count, crop, **options), operands, dtype, gradients=True)
+
+
+ORDERS = st.sampled_from(["patch_major", "channel_major"])
 
 
 @DRAWN
-@given(
-    merge_size=st.integers(1, 4), height=st.integers(1, 9), width=st.integers(1, 9), batch=st.integers(0, 3),
-    channels=st.integers(1, 20), n=st.integers(1, 40), skip=st.integers(0, 2), crop=st.integers(0, 2),
-    bias=st.booleans(), activation=ACTIVATION, order=st.sampled_from(["patch_major", "channel_major"]), dtype=WIDE,
-)  # fmt: skip
-def test_spatial_merge_linear(
-    merge_size, height, width, batch, channels, n, skip, crop, bias, activation, order, dtype
-):
-    operands = merge_operands(batch, crop + skip + height * width, channels, n, merge_size, bias=bias)
-    pair = merge_pair(
-        crop, grid=(height, width), merge_size=merge_size, skip_tokens=skip, activation=activation,
-        feature_order=order, truncate=True,
-    )  # fmt: skip
-    compare_functions(*pair, operands, dtype, gradients=True)
+@given(st.integers(1, 4), SIDES, SIDES, BATCHES, CHANNELS, WIDTHS, CROPS, st.booleans(), OPTIONS, ORDERS, WIDE)
+def test_spatial_merge_linear(merge_size, height, width, batch, channels, n, crop, bias, options, order, dtype):
+    tokens = crop + options["skip_tokens"] + height * width
+    operands = merge_operands(batch, tokens, channels, n, merge_size, bias=bias)
+    grid = {"grid": (height, width), "merge_size": merge_size, "feature_order": order, "truncate": True}
+    compare_functions(*merge_pair(crop, **grid, **options), operands, dtype, gradients=True)
 
 
 @DRAWN
-@given(
-    count=st.integers(1, 6), dim=st.integers(1, 12), out_dim=st.integers(1, 20), merge_size=st.integers(1, 4),
-    height=st.integers(1, 8), width=st.integers(1, 8), batch=st.integers(0, 3), skip=st.integers(0, 2),
-    bias=st.booleans(), activation=ACTIVATION, order=st.sampled_from(["patch_major", "channel_major"]), dtype=WIDE,
-)  # fmt: skip
-def test_projector(count, dim, out_dim, merge_size, height, width, batch, skip, bias, activation, order, dtype):
-    modules = twins(
-        stf_kernels.CompactTokenProjector, reference.CompactTokenProjector, count, dim, out_dim,
-        merge_size=merge_size, skip_tokens=skip, bias=bias, activation=activation, feature_order=order,
-        mbtf_hidden_dim=2 * dim, stf_hidden_dim=24, truncate=True, dtype=dtype,
-    )  # fmt: skip
-    blocks = [torch.randn(batch, skip + height * width, dim) for _ in range(count)]
+@given(st.integers(1, 6), CHANNELS, CHANNELS, st.integers(1, 4), SIDES, SIDES, BATCHES, st.booleans(), OPTIONS, WIDE)
+def test_projector(count, dim, out_dim, merge_size, height, width, batch, bias, options, dtype):
+    widths = {"mbtf_hidden_dim": 2 * dim, "stf_hidden_dim": 24}
+    options = {"merge_size": merge_size, "bias": bias, "truncate": True, **widths, **options}
+    classes = stf_kernels.CompactTokenProjector, reference.CompactTokenProjector
+    modules = twins(*classes, count, dim, out_dim, **options, dtype=dtype)
+    blocks = [torch.randn(batch, options["skip_tokens"] + height * width, dim) for _ in range(count)]
     compare_modules(modules, blocks, dtype, lambda module, x: module(x, (height, width)), gradients=True)

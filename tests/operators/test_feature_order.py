@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import reference
 import stf_kernels
 
-PACKAGES = pytest.mark.parametrize("package", [stf_kernels, reference], ids=["stf_kernels", "reference"])
+# merge size, grid
+GRIDS = [(1, (3, 4)), (2, (4, 6)), (3, (3, 6)), (4, (8, 4)), (2, (5, 7))]
 
 
 def unfolded(x, grid, merge_size):
@@ -19,29 +20,24 @@ def unfolded(x, grid, merge_size):
     return F.unfold(image, merge_size, stride=merge_size).transpose(1, 2)
 
 
-@PACKAGES
-@pytest.mark.parametrize(("merge_size", "grid"), [(1, (3, 4)), (2, (4, 6)), (3, (3, 6)), (4, (8, 4))])
+@pytest.mark.parametrize("package", [stf_kernels, reference], ids=["stf_kernels", "reference"])
+@pytest.mark.parametrize(("merge_size", "grid"), GRIDS)
 def test_channel_major_is_unfold(package, merge_size, grid):
     x = torch.randn(2, grid[0] * grid[1], 5, dtype=torch.float64)
     weight = torch.randn(7, merge_size**2 * 5, dtype=torch.float64)
-    y = package.spatial_merge_linear(x, weight, grid=grid, merge_size=merge_size, feature_order="channel_major")
-    torch.testing.assert_close(y, unfolded(x, grid, merge_size) @ weight.t())
-
-
-@PACKAGES
-def test_unfold_truncates_the_same_way(package):
-    x, weight = torch.randn(2, 35, 5, dtype=torch.float64), torch.randn(7, 20, dtype=torch.float64)
-    options = {"grid": (5, 7), "feature_order": "channel_major", "truncate": True}
-    y = package.spatial_merge_linear(x, weight, **options)
-    torch.testing.assert_close(y, unfolded(x, (5, 7), 2) @ weight.t())
+    expected = unfolded(x, grid, merge_size) @ weight.t()
+    options = {"grid": grid, "merge_size": merge_size, "truncate": True}
+    found = package.spatial_merge_linear(x, weight, feature_order="channel_major", **options)
+    torch.testing.assert_close(found, expected)
+    converted = package.channel_to_patch_major(weight, merge_size)  # once, as a module's weight is
+    torch.testing.assert_close(package.spatial_merge_linear(x, converted, **options), expected)
 
 
 def test_patch_major_columns_by_hand():
     """Column (dy*r + dx)*C + c of the weight meets channel c at (dy, dx)."""
-    x = torch.arange(2 * 3 * 2 * 3, dtype=torch.float64).view(1, 2 * 2, 9)[:, :, :3].contiguous()  # grid 2x2, C = 3
-    weight = torch.eye(12, dtype=torch.float64)
-    y = stf_kernels.spatial_merge_linear(x, weight, grid=(2, 2))
-    assert torch.equal(y.flatten(), x.flatten())  # windows of one 2x2 grid are its rows in order
+    x = torch.arange(12, dtype=torch.float64).view(1, 2 * 2, 3)  # a grid of 2x2, C = 3
+    y = stf_kernels.spatial_merge_linear(x, torch.eye(12, dtype=torch.float64), grid=(2, 2))
+    assert torch.equal(y.flatten(), x.flatten())  # the one window is its rows in order
 
 
 @pytest.mark.parametrize("merge_size", [1, 2, 3, 4])
@@ -72,22 +68,13 @@ def test_relayout_keeps_the_gradient_and_takes_a_strided_weight():
     [
         (torch.zeros(6, 10), 2, r"weight.*4.*\(6, 10\)"),
         (torch.zeros(16), 2, r"weight.*\(16,\)"),
+        ([[0.0] * 16], 2, r"weight.*tensor.*list"),
         (torch.zeros(6, 16), 0, "merge_size.*0"),
         (torch.zeros(6, 16), 2.0, "merge_size.*2.0"),
         (torch.zeros(6, 16), True, "merge_size.*True"),
     ],
+    ids=str,
 )
 def test_relayout_refuses(name, weight, merge_size, match):
     with pytest.raises((ValueError, TypeError), match=match):
         getattr(stf_kernels, name)(weight, merge_size)
-
-
-def test_relaid_out_weights_give_the_same_module_output():
-    options = {"merge_size": 2, "hidden_dim": 24, "dtype": torch.float64}
-    channel = stf_kernels.SpatialTokenFusion(6, 10, feature_order="channel_major", **options)
-    patch = stf_kernels.SpatialTokenFusion(6, 10, **options)
-    state = channel.state_dict()
-    state["linear_1.weight"] = stf_kernels.channel_to_patch_major(state["linear_1.weight"], 2)
-    patch.load_state_dict(state)
-    x = torch.randn(2, 24, 6, dtype=torch.float64)
-    torch.testing.assert_close(channel(x, (4, 6)), patch(x, (4, 6)), rtol=0, atol=0)

@@ -10,12 +10,12 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=st
 
 def transposed(x):
     """The same values, last axis not contiguous."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.transpose(-2, -1).contiguous().transpose(-2, -1)
 
 
 def interleaved(x):
-    """The same values as every other token of something longer."""
-    return torch.stack([x, torch.full_like(x, 1e4)], 2).flatten(1, 2)[:, ::2]
+    """The same values as every other token of something longer, or row of a weight."""
+    return torch.stack([x, torch.full_like(x, 1e4)], -2).flatten(-3, -2)[..., ::2, :]
 
 
 def batch_inner(x):
@@ -23,74 +23,43 @@ def batch_inner(x):
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-LAYOUTS = (transposed, interleaved, batch_inner)
+def later_columns(weight):
+    return torch.cat([torch.full_like(weight, 1e4), weight], 1)[:, weight.shape[1] :]
+
+
+def every_other(bias):
+    return torch.stack([bias, torch.full_like(bias, 1e4)], 1).flatten()[::2]
+
+
+# what (weight, bias, *blocks) become
+CHANGES = {
+    "blocks-transposed": lambda w, b, *blocks: (w, b, *map(transposed, blocks)),
+    "blocks-interleaved": lambda w, b, *blocks: (w, b, *map(interleaved, blocks)),
+    "blocks-batch-inner": lambda w, b, *blocks: (w, b, *map(batch_inner, blocks)),
+    "each-block-another": lambda w, b, x, y, z: (w, b, x, transposed(y), interleaved(z)),
+    "blocks-expanded": lambda w, b, *blocks: (w, b, *(block[:1].expand(4, -1, -1) for block in blocks)),
+    "weight-rows": lambda w, *rest: (interleaved(w), *rest),
+    "weight-columns": lambda w, *rest: (later_columns(w), *rest),
+    "weight-transposed": lambda w, *rest: (transposed(w), *rest),
+    "bias-every-other": lambda w, b, *blocks: (w, every_other(b), *blocks),
+    "bias-expanded": lambda w, b, *blocks: (w, b[:1].expand(len(b)), *blocks),
+}
+
+
+def changed(pair, change):
+    ours, theirs = pair
+    return lambda *operands: ours(*change(*operands)), lambda *operands: theirs(*change(*operands))
 
 
 @DTYPES
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-def test_all_blocks_strided(layout, dtype):
-    def call(run):
-        return lambda weight, bias, *blocks: run(weight, bias, *map(layout, blocks))
-
-    pair = concat_pair(3, activation="gelu")
-    compare_functions(*map(call, pair), concat_operands(3, 2, 9, 16, 24), dtype, gradients=True)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_concat_linear(change, dtype):
+    operands = concat_operands(3, 2, 9, 16, 24)
+    compare_functions(*changed(concat_pair(3, activation="gelu"), change), operands, dtype, gradients=True)
 
 
 @DTYPES
-def test_every_block_with_strides_of_its_own(dtype):
-    def call(run):
-        return lambda weight, bias, a, b, c, d: run(weight, bias, a, transposed(b), interleaved(c), batch_inner(d))
-
-    pair = concat_pair(4, activation="gelu")
-    compare_functions(*map(call, pair), concat_operands(4, 2, 9, 16, 24), dtype, gradients=True)
-
-
-@DTYPES
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-def test_merge_of_a_strided_input(layout, dtype):
-    def call(run):
-        return lambda weight, bias, x: run(weight, bias, layout(x))
-
-    pair = merge_pair(grid=(4, 6), activation="gelu", skip_tokens=1)
-    compare_functions(*map(call, pair), merge_operands(2, 25, 12, 40, 2), dtype, gradients=True)
-
-
-@DTYPES
-@pytest.mark.parametrize("axis", ["rows", "columns", "transposed"])
-def test_strided_weight(axis, dtype):
-    def view(weight):
-        if axis == "rows":
-            return torch.stack([weight, torch.full_like(weight, 1e4)], 1).flatten(0, 1)[::2]
-        if axis == "columns":
-            return torch.cat([torch.full_like(weight, 1e4), weight], 1)[:, weight.shape[1] :]
-        return weight.t().contiguous().t()
-
-    def call(run):
-        return lambda weight, bias, *blocks: run(view(weight), bias, *blocks)
-
-    pair = concat_pair(3, activation="gelu")
-    compare_functions(*map(call, pair), concat_operands(3, 2, 9, 16, 24), dtype, gradients=True)
-
-
-@DTYPES
-@pytest.mark.parametrize("kind", ["every-other", "expanded"])
-def test_strided_bias(kind, dtype):
-    def view(bias):
-        if kind == "every-other":
-            return torch.stack([bias, torch.full_like(bias, 1e4)], 1).flatten()[::2]
-        return bias[:1].expand(len(bias))
-
-    def call(run):
-        return lambda weight, bias, *blocks: run(weight, view(bias), *blocks)
-
-    compare_functions(*map(call, concat_pair(3)), concat_operands(3, 2, 9, 16, 24), dtype, gradients=True)
-
-
-@DTYPES
-def test_one_image_for_the_whole_batch(dtype):
-    """Stride zero on the batch axis."""
-
-    def call(run):
-        return lambda weight, bias, *blocks: run(weight, bias, *(block.expand(4, -1, -1) for block in blocks))
-
-    compare_functions(*map(call, concat_pair(3)), concat_operands(3, 1, 9, 16, 24), dtype, gradients=True)
+@pytest.mark.parametrize("layout", [transposed, interleaved, batch_inner], ids=lambda f: f.__name__)
+def test_spatial_merge_linear(layout, dtype):
+    pair = changed(merge_pair(grid=(4, 6), activation="gelu", skip_tokens=1), lambda w, b, x: (w, b, layout(x)))
+    compare_functions(*pair, merge_operands(2, 25, 12, 40, 2), dtype, gradients=True)

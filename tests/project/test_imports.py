@@ -1,39 +1,50 @@
-"""If this fails, a package imports what DESIGN section 6 forbids; then the comparison, or the wheel, proves nothing.
+"""If this fails, a package imports against the order of its layers; then the comparison, or the wheel, proves nothing.
 
-kernels -> triton;  ops -> kernels, tuning;  functional -> ops;  modules -> functional;  reference -> torch and einops.
+kernels -> triton;  ops -> kernels, configs;  functional -> ops;  modules -> functional;  reference -> torch and einops.
+What a developer runs, tune/ and aot/, stands beside that and is imported by nothing of it.
 """
 
 import ast
+import graphlib
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+import stf_kernels
+
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("stf_kernels", "reference", "llava_integration")
+
+# The parts of stf_kernels -> those that each may import beside itself.
+MAY_IMPORT = {
+    "kernels": [],
+    "configs": [],
+    "checks": [],
+    "relayout": [],
+    "backend": ["checks"],
+    "linear": ["checks"],
+    "ops": ["kernels", "configs", "backend", "checks"],
+    "functional": ["ops", "checks", "relayout"],
+    "modules": ["functional", "ops", "linear", "checks"],
+    "__init__": ["functional", "modules", "backend", "relayout"],
+    "tune": ["ops", "configs", "backend"],
+    "aot": ["tune", "ops", "configs", "kernels", "backend"],
+}
 
 
-def imports(path: Path, root: Path = ROOT):
-    """(line, absolute dotted name) of everything a file imports, relative ones resolved, a `from`'s names included."""
-    package = path.relative_to(root).with_suffix("").parts
-    package = package[:-1]  # of a module and of an __init__ alike
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = list(package[: len(package) - node.level + 1]) if node.level else []
-            prefix = ".".join(base + ([node.module] if node.module else []))
-            yield from ((node.lineno, f"{prefix}.{alias.name}") for alias in node.names)
-
-
-def offending(files, allowed):
-    """Imports that `allowed` (a function of the dotted name) refuses, as text."""
-    return [
-        f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for path in files
-        for line, name in imports(path)
-        if not allowed(name)
-    ]
+def imports(path: Path, root: Path = ROOT, *, only_at_top=False):
+    """(line, absolute dotted name, name it is bound to) of all that a file imports, a `from`'s names one by one."""
+    package = path.relative_to(root).parts[:-1]  # of a module and of an __init__ alike
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if only_at_top else ast.walk(tree):
+        prefix = ""
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            prefix = ".".join((*base, *([node.module] if node.module else []))) + "."
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                yield node.lineno, prefix + alias.name, alias.asname or alias.name
 
 
 def files(folder):
@@ -42,83 +53,87 @@ def files(folder):
     return found
 
 
-def under(*prefixes):
-    return lambda name: any(name == p or name.startswith(p + ".") for p in prefixes)
+EACH_FILE = pytest.mark.parametrize("path", files("stf_kernels"), ids=lambda path: str(path.relative_to(ROOT)))
 
 
-STANDARD = under(*sys.stdlib_module_names)
+def under(name, *prefixes):
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def test_kernels_import_triton_and_each_other_only():
-    allowed = under("triton", "stf_kernels.kernels")
-    assert not offending(files("stf_kernels/kernels"), allowed)
+def offending(paths, allowed, **options):
+    """Imports that `allowed` (a function of the dotted name) refuses, as text."""
+    return [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in paths
+        for line, name, _ in imports(path, **options)
+        if not allowed(name)
+    ]
 
 
-def test_ops_import_kernels_tuning_and_the_backend():
-    mine = under("stf_kernels.ops", "stf_kernels.kernels", "stf_kernels.tuning", "stf_kernels.backend")
-    assert not offending(files("stf_kernels/ops"), lambda n: STANDARD(n) or under("torch", "triton")(n) or mine(n))
+@EACH_FILE
+def test_parts_of_stf_kernels(path):
+    part = path.relative_to(ROOT / "stf_kernels").with_suffix("").parts[0]
+    own = [f"stf_kernels.{other}" for other in (part, *MAY_IMPORT[part])]
+    others = ["triton"] if part == "kernels" else ["torch", "triton", *sys.stdlib_module_names]
+    assert not offending([path], lambda name: under(name, *own, *others))
 
 
-def test_tuning_does_not_import_what_the_user_calls():
-    """The search may use the launcher; the look-up, which every call goes through, may not import upwards."""
-    upwards = under("stf_kernels.functional", "stf_kernels.modules")
-    assert not offending(files("stf_kernels/tuning"), lambda n: not upwards(n))
-    lookup = [path for path in files("stf_kernels/tuning") if path.stem in ("config", "heuristic", "lookup")]
-    assert len(lookup) == 3
-    assert not offending(lookup, lambda n: STANDARD(n) or under("torch", "stf_kernels.tuning")(n))
-
-
-def test_functional_does_not_import_modules():
-    assert not offending([ROOT / "stf_kernels/functional.py"], lambda n: not under("stf_kernels.modules")(n))
-
-
-@pytest.mark.parametrize("path", files("stf_kernels"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_stf_kernels_stands_alone(path):
-    allowed = lambda n: STANDARD(n) or under("torch", "triton", "stf_kernels")(n)  # noqa: E731
-    assert not offending([path], allowed)
-
-
-@pytest.mark.parametrize("path", files("stf_kernels"), ids=lambda p: str(p.relative_to(ROOT)))
+@EACH_FILE
 def test_triton_is_imported_late(path):
-    """At the top of a file only in kernels/ : the package imports where there is no Triton."""
-    if path.parent.name == "kernels" or path.name in ("aot.py", "codegen.py"):  # `python -m stf_kernels.aot` itself
-        return
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body:
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            names = (
-                [node.module or ""]
-                if not node.level
-                else [f".{node.module or ''}"] + [f".{a.name}" for a in node.names]
-            )
-        assert not any(n.split(".")[0] == "triton" or "kernels" in n.strip(".").split(".") for n in names), names
+    """At the top of a file only in kernels/ and where it is compiled for: the package imports without Triton."""
+    if path.parent.name != "kernels" and path.name != "codegen.py":
+        assert not offending([path], lambda name: not under(name, "triton", "stf_kernels.kernels"), only_at_top=True)
+
+
+@EACH_FILE
+def test_no_private_name_of_another_module(path):
+    """Neither imported nor reached through a module; a kernel's name is `_..._kernel` as the field has it."""
+    ours = {bound: name for _, name, bound in imports(path) if under(name, "stf_kernels")}
+    reached = [
+        f"{ours[node.value.id]}.{node.attr}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours
+    ]
+    private = [name for name in (*ours.values(), *reached) if re.search(r"\._(?!_)", name)]
+    assert all(re.fullmatch(r"stf_kernels\.kernels\.\w+\._\w+_kernel", name) for name in private), private
+
+
+def test_no_circle_in_stf_kernels():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files("stf_kernels")}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+
+    def imported(path):
+        for _, name, _ in imports(path):
+            while name and name not in modules:  # a name inside a module
+                name = name.rpartition(".")[0]
+            yield from [name] if name else []
+
+    graph = {name: set(imported(path)) for name, path in modules.items()}
+    assert "stf_kernels.ops.launch" in graph["stf_kernels.ops.chain"]
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_reference_imports_torch_and_einops_only():
-    assert not offending(files("reference"), lambda n: STANDARD(n) or under("torch", "einops", "reference")(n))
+    allowed = ("torch", "einops", "reference", *sys.stdlib_module_names)
+    assert not offending(files("reference"), lambda name: under(name, *allowed))
 
 
 def test_llava_integration_uses_the_public_surface():
     """stf_kernels by its package alone, and never what is used from the checkout."""
-
-    def allowed(name):
-        if under("stf_kernels")(name):
-            return name.count(".") <= 1
-        return not under("reference", "bench", "tests")(name)
-
-    assert not offending(files("llava_integration"), allowed)
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_nothing_imports_bench_or_tests(package):
-    assert not offending(files(package), lambda n: not under("bench", "tests", "support")(n))
+    public = ["stf_kernels", *(f"stf_kernels.{name}" for name in stf_kernels.__all__)]
+    assert not offending(
+        files("llava_integration"),
+        lambda name: name in public or not under(name, "stf_kernels", "reference", "bench", "tests", "support"),
+    )
 
 
 def test_the_parser_sees_relative_imports(tmp_path):
     """Else every test above could pass on nothing."""
     folder = tmp_path / "stf_kernels" / "kernels"
     folder.mkdir(parents=True)
-    (folder / "a.py").write_text("from ..ops import launch\nfrom . import b\nimport torch\nfrom .b import c\n")
-    names = [name for _, name in imports(folder / "a.py", tmp_path)]
-    assert names == ["stf_kernels.ops.launch", "stf_kernels.kernels.b", "torch", "stf_kernels.kernels.b.c"]
+    source = "from ..ops import launch\nfrom . import b as x\nimport torch\ndef f():\n    from .b import c\n"
+    (folder / "a.py").write_text(source)
+    names = ["stf_kernels.ops.launch", "stf_kernels.kernels.b", "torch", "stf_kernels.kernels.b.c"]
+    assert [name for _, name, _ in imports(folder / "a.py", tmp_path)] == names
+    assert [name for _, name, _ in imports(folder / "a.py", tmp_path, only_at_top=True)] == names[:3]
+    assert [bound for *_, bound in imports(folder / "a.py", tmp_path)] == ["launch", "x", "torch", "c"]

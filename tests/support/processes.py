@@ -21,7 +21,5 @@ def clean_environment(**changes: str | None) -> dict[str, str]:
 
 def python(*arguments: str, timeout: float = 120, **environment: str | None) -> subprocess.CompletedProcess:
     """Run python in the checkout; environment: variables to set, None to remove."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT, env=clean_environment(**environment), capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+    options = {"cwd": ROOT, "env": clean_environment(**environment), "timeout": timeout}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)

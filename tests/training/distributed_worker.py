@@ -5,6 +5,7 @@ Each rank has half of the batch; its gradients must be those of the whole batch 
 
 import copy
 import datetime
+import functools
 import sys
 
 import pytest
@@ -21,10 +22,10 @@ import stf_kernels
 WORLD, BATCH = 2, 4
 
 
-def build(**options):
+def build():
     torch.manual_seed(1)  # the same on every rank
-    theirs = reference.CompactTokenProjector(3, 8, 20, skip_tokens=1, **options)
-    ours = stf_kernels.CompactTokenProjector(3, 8, 20, skip_tokens=1, **options)
+    theirs = reference.CompactTokenProjector(3, 8, 20, skip_tokens=1)
+    ours = stf_kernels.CompactTokenProjector(3, 8, 20, skip_tokens=1)
     ours.load_state_dict(theirs.state_dict())
     blocks = [torch.randn(BATCH, 17, 8) for _ in range(3)]
     return ours, theirs, blocks, torch.randn(BATCH, 4, 20)
@@ -54,14 +55,13 @@ def check(module, theirs, blocks, target, rank, rounds=2):
         expected = step(theirs, blocks, target)
         torch.testing.assert_close(y, share(expected, rank), rtol=1e-4, atol=1e-5)
         theirs_by_name = dict(theirs.named_parameters())
-        seen = 0
-        for name, parameter in module.named_parameters():
-            exact = theirs_by_name[name.removeprefix("module.")].grad
+        found = {name.removeprefix("module."): whole(p.grad) for name, p in module.named_parameters()}
+        assert found.keys() == theirs_by_name.keys()
+        for name, gradient in found.items():
+            expected = theirs_by_name[name].grad
             torch.testing.assert_close(
-                whole(parameter.grad), exact, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                gradient, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
-            seen += 1
-        assert seen == len(theirs_by_name)
         mine.step()
         other.step()
 
@@ -84,53 +84,22 @@ def ddp_frozen_layers(rank, mesh):
             torch.testing.assert_close(parameter.grad, dict(theirs.named_parameters())[name].grad, rtol=1e-4, atol=1e-5)
 
 
-def fsdp_whole(rank, mesh):
+LINEARS = ("mbtf.linear_1", "mbtf.linear_2", "stf.linear_1", "stf.linear_2")
+
+
+def fsdp(rank, mesh, places=()):
+    """The modules at some places are sharded each for itself, then what is left of the whole."""
     ours, theirs, blocks, target = build()
-    fully_shard(ours, mesh=mesh)
+    for place in (*places, ""):
+        fully_shard(ours.get_submodule(place), mesh=mesh)
     assert all(isinstance(p, DTensor) for p in ours.parameters())
     check(ours, theirs, blocks, target, rank)
 
 
-def fsdp_channel_major(rank, mesh):
-    ours, theirs, blocks, target = build(feature_order="channel_major")
-    fully_shard(ours, mesh=mesh)
-    check(ours, theirs, blocks, target, rank)
-
-
-def fsdp_channel_major_frozen(rank, mesh):
-    """A relaid-out copy may be kept of a frozen weight: of the whole one, not of a shard."""
-    ours, theirs, blocks, _ = build(feature_order="channel_major")
-    fully_shard(ours.eval().requires_grad_(False), mesh=mesh)
-    for scale in (1, 2):
-        for module in (ours, theirs):
-            for parameter in module.parameters():
-                with torch.no_grad():
-                    parameter.mul_(scale)
-        with torch.no_grad():
-            torch.testing.assert_close(ours(blocks), theirs(blocks), rtol=1e-4, atol=1e-5)
-
-
-def fsdp_children(rank, mesh):
-    ours, theirs, blocks, target = build()
-    for child in (ours.mbtf, ours.stf):
-        fully_shard(child, mesh=mesh)
-    fully_shard(ours, mesh=mesh)
-    check(ours, theirs, blocks, target, rank)
-
-
-def fsdp_one_child(rank, mesh):
-    ours, theirs, blocks, target = build()
-    fully_shard(ours.stf, mesh=mesh)
-    fully_shard(ours, mesh=mesh)
-    check(ours, theirs, blocks, target, rank)
-
-
-def fsdp_linears(rank, mesh):
-    ours, theirs, blocks, target = build()
-    for linear in (ours.mbtf.linear_1, ours.mbtf.linear_2, ours.stf.linear_1, ours.stf.linear_2):
-        fully_shard(linear, mesh=mesh)
-    fully_shard(ours, mesh=mesh)
-    check(ours, theirs, blocks, target, rank)
+fsdp_whole = fsdp
+fsdp_children = functools.partial(fsdp, places=("mbtf", "stf"))
+fsdp_one_child = functools.partial(fsdp, places=("stf",))
+fsdp_linears = functools.partial(fsdp, places=LINEARS)
 
 
 def fsdp_inside_a_model(rank, mesh):
@@ -155,7 +124,7 @@ def fsdp_inside_a_model(rank, mesh):
 def dtensor_replicated(rank, mesh):
     """Weights and blocks that are DTensors, as tensor parallelism hands them on: right, or refused with the place."""
     ours, theirs, blocks, _ = build()
-    for linear in (ours.mbtf.linear_1, ours.mbtf.linear_2, ours.stf.linear_1, ours.stf.linear_2):
+    for linear in map(ours.get_submodule, LINEARS):
         for name, parameter in list(linear.named_parameters()):
             setattr(linear, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Replicate()])))
     spread = [distribute_tensor(block, mesh, [Replicate()]) for block in blocks]
@@ -202,9 +171,7 @@ def right_or_told_where(call, expected):
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         text = str(error)
         assert "DTensor" in text, text
-        assert "fully_shard" in text or "full_tensor" in text or "to_local" in text, (
-            f"does not say where to shard: {text}"
-        )
+        assert any(remedy in text for remedy in ("fully_shard", "full_tensor", "to_local")), text
     else:
         torch.testing.assert_close(whole(found), expected, rtol=1e-4, atol=1e-5)
 

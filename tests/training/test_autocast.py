@@ -2,31 +2,32 @@
 
 import pytest
 import torch
+from support.modules import EACH_MODULE, build, draw, same_state
 from support.rule import assert_within_rule
 from torch import nn
 
-import reference
 import stf_kernels
 
-CASTS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+HALF = [torch.bfloat16, torch.float16]
+CASTS = pytest.mark.parametrize("dtype", HALF, ids=str)
 
 
-def modules(name):
-    args = {"MultiBlockTokenFusion": (3, 8), "SpatialTokenFusion": (8, 20), "CompactTokenProjector": (3, 8, 20)}[name]
-    ours, theirs = getattr(stf_kernels, name)(*args), getattr(reference, name)(*args)
-    ours.load_state_dict(theirs.state_dict())
-    x = [torch.randn(2, 16, 8) for _ in range(3)]
-    return ours, theirs, (x[0] if name == "SpatialTokenFusion" else x)
+def doubled(x):
+    return [block.double() for block in x] if isinstance(x, list) else x.double()
 
 
 @CASTS
-@pytest.mark.parametrize("name", ["MultiBlockTokenFusion", "SpatialTokenFusion", "CompactTokenProjector"])
-def test_modules(name, dtype):
-    ours, theirs, x = modules(name)
+@EACH_MODULE
+@pytest.mark.parametrize("hooked", [None, "linear_1", "linear_2"])
+def test_modules(name, hooked, dtype):
+    (ours, theirs), x = same_state(name), draw(name)
+    if hooked is not None:
+        child = {"linear_1": "mbtf.", "linear_2": "stf."}[hooked] if name == "CompactTokenProjector" else ""
+        ours.get_submodule(child + hooked).register_forward_hook(lambda *_: None)
     with torch.autocast("cpu", dtype):
         y, same = ours(x), theirs(x)
         assert y.dtype == nn.Linear(8, 8)(torch.randn(2, 8)).dtype == dtype
-    exact = theirs.double()([t.double() for t in x] if isinstance(x, list) else x.double()).detach()
+    exact = theirs.double()(doubled(x)).detach()
     assert_within_rule("output", y.detach(), same.detach(), exact)
     theirs.float()
     y.float().sum().backward()
@@ -37,7 +38,7 @@ def test_modules(name, dtype):
 
 
 @CASTS
-@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("source", [torch.float32, *HALF, torch.float64], ids=str)
 def test_functions_follow_nn_linear_for_every_input_dtype(source, dtype):
     layer = nn.Linear(16, 5).to(source)
     blocks = [torch.randn(2, 4, 8).to(source) for _ in range(2)]
@@ -50,45 +51,42 @@ def test_functions_follow_nn_linear_for_every_input_dtype(source, dtype):
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
 
 
-@CASTS
-@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.float64], ids=str)
-def test_torch_ops_directly(source, dtype):
-    blocks, weight = [torch.randn(2, 5, 8).to(source) for _ in range(2)], torch.randn(5, 16).to(source)
-    chain = [torch.randn(*shape).to(source) for shape in ((6, 16), (4, 6), (10, 16), (7, 10))]
-    joined = torch.cat(blocks, -1)
-    with torch.autocast("cpu", dtype):
-        expected = torch.nn.functional.linear(joined, weight).dtype
-        found = torch.ops.stf_kernels.concat_linear(blocks, weight, None, "gelu", 0, [])[0]
-        z = torch.ops.stf_kernels.compact_token_projector(blocks, chain, [], "gelu", 1, 2, 2, 2, [])[0]
-    assert found.dtype == z.dtype == expected
-
-
 def test_mixed_operands_agree_as_they_do_for_nn_linear():
     """fp32 master weights and bf16 activations: an error without autocast, ordinary with it."""
-    blocks, weight = [torch.randn(2, 5, 8).bfloat16()] * 2, torch.randn(5, 16)
+    blocks, weight = [torch.randn(2, 16, 8).bfloat16()] * 3, torch.randn(5, 24)
     with pytest.raises(TypeError, match="dtype"):
         stf_kernels.concat_linear(blocks, weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert stf_kernels.concat_linear(blocks, weight).dtype == torch.bfloat16
-        projector = stf_kernels.CompactTokenProjector(2, 8, 5, skip_tokens=1)
-        assert projector(blocks).dtype == torch.bfloat16
+        assert build("CompactTokenProjector")(blocks).dtype == torch.bfloat16
 
 
 def test_off_and_nested():
-    ours, _, x = modules("CompactTokenProjector")
+    module, x = build("CompactTokenProjector"), draw("CompactTokenProjector")
     with torch.autocast("cpu", torch.bfloat16):
         with torch.autocast("cpu", enabled=False):
-            assert ours(x).dtype == torch.float32
-        assert ours(x).dtype == torch.bfloat16
-    assert ours(x).dtype == torch.float32
+            assert module(x).dtype == torch.float32
+        assert module(x).dtype == torch.bfloat16
+    assert module(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("layer", ["mbtf.linear_1", "stf.linear_2"])
-def test_a_wrapped_layer_under_autocast(layer):
-    ours, theirs, x = modules("CompactTokenProjector")
-    ours.get_submodule(layer).register_forward_hook(lambda *_: None)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, same = ours(x), theirs(x)
-    assert y.dtype == torch.bfloat16
-    exact = theirs.double()([t.double() for t in x])
-    assert_within_rule("output", y.detach(), same.detach(), exact.detach())
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["module", "torch.ops"])
+def test_an_operator_computes_in_the_dtype_of_its_operands(source, way):
+    """Whatever region its backward is called in; torch.ops has no autocast rule, so its forward too."""
+    module, x = build("MultiBlockTokenFusion", dtype=source), draw("MultiBlockTokenFusion", dtype=source)
+    parameters = list(module.parameters())
+    weights, biases = parameters[::2], parameters[1::2]
+
+    def forward():
+        if way == "module":
+            return module(x)
+        return torch.ops.stf_kernels.token_fusion_mlp(x, weights, biases, "gelu", 0, 1, 0, 0, [True] * 7)[0]
+
+    expected = torch.autograd.grad(forward().sum(), parameters)
+    y = forward() if way == "module" else None
+    with torch.autocast("cpu", torch.float16 if source == torch.bfloat16 else torch.bfloat16):
+        y = forward() if y is None else y
+        assert y.dtype == source
+        found = torch.autograd.grad(y.sum(), parameters)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

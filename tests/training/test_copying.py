@@ -6,38 +6,30 @@ import pickle
 
 import pytest
 import torch
-
-import reference
-import stf_kernels
-
-CASES = {
-    "mbtf": ("MultiBlockTokenFusion", (3, 8), {}),
-    "stf": ("SpatialTokenFusion", (8, 20), {}),
-    "projector": ("CompactTokenProjector", (3, 8, 20), {}),
-    "channel-major": ("CompactTokenProjector", (3, 8, 20), {"feature_order": "channel_major"}),
-}
-BLOCKS = [torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+from support.modules import EACH_MODULE, build, draw, same_state
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES)
-def case(request):
-    name, args, options = request.param
-    module = getattr(stf_kernels, name)(*args, **options)
-    return module, BLOCKS[0] if name == "SpatialTokenFusion" else BLOCKS
+@pytest.fixture
+def case(name):
+    return build(name), draw(name)
 
 
-def saved_and_loaded(module):
+def saved_and_loaded(value, **options):
     buffer = io.BytesIO()
-    torch.save(module, buffer)
+    torch.save(value, buffer)
     buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
+    return torch.load(buffer, **options)
 
 
-@pytest.mark.parametrize(
-    "way",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded],
-    ids=["deepcopy", "pickle", "save"],
-)
+WAYS = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "save": lambda module: saved_and_loaded(module, weights_only=False),
+}
+
+
+@EACH_MODULE
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("used", [True, False], ids=["used", "fresh"])
 def test_copies(case, way, used):
     module, x = case
@@ -54,73 +46,64 @@ def test_copies(case, way, used):
     assert repr(other) == repr(module)
 
 
-def test_state_dict_saved_with_weights_only(case):
+@EACH_MODULE
+@pytest.mark.parametrize("way", ["saved", "to_empty"])
+def test_a_state_dict_brings_the_values_back(case, way):
     module, x = case
-    buffer = io.BytesIO()
-    torch.save(module.state_dict(), buffer)
-    buffer.seek(0)
-    expected = module(x)
+    expected, state = module(x), saved_and_loaded(module.state_dict(), weights_only=True)
+    if way == "to_empty":
+        module.to("meta").to_empty(device="cpu")
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
-    module.load_state_dict(torch.load(buffer, weights_only=True))
+    module.load_state_dict(state)
     assert torch.equal(module(x), expected)
 
 
+@EACH_MODULE
 def test_functional_call(case):
     module, x = case
-    names = [name for name, _ in module.named_parameters()]
     tensors = {name: torch.randn_like(p).requires_grad_() for name, p in module.named_parameters()}
     y = torch.func.functional_call(module, tensors, (x,))
     other = copy.deepcopy(module)
     other.load_state_dict(tensors)
-    torch.testing.assert_close(y, other(x))
-    found = torch.autograd.grad(y.sum(), [tensors[name] for name in names])
-    expected = torch.autograd.grad(other(x).sum(), list(other.parameters()))
-    for mine, exact in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, exact)
+    expected = other(x)
+    torch.testing.assert_close(y, expected)
+    found = torch.autograd.grad(y.sum(), list(tensors.values()))
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), list(other.parameters())))
 
 
+@EACH_MODULE
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_to_another_dtype(case, dtype):
     module, x = case
-    module.to(dtype)
     x = [block.to(dtype) for block in x] if isinstance(x, list) else x.to(dtype)
-    y = module(x)
+    y = module.to(dtype)(x)
     assert y.dtype == dtype
     y.sum().backward()
     assert {p.grad.dtype for p in module.parameters()} == {dtype}
 
 
-def test_to_empty_then_load(case):
-    module, x = case
-    expected, state = module(x), copy.deepcopy(module.state_dict())
-    module.to("meta").to_empty(device="cpu").load_state_dict(state)
-    assert torch.equal(module(x), expected)
-
-
+@EACH_MODULE
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_an_optimiser_step_is_seen(case, optimizer):
     module, x = case
     before = module(x)
-    module(x).square().sum().backward()
+    before.square().sum().backward()
     optimizer(module.parameters(), lr=0.01).step()
     assert not torch.equal(module(x), before)
 
 
-def test_reference_learns_the_same(case):
+@EACH_MODULE
+def test_the_reference_learns_the_same(name):
     """Five steps of training from one state end in the same place."""
-    ours, x = case
-    args = next(args for name, args, _ in CASES.values() if name == type(ours).__name__)
-    options = {"feature_order": ours.stf.feature_order} if hasattr(ours, "stf") else {}
-    theirs = getattr(reference, type(ours).__name__)(*args, **options)
-    theirs.load_state_dict(ours.state_dict())
-    target = torch.randn_like(ours(x))
-    for module in (ours, theirs):
+    modules, x = same_state(name), draw(name)
+    target = torch.randn_like(modules[0](x))
+    for module in modules:
         optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
         for _ in range(5):
             optimizer.zero_grad()
             (module(x) - target).square().mean().backward()
             optimizer.step()
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+    ours, theirs = (list(module.parameters()) for module in modules)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)

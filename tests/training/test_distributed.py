@@ -15,8 +15,6 @@ CASES = (
     "ddp",
     "ddp_frozen_layers",
     "fsdp_whole",
-    "fsdp_channel_major",
-    "fsdp_channel_major_frozen",
     "fsdp_children",
     "fsdp_one_child",
     "fsdp_linears",
@@ -32,13 +30,10 @@ CASES = (
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     store = tmp_path_factory.mktemp("gloo") / "store"
+    options = {"cwd": ROOT, "env": clean_environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(store), *CASES],
-            cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+        subprocess.Popen([sys.executable, WORKER, str(rank), store, *CASES], text=True, **options) for rank in range(2)
+    ]
     try:
         return [rank.communicate(timeout=120)[0] for rank in ranks]
     finally:

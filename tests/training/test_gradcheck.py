@@ -13,9 +13,13 @@ def draw(*shape):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_concat_linear(activation):
+@pytest.mark.parametrize("way", ["eager", "dispatcher"])
+def test_concat_linear(activation, way):
     def run(weight, bias, *blocks):
-        return stf_kernels.concat_linear(blocks, weight, bias, activation=activation, skip_tokens=1)
+        if way == "eager":
+            return stf_kernels.concat_linear(blocks, weight, bias, activation=activation, skip_tokens=1)
+        static = activation, 1, 1, 0, 0
+        return torch.ops.stf_kernels.concat_linear(blocks, [weight], [bias], *static, [True] * 4)[0]
 
     assert gradcheck(run, (draw(4, 6), draw(4), draw(2, 3, 3), draw(2, 3, 3)))
 
@@ -23,10 +27,10 @@ def test_concat_linear(activation):
 @pytest.mark.parametrize("grid", [(2, 4), (3, 5)])
 @pytest.mark.parametrize("order", ["patch_major", "channel_major"])
 def test_spatial_merge_linear(grid, order):
+    options = {"grid": grid, "activation": "gelu", "skip_tokens": 1, "truncate": True, "feature_order": order}
+
     def run(weight, bias, x):
-        return stf_kernels.spatial_merge_linear(
-            x, weight, bias, grid=grid, activation="gelu", skip_tokens=1, truncate=True, feature_order=order
-        )
+        return stf_kernels.spatial_merge_linear(x, weight, bias, **options)
 
     assert gradcheck(run, (draw(3, 8), draw(3), draw(2, 1 + grid[0] * grid[1], 2)))
 
@@ -34,9 +38,8 @@ def test_spatial_merge_linear(grid, order):
 @pytest.mark.parametrize("options", [{}, {"truncate": True, "skip_tokens": 1}, {"bias": False}], ids=str)
 def test_projector(options):
     grid = (3, 5) if options.get("truncate") else (2, 4)
-    module = stf_kernels.CompactTokenProjector(
-        2, 2, 3, mbtf_hidden_dim=3, stf_hidden_dim=4, dtype=torch.float64, **options
-    )
+    widths = {"mbtf_hidden_dim": 3, "stf_hidden_dim": 4}
+    module = stf_kernels.CompactTokenProjector(2, 2, 3, **widths, dtype=torch.float64, **options)
     names = [name for name, _ in module.named_parameters()]
 
     def run(*tensors):
@@ -46,10 +49,3 @@ def test_projector(options):
     tokens = grid[0] * grid[1] + options.get("skip_tokens", 0)
     parameters = [p.detach().clone().requires_grad_() for p in module.parameters()]
     assert gradcheck(run, (draw(1, tokens, 2), draw(1, tokens, 2), *parameters))
-
-
-def test_through_the_dispatcher():
-    def run(weight, bias, *blocks):
-        return torch.ops.stf_kernels.concat_linear(blocks, weight, bias, "gelu", 1, [True] * 4)[0]
-
-    assert gradcheck(run, (draw(4, 6), draw(4), draw(2, 3, 3), draw(2, 3, 3)))

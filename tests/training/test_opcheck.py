@@ -7,92 +7,80 @@ from torch.library import opcheck
 import stf_kernels  # noqa: F401  registers the operators
 
 OPS = torch.ops.stf_kernels
-STATIC = ("gelu", 1, 2, 4, 6)
+GRID = (4, 6)
+# name -> blocks, shapes of the weights, merge size; blocks are [2, 1 + 4*6, 4]
+OPERATORS = {
+    "concat_linear": (3, [(6, 12)], 1),
+    "spatial_merge_linear": (1, [(6, 16)], 2),
+    "token_fusion_mlp": (1, [(10, 16), (7, 10)], 2),
+    "compact_token_projector": (3, [(6, 12), (4, 6), (10, 16), (7, 10)], 2),
+}
 
 
-def draw(*shape, grad=True):
-    return torch.randn(*shape, requires_grad=grad)
+def operands(name, bias=True, grad=False):
+    count, shapes, _ = OPERATORS[name]
+    blocks = [torch.randn(2, 25, 4, requires_grad=grad) for _ in range(count)]
+    weights = [torch.randn(*shape, requires_grad=grad) for shape in shapes]
+    return blocks, weights, [torch.randn(n, requires_grad=grad) for n, _ in shapes] if bias else []
 
 
-def needs(save, *groups):
-    """One flag for every tensor, or none."""
-    count = sum(len(group) if isinstance(group, list) else group is not None for group in groups)
-    return [True] * count if save else []
+def static(name, activation="gelu", grid=GRID):
+    return activation, 1, OPERATORS[name][2], *grid
 
 
-def chain_operands(layers, bias, grad):
-    """blocks, weights, biases of a chain over a 4x6 grid behind one class token."""
-    count = 3 if layers == 4 else 1
-    blocks = [draw(2, 25, 4, grad=grad) for _ in range(count)]
-    shapes = [(6, 12), (4, 6), (10, 16), (7, 10)] if layers == 4 else [(10, 16), (7, 10)]
-    weights = [draw(*shape, grad=grad) for shape in shapes]
-    return blocks, weights, [draw(n, grad=grad) for n, _ in shapes] if bias else []
-
-
+@pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("activation", ["gelu", None])
-@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_concat_linear(activation, save, bias):
-    blocks = [draw(2, 5, 4, grad=save) for _ in range(3)]
-    tensors = (blocks, draw(6, 12, grad=save), draw(6, grad=save) if bias else None)
-    opcheck(OPS.concat_linear.default, (*tensors, activation, 1, needs(save, *tensors)))
+def test_operators(name, activation, grad, bias):
+    tensors = operands(name, bias, grad)
+    needs = [True] * sum(map(len, tensors)) if grad else []
+    opcheck(getattr(OPS, name).default, (*tensors, *static(name, activation), needs))
 
 
-@pytest.mark.parametrize("activation", ["silu", None])
-@pytest.mark.parametrize("save", [True, False])
-@pytest.mark.parametrize("grid", [(4, 6), (5, 5)])
-def test_spatial_merge_linear(activation, save, grid):
-    x = draw(2, 1 + grid[0] * grid[1], 4, grad=save)
-    arguments = (x, draw(6, 16, grad=save), draw(6, grad=save), activation, 1, 2, *grid, [True] * 3 if save else [])
-    opcheck(OPS.spatial_merge_linear.default, arguments)
-
-
-@pytest.mark.parametrize("save", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("name", "layers"), [("token_fusion_mlp", 2), ("compact_token_projector", 4)])
-def test_chains(name, layers, bias, save):
-    tensors = chain_operands(layers, bias, save)
-    opcheck(getattr(OPS, name).default, (*tensors, *STATIC, needs(save, *tensors)))
+def test_a_truncated_grid():
+    arguments = (*operands("spatial_merge_linear", grad=True), *static("spatial_merge_linear", grid=(3, 8)))
+    opcheck(OPS.spatial_merge_linear.default, (*arguments, [True] * 3))
 
 
 @pytest.mark.parametrize("trained", [[4], [3], [6], [9], [2, 5], [0]], ids=str)
 def test_chains_of_which_a_part_is_trained(trained):
-    blocks, weights, biases = chain_operands(4, True, False)
-    tensors = [*blocks, *weights, *biases]
+    name = "compact_token_projector"
+    groups = operands(name)
+    tensors = [tensor for group in groups for tensor in group]
     for i in trained:
         tensors[i].requires_grad_()
     flags = [tensor.requires_grad for tensor in tensors]
-    opcheck(OPS.compact_token_projector.default, (blocks, weights, biases, *STATIC, flags))
-
-
-def test_chain_without_an_activation():
-    opcheck(OPS.compact_token_projector.default, (*chain_operands(4, True, True), None, *STATIC[1:], [True] * 11))
+    opcheck(OPS.compact_token_projector.default, (*groups, *static(name), flags))
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_scatter(bias):
-    out, rows = torch.zeros(20, 7), torch.randperm(20)[:12]
-    opcheck(OPS.compact_token_projector_out.default, (*chain_operands(4, bias, False), *STATIC, out, rows))
+def test_indexed(bias):
+    name, out, rows = "compact_token_projector", torch.zeros(20, 7), torch.randperm(20)[:12]
+    opcheck(OPS.compact_token_projector_out.default, (*operands(name, bias), *static(name), out, rows))
 
 
 @pytest.mark.parametrize("wanted", [[True] * 5, [False, False, True, True, False]])
 def test_backward_operator(wanted):
-    blocks, weight = [draw(2, 5, 4, grad=False) for _ in range(3)], draw(6, 12, grad=False)
-    y, *saved = OPS.concat_linear(blocks, weight, torch.randn(6), "gelu", 1, [True] * 5)
-    kept = [*saved, *blocks, weight]
-    arguments = (torch.randn_like(y), kept, 3, [2, 5, 4], [6], "gelu", 1, [True] * 5, wanted)
-    opcheck(OPS.concat_linear_bwd.default, arguments)
+    blocks, weights, biases = operands("concat_linear")
+    options = static("concat_linear")
+    y, *saved = OPS.concat_linear(blocks, weights, biases, *options, [True] * 5)
+    kept = [*saved, *blocks, *weights]
+    opcheck(
+        OPS.concat_linear_bwd.default,
+        (torch.randn_like(y), kept, 3, [2, 25, 4], [6], *options, "auto", [True] * 5, wanted),
+    )
 
 
 def test_every_registered_operator_is_checked_here():
     registered = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
     names = {name.partition(".")[0] for namespace, _, name in registered if namespace == "stf_kernels"}
-    checked = {"concat_linear", "spatial_merge_linear", "token_fusion_mlp", "compact_token_projector"}
-    assert names == checked | {f"{name}_bwd" for name in checked} | {"compact_token_projector_out"}
+    assert names == {*OPERATORS, *(f"{name}_bwd" for name in OPERATORS), "compact_token_projector_out"}
 
 
 @pytest.mark.parametrize(("flags", "missing"), [([], 0), ([True, True, True, False], 3)])
 def test_gradient_without_what_the_backward_needs_is_a_clear_error(flags, missing):
-    y = OPS.concat_linear([draw(2, 5, 4) for _ in range(3)], draw(6, 12), None, "gelu", 1, flags)[0]
-    with pytest.raises((RuntimeError, ValueError), match=f"needs: the gradient of tensor {missing}"):
+    blocks, weights, _ = operands("concat_linear", grad=True)
+    y = OPS.concat_linear(blocks, weights, [], *static("concat_linear"), flags)[0]
+    with pytest.raises(RuntimeError, match=f"needs: the gradient of tensor {missing}"):
         y.sum().backward()

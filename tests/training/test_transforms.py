@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from support.modules import EACH_MODULE, draw, flat, same_state
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
@@ -11,10 +13,6 @@ import stf_kernels
 MERGE = {"grid": (4, 5), "merge_size": 2, "truncate": True, "skip_tokens": 1}
 
 
-def draw(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def functions(package):
     return {
         "concat_linear": lambda x, w, b: package.concat_linear([x, x * 2], w, b, activation="gelu", skip_tokens=1),
@@ -22,53 +20,45 @@ def functions(package):
     }
 
 
-@pytest.fixture(params=["concat_linear", "spatial_merge_linear"])
-def pair(request):
-    width = {"concat_linear": 6, "spatial_merge_linear": 12}[request.param]
-    operands = draw(2, 21, 3), draw(5, width), draw(5)
-    return functions(stf_kernels)[request.param], functions(reference)[request.param], operands
+def of_weight_alone(transform):
+    return lambda f, x, w, b: transform(lambda w: f(x, w, b))(torch.stack([w, -w]))
 
 
-def same(transform, pair):
-    ours, theirs, operands = pair
-    found, expected = tree_leaves(transform(ours, operands)), tree_leaves(transform(theirs, operands))
-    for mine, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, other)
+def of_bias_alone(transform, loss):
+    return lambda f, x, w, b: transform(lambda b: loss(f(x, w, b)))(b)
 
 
-def test_grad(pair):
-    same(lambda f, operands: grad(lambda *t: f(*t).square().sum(), argnums=(0, 1, 2))(*operands), pair)
+TRANSFORMS = {
+    "grad": lambda f, *t: grad(lambda *t: f(*t).square().sum(), argnums=(0, 1, 2))(*t),
+    "vjp": lambda f, *t: vjp(f, *t)[1](torch.ones_like(f(*t))),
+    "jvp": lambda f, *t: jvp(f, t, tuple(map(torch.ones_like, t))),
+    "vmap": lambda f, *t: vmap(f)(*(torch.stack([x, x + 1]) for x in t)),
+    "vmap-of-weights": of_weight_alone(vmap),
+    "jacobian": of_bias_alone(jacrev, lambda y: y.sum((0, 1))),
+    "hessian": of_bias_alone(hessian, lambda y: y.square().sum()),
+}
 
 
-def test_vjp(pair):
-    same(lambda f, operands: vjp(f, *operands)[1](torch.ones_like(f(*operands))), pair)
+@pytest.mark.parametrize(
+    ("transform", "compiled"),
+    [*((name, False) for name in TRANSFORMS), *((name, True) for name in ("grad", "jvp", "vmap"))],
+)
+@pytest.mark.parametrize(("name", "width"), [("concat_linear", 6), ("spatial_merge_linear", 12)])
+def test_functions(name, width, transform, compiled):
+    operands = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 21, 3), (5, width), (5,))]
+    ours, theirs, transform = functions(stf_kernels)[name], functions(reference)[name], TRANSFORMS[transform]
 
+    def run(*operands):
+        return transform(ours, *operands)
 
-def test_jvp(pair):
-    same(lambda f, operands: jvp(f, operands, tuple(torch.ones_like(t) for t in operands)), pair)
-
-
-def test_vmap_over_everything(pair):
-    same(lambda f, operands: vmap(f)(*(torch.stack([t, t + 1]) for t in operands)), pair)
-
-
-def test_vmap_over_weights_alone(pair):
-    x, w, b = pair[2]
-    same(lambda f, _: vmap(lambda w: f(x, w, b))(torch.stack([w, -w])), pair)
-
-
-def test_jacobian_and_hessian(pair):
-    x, w, b = pair[2]
-    same(lambda f, _: jacrev(lambda b: f(x, w, b).sum((0, 1)))(b), pair)
-    same(lambda f, _: hessian(lambda b: f(x, w, b).square().sum())(b), pair)
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(tree_leaves(run(*operands)), tree_leaves(transform(theirs, *operands)))
 
 
 def test_per_sample_gradients_of_the_projector():
-    arguments = (3, 4, 10)
-    ours = stf_kernels.CompactTokenProjector(*arguments, skip_tokens=1, dtype=torch.float64)
-    theirs = reference.CompactTokenProjector(*arguments, skip_tokens=1, dtype=torch.float64)
-    theirs.load_state_dict(ours.state_dict())
-    blocks = draw(3, 2, 17, 4)  # 3 blocks of 2 samples
+    blocks = torch.randn(3, 2, 16, 8, dtype=torch.float64)  # 3 blocks of 2 samples
 
     def gradients(module):
         def loss(parameters, sample):
@@ -77,20 +67,18 @@ def test_per_sample_gradients_of_the_projector():
         parameters = {name: p.detach() for name, p in module.named_parameters()}
         return vmap(grad(loss), in_dims=(None, 1))(parameters, blocks)
 
-    found, expected = gradients(ours), gradients(theirs)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name])
+    ours, theirs = same_state("CompactTokenProjector", dtype=torch.float64)
+    torch.testing.assert_close(gradients(ours), gradients(theirs))
 
 
-COMPILED = {
-    "grad": lambda f, operands: grad(lambda *t: f(*t).square().sum(), argnums=(0, 1, 2))(*operands),
-    "jvp": lambda f, operands: jvp(f, operands, tuple(torch.ones_like(t) for t in operands)),
-    "vmap": lambda f, operands: vmap(f)(*(torch.stack([t, t + 1]) for t in operands)),
-}
+@EACH_MODULE
+def test_forward_mode(name):
+    x = draw(name)
 
+    def tangent(module):
+        with forward_ad.dual_level():
+            dual = [forward_ad.make_dual(block, torch.ones_like(block)) for block in flat(x)]
+            y = module.requires_grad_(False)(dual if isinstance(x, list) else dual[0])
+            return forward_ad.unpack_dual(y).tangent
 
-@pytest.mark.parametrize("transform", COMPILED.values(), ids=COMPILED)
-def test_a_transform_inside_torch_compile(transform, pair):
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda operands: transform(pair[0], operands), backend="aot_eager", fullgraph=True)
-    same(lambda f, operands: compiled(operands) if f is pair[0] else transform(f, operands), pair)
+    torch.testing.assert_close(*map(tangent, same_state(name)), rtol=1e-4, atol=1e-5)

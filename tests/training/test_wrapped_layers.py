@@ -1,71 +1,62 @@
 """If this fails, a layer that is no plain nn.Linear any more is read past: its adapter, hook or forward is skipped.
 
-Each wrapper is put on ours and on the reference, which calls nothing behind anyone's back where it matters: the
-expected value is computed layer by layer, through the wrapped modules themselves.
+The expected value is computed layer by layer, through the wrapped modules themselves.
 """
 
+import contextlib
+
+import accelerate
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from support.modules import EACH_MODULE, build, draw, flat
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations
 
 import stf_kernels
 from reference.functional import spatial_merge
 
-LAYERS = {
-    "MultiBlockTokenFusion": ["linear_1", "linear_2"],
-    "SpatialTokenFusion": ["linear_1", "linear_2"],
-    "CompactTokenProjector": ["mbtf.linear_1", "mbtf.linear_2", "stf.linear_1", "stf.linear_2"],
-}
+PROJECTOR_LAYERS = ("mbtf.linear_1", "mbtf.linear_2", "stf.linear_1", "stf.linear_2")
 PLACES = pytest.mark.parametrize(
-    ("name", "layer"), [(name, layer) for name, layers in LAYERS.items() for layer in layers]
+    ("name", "layer"),
+    [(name, f"linear_{i}") for name in ("MultiBlockTokenFusion", "SpatialTokenFusion") for i in (1, 2)]
+    + [("CompactTokenProjector", layer) for layer in PROJECTOR_LAYERS],
 )
-ORDERS = ("patch_major", "channel_major")
 
 
-def build(name, **options):
-    args = {"MultiBlockTokenFusion": (3, 8), "SpatialTokenFusion": (8, 20), "CompactTokenProjector": (3, 8, 20)}[name]
-    module = getattr(stf_kernels, name)(*args, **options)
-    return module, [torch.randn(2, 16, 8, requires_grad=True) for _ in range(3)]
-
-
-def run(module, blocks):
-    return module(blocks[0]) if isinstance(module, stf_kernels.SpatialTokenFusion) else module(blocks)
-
-
-def layer_by_layer(module, blocks):
+def layer_by_layer(module, x):
     """The module's formula, every linear called."""
     if isinstance(module, stf_kernels.CompactTokenProjector):
-        return layer_by_layer(module.stf, [layer_by_layer(module.mbtf, blocks)])
-    if isinstance(module, stf_kernels.MultiBlockTokenFusion):
-        x = torch.cat(blocks, -1)
-    else:
-        x = spatial_merge(blocks[0], (4, 4), 2, module.feature_order, False)
-    return module.linear_2(F.gelu(module.linear_1(x)))
+        return layer_by_layer(module.stf, layer_by_layer(module.mbtf, x))
+    joined = torch.cat(x, -1) if isinstance(x, list) else spatial_merge(x, (4, 4), 2, "patch_major", False)
+    return module.linear_2(F.gelu(module.linear_1(joined)))
 
 
-def assert_called(module, blocks, plain):
+def assert_called(module, x, plain):
     """The value is that of calling every layer, gradients included, and differs from the unwrapped one."""
-    y, expected = run(module, blocks), layer_by_layer(module, blocks)
+    y, expected = module(x), layer_by_layer(module, x)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(y, plain, rtol=1e-3, atol=1e-4)
-    leaves = [p for p in (*module.parameters(), *blocks) if p.requires_grad]
-    if isinstance(module, stf_kernels.SpatialTokenFusion):
-        leaves = [leaf for leaf in leaves if not any(leaf is block for block in blocks[1:])]
+    leaves = [leaf for leaf in (*module.parameters(), *flat(x)) if leaf.requires_grad]
     dy = torch.randn_like(y)
     found, exact = torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy)
-    for mine, other in zip(found, exact, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
 
 
-def replace(module, layer, new):
-    parent, _, name = layer.rpartition(".")
-    setattr(module.get_submodule(parent), name, new)
+@pytest.fixture
+def case(name):
+    module, x = build(name), draw(name, requires_grad=True)
+    return module, x, module(x).detach()
 
 
 class Scaled(nn.Linear):
     """A linear of another class."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
 
     def forward(self, x):
         return 3 * super().forward(x)
@@ -82,145 +73,141 @@ class Bare(nn.Module):
         return self.up(self.down(x))
 
 
-@PLACES
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("kind", ["subclass", "bare", "post-hook", "pre-hook", "instance-forward", "parametrized"])
-def test_layers(name, layer, order, kind):
-    if name == "MultiBlockTokenFusion" and order == "channel_major":
-        return  # has no such option
-    module, blocks = build(name, **({} if name == "MultiBlockTokenFusion" else {"feature_order": order}))
-    plain, linear = run(module, blocks).detach(), module.get_submodule(layer)
-    if kind == "subclass":
-        scaled = Scaled(linear.in_features, linear.out_features)
-        scaled.load_state_dict(linear.state_dict())
-        replace(module, layer, scaled)
-    elif kind == "bare":
-        replace(module, layer, Bare(linear))
-    elif kind == "post-hook":
-        linear.register_forward_hook(lambda _, __, y: 2 * y)
-    elif kind == "pre-hook":
-        linear.register_forward_pre_hook(lambda _, args: (2 * args[0],))
-    elif kind == "instance-forward":
-        original = linear.forward
-        linear.forward = lambda x: original(x).sin()
-    else:
-        parametrizations.weight_norm(linear)
-        with torch.no_grad():
-            linear.parametrizations.weight.original0.mul_(2)
-    assert_called(module, blocks, plain)
+def with_own_forward(linear):
+    original = linear.forward
+    linear.forward = lambda x: original(x).sin()
+
+
+def parametrized(linear):
+    parametrizations.weight_norm(linear)
+    with torch.no_grad():
+        linear.parametrizations.weight.original0.mul_(2)
+
+
+def with_bias_as_buffer(linear):
+    """Frozen by hand: still a bias of the layer, though no parameter."""
+    bias = linear.bias.detach() + 1
+    del linear.bias
+    linear.register_buffer("bias", bias)
+
+
+def with_weight_as_attribute(linear):
+    """No parameter, as weight generators and flattened FSDP leave it."""
+    weight = 2 * linear.weight.detach()
+    del linear.weight
+    linear.weight = weight
+
+
+WRAPPERS = {  # each changes the layer it is given, or returns another one
+    "subclass": Scaled,
+    "bare": Bare,
+    "post-hook": lambda linear: linear.register_forward_hook(lambda _, __, y: 2 * y) and None,
+    "pre-hook": lambda linear: linear.register_forward_pre_hook(lambda _, args: (2 * args[0],)) and None,
+    "instance-forward": with_own_forward,
+    "parametrized": parametrized,
+    "bias-a-buffer": with_bias_as_buffer,
+    "weight-an-attribute": with_weight_as_attribute,
+}
 
 
 @PLACES
-def test_lora_of_peft(name, layer):
-    import peft
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_layers(case, layer, wrap):
+    module, x, plain = case
+    if (replacement := wrap(module.get_submodule(layer))) is not None:
+        module.set_submodule(layer, replacement)
+    assert_called(module, x, plain)
 
-    module, blocks = build(name)
-    plain = run(module, blocks).detach()
-    config = peft.LoraConfig(r=2, target_modules=[layer], init_lora_weights=False)
-    model = peft.get_peft_model(module, config)
+
+@PLACES
+def test_lora_of_peft(case, layer):
+    module, x, plain = case
+    model = peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=[layer], init_lora_weights=False))
     inner = model.base_model.model
     assert type(inner.get_submodule(layer)) is not nn.Linear
-    assert_called(inner, blocks, plain)
-    trained = {name for name, p in inner.named_parameters() if p.requires_grad}
+    assert_called(inner, x, plain)
+    trained = [name for name, p in inner.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)
-    run(inner, blocks).sum().backward()
+    inner(x).sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in inner.parameters())
     merged = model.merge_and_unload()
-    torch.testing.assert_close(run(merged, blocks), layer_by_layer(merged, blocks), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged(x), layer_by_layer(merged, x), rtol=1e-4, atol=1e-5)
     assert type(merged.get_submodule(layer)) is nn.Linear
 
 
-@PLACES
-def test_hook_of_accelerate(name, layer):
-    import accelerate.hooks
+class Doubling(accelerate.hooks.ModelHook):
+    def __init__(self):
+        self.calls = []
 
-    calls = []
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls.append("pre")
+        return args, kwargs
 
-    class Hook(accelerate.hooks.ModelHook):
-        def pre_forward(self, module, *args, **kwargs):
-            calls.append("pre")
-            return args, kwargs
-
-        def post_forward(self, module, output):
-            calls.append("post")
-            return 2 * output
-
-    module, blocks = build(name)
-    plain = run(module, blocks).detach()
-    accelerate.hooks.add_hook_to_module(module.get_submodule(layer), Hook())
-    assert_called(module, blocks, plain)
-    assert calls[:2] == ["pre", "post"]
-    accelerate.hooks.remove_hook_from_module(module.get_submodule(layer))
-    torch.testing.assert_close(run(module, blocks), plain)
+    def post_forward(self, module, output):
+        self.calls.append("post")
+        return 2 * output
 
 
 @PLACES
-def test_cpu_offload_of_accelerate(name, layer):
+def test_hook_of_accelerate(case, layer):
+    module, x, plain = case
+    linear, hook = module.get_submodule(layer), Doubling()
+    accelerate.hooks.add_hook_to_module(linear, hook)
+    assert_called(module, x, plain)
+    assert hook.calls[:2] == ["pre", "post"]
+    accelerate.hooks.remove_hook_from_module(linear)
+    torch.testing.assert_close(module(x), plain)
+
+
+@PLACES
+def test_cpu_offload_of_accelerate(case, layer):
     """Weights that live elsewhere until the layer is called: reading them is an error, calling the layer is not."""
-    import accelerate
-
-    module, blocks = build(name)
-    blocks = [block.detach() for block in blocks]
-    plain = run(module, blocks).detach()
+    module, x, plain = case
     accelerate.cpu_offload(module.get_submodule(layer), execution_device="cpu")
     with torch.no_grad():
-        torch.testing.assert_close(run(module, blocks), plain)
+        torch.testing.assert_close(module(x), plain)
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
 @pytest.mark.parametrize("place", ["mbtf", "stf", "mbtf.linear_2", "stf.linear_1", ""])
 def test_every_kind_of_hook_fires_once(kind, place):
-    module, blocks = build("CompactTokenProjector")
-    expected = run(module, blocks).detach()
-    calls = []
-    getattr(module.get_submodule(place), f"register_{kind}")(lambda *_: calls.append(1) and None)
-    y = run(module, blocks)
+    module, x = build("CompactTokenProjector"), draw("CompactTokenProjector", requires_grad=True)
+    expected, calls = module(x).detach(), []
+    handle = getattr(module.get_submodule(place), f"register_{kind}")(lambda *_: calls.append(1) and None)
+    y = module(x)
     y.sum().backward()
     assert len(calls) == 1
     torch.testing.assert_close(y.detach(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_removed_hook_gives_the_fused_chain_back():
-    module, blocks = build("CompactTokenProjector")
-    fused = run(module, blocks)
-    handle = module.mbtf.linear_1.register_forward_hook(lambda _, __, y: 2 * y)
-    assert not torch.equal(run(module, blocks), fused)
     handle.remove()
-    assert torch.equal(run(module, blocks), fused)
+    assert torch.equal(module(x), expected)  # the fused chain is back
 
 
-@PLACES
-def test_a_bias_that_is_a_buffer(name, layer):
-    """Frozen by hand: still a bias of the layer, though no parameter."""
-    module, blocks = build(name)
-    linear = module.get_submodule(layer)
-    bias = linear.bias.detach() + 1
-    plain = run(module, blocks).detach()
-    del linear.bias
-    linear.register_buffer("bias", bias)
-    assert_called(module, blocks, plain)
+@contextlib.contextmanager
+def global_hook(double):
+    handle = register_module_forward_hook(lambda module, _, y: double(y) if type(module) is nn.Linear else None)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-@PLACES
-def test_a_weight_tied_to_something_plain(name, layer):
-    """A weight that is an attribute and no parameter, as weight generators and flattened FSDP leave it."""
-    module, blocks = build(name)
-    plain = run(module, blocks).detach()
-    linear = module.get_submodule(layer)
-    weight = 2 * linear.weight.detach()
-    del linear.weight
-    linear.weight = weight
-    assert_called(module, blocks, plain)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_forward_put_into_the_class(name, monkeypatch):
+@contextlib.contextmanager
+def class_forward(double):
     """How some tools reach every linear layer of a process."""
-    module, blocks = build(name)
-    plain, original = run(module, blocks).detach(), nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * original(self, x))
-    assert_called(module, blocks, plain)
+    original = nn.Linear.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", lambda self, x: double(original(self, x)))
+        yield
+
+
+@EACH_MODULE
+@pytest.mark.parametrize("reach", [global_hook, class_forward])
+def test_what_reaches_all_layers(case, reach):
+    module, x, plain = case
+    with reach(lambda y: 2 * y):
+        assert_called(module, x, plain)
+    torch.testing.assert_close(module(x), plain)
 
 
 def test_a_child_of_another_class():
@@ -228,23 +215,23 @@ def test_a_child_of_another_class():
         def forward(self, blocks):
             return 2 * super().forward(blocks)
 
-    module, blocks = build("CompactTokenProjector")
+    module, x = build("CompactTokenProjector"), draw("CompactTokenProjector")
     doubled = Doubled(3, 8)
     doubled.load_state_dict(module.mbtf.state_dict())
-    expected = module.stf(2 * module.mbtf(blocks))
+    expected = module.stf(2 * module.mbtf(x))
     module.mbtf = doubled
-    torch.testing.assert_close(module(blocks), expected)
+    torch.testing.assert_close(module(x), expected)
 
 
-def test_children_that_disagree():
-    """Other activations, or a bias in one child only: the chain's one description does not fit both."""
-    module, blocks = build("CompactTokenProjector")
+@pytest.mark.parametrize("layer", PROJECTOR_LAYERS)
+def test_a_bias_in_one_layer_less(layer):
+    """The chain's one description does not fit."""
+    module, x = build("CompactTokenProjector"), draw("CompactTokenProjector")
+    module.get_submodule(layer).bias = None
+    torch.testing.assert_close(module(x), layer_by_layer(module, x), rtol=1e-4, atol=1e-5)
+
+
+def test_children_of_unlike_activations():
+    module, x = build("CompactTokenProjector"), draw("CompactTokenProjector")
     module.stf.activation = "silu"
-    expected = module.stf(module.mbtf(blocks))
-    torch.testing.assert_close(module(blocks), expected)
-    module, blocks = build("CompactTokenProjector")
-    module.mbtf.linear_1.bias = None
-    torch.testing.assert_close(run(module, blocks), layer_by_layer(module, blocks), rtol=1e-4, atol=1e-5)
-    module, blocks = build("CompactTokenProjector")
-    module.stf.linear_2.bias = None
-    torch.testing.assert_close(run(module, blocks), layer_by_layer(module, blocks), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module(x), module.stf(module.mbtf(x)))

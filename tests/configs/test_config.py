@@ -1,0 +1,80 @@
+"""If these fail, a configuration that no kernel takes passes for one, or the model's own do not fit a GPU."""
+
+from dataclasses import replace
+
+import pytest
+
+from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig, default_config, smallest
+from stf_kernels.configs.model import cycles, others, tiles
+
+CONFIG = GemmConfig(128, 256, 64, 8, 8, 3)
+
+
+@pytest.mark.parametrize("field", ["block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages", "split_k"])
+@pytest.mark.parametrize("value", [0, -1, True, 1.5])
+def test_a_number_that_is_no_positive_int(field, value):
+    with pytest.raises(ValueError, match=f"{field}.*{value}"):
+        replace(CONFIG, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"block_m": 24}, "block_m.*power of two.*24"),
+        ({"block_m": 192}, "block_m.*power of two.*192"),
+        ({"block_n": 8}, "block_n.*16.*8"),
+        ({"num_warps": 3}, "num_warps.*3"),
+        ({"pdl": 1}, "pdl.*true or false.*1"),
+        ({"form": "descriptors"}, "form.*tma.*descriptors"),
+        ({"form": "tma", "block_m": 32}, "block_m of 64"),
+        ({"form": "tma", "split_k": 2}, "does not split K"),
+        ({"form": "swap_ab"}, "tail_m.*16.*got 0"),
+        ({"form": "swap_ab", "block_m": 64, "tail_m": 128}, "tail_m.*64.*got 128"),
+        ({"tail_m": 16}, r"tail_m.*\[0\] for pointer.*16"),
+        ({"warps": 4}, "unknown field 'warps'"),
+        ({"block_k": None}, "block_k.*missing"),
+    ],
+    ids=str,
+)
+def test_configurations_that_are_refused(changes, match):
+    values = {**CONFIG.to_dict(), **changes}
+    with pytest.raises(ValueError, match=match):
+        GemmConfig.from_dict({name: value for name, value in values.items() if value is not None})
+
+
+@pytest.mark.parametrize("arch", [*SHARED_MEMORY_LIMIT, "sm_75", "gfx1100"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_models_tiles_fit_every_architecture(arch, itemsize):
+    limit = SHARED_MEMORY_LIMIT.get(arch, 65_536 if arch.startswith("gfx") else 101_376)
+    for config in (*tiles(arch, itemsize), *others(arch, itemsize), smallest(itemsize)):
+        assert config.shared_bytes(itemsize) <= limit, config
+        assert config.portable().shared_bytes(itemsize) <= config.shared_bytes(itemsize)
+        assert config.portable() == config.portable().portable()
+        assert config.portable().form == "pointer"
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY_LIMIT)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_what_serves_when_no_table_matches(arch, itemsize):
+    """The cheapest by the model, of kernels that have run on hardware; many rows cost more than few."""
+    menu, costs = tiles(arch, itemsize), []
+    assert {(config.form, config.split_k, config.pdl) for config in menu} == {("pointer", 1, False)}
+    for m in (16, 576, 18432):
+        found = default_config(arch, itemsize, m, 4096, 4096, multiprocessors=100)
+        costs.append(min(cycles(config, m, 4096, 4096, itemsize, arch, 100) for config in menu))
+        assert cycles(found, m, 4096, 4096, itemsize, arch, 100) == costs[-1]
+    assert costs == sorted(costs)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_few_rows_get_small_tiles_and_many_rows_large_ones(arch):
+    few, many = (default_config(arch, 2, m, 4096, 4096) for m in (16, 18432))
+    assert few.rows * few.block_n < many.rows * many.block_n
+
+
+def test_forms_are_offered_where_they_run():
+    for arch, has in (("sm_90", True), ("sm_100", True), ("sm_80", False), ("sm_120", False), ("gfx942", False)):
+        assert {"tma", "swap_ab"} <= {config.form for config in others(arch, 2)} if has else True
+        assert has or {config.form for config in others(arch, 2)} <= {"pointer"}
+        assert {config.form for config in others(arch, 4)} <= {"pointer"}
+    assert others("gfx942", 2) == [], "its barrier does not publish a part of a split K"

@@ -1,0 +1,117 @@
+"""If these fail, a launch past Triton's JIT tells the GPU something else than the JIT would, a call repeats the launch
+of another one, or what the GPU does not take ends a call.
+
+Triton's own JIT and launcher run on a driver that only records (recording.py): in processes of their own, because a
+process has one libcuda.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import recording
+from support.processes import python
+
+pytestmark = pytest.mark.skipif(recording.COMPILER is None, reason="no C compiler, which Triton's launcher needs, too")
+ARCHS = ["sm_90", "sm_80"]
+PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+POINTER, TMA, SWAP_AB, WGRAD, ACTIVATION = (
+    "_segmented_linear_fwd_kernel", "_segmented_linear_tma_fwd_kernel", "_linear_swap_ab_fwd_kernel",
+    "_segmented_wgrad_kernel", "_activation_bwd_kernel",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    """ask(arch, what): the answer of worker.py."""
+    environment = recording.build(tmp_path_factory.mktemp("driver"))
+
+    @functools.cache
+    def ask(arch: str, what: str) -> dict:
+        done = python(str(Path(__file__).with_name("worker.py")), arch, what, timeout=900, **environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return ask
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_repeated_launch_is_the_jits(ask, arch):
+    """And no call takes another's: each is made where nothing is ready, then twice where all before it are."""
+    for name, turns in ask(arch, "repeated").items():
+        for turn in turns:
+            [launch] = turn["launches"]
+            assert launch.pop("stream") == turn["on"], name
+            assert launch["parameters"], name
+        cold, first, second = (turn["launches"] for turn in turns)
+        assert first == cold, f"{name}: the launch of another call was repeated"
+        assert second == cold, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_only_the_first_launch_of_a_layout_binds_its_arguments(ask, arch):
+    found = ask(arch, "repeated")
+    for name, turns in found.items():
+        kernel = turns[0]["launches"][0]["kernel"]
+        expected = {POINTER: [1, 1, 0], WGRAD: [0, 0, 0]}.get(kernel, [1, 1, 1])
+        assert [turn["bound"] for turn in turns] == expected, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_launch_is_the_configurations(ask, arch):
+    """Kernel, programs, threads, and the attribute of a dependent launch, of tiles of 64x64 with 4 warps."""
+    found = ask(arch, "repeated")
+    expected = {
+        "pointer": (POINTER, [18 * 8, 1, 1]),
+        "another tile": (POINTER, [18 * 16, 1, 1]),
+        "another batch": (POINTER, [27 * 8, 1, 1]),
+        "split K": (POINTER, [18 * 8, 4, 1]),
+        "merged on load": (POINTER, [5 * 8, 1, 1]),
+        "merged on store": (POINTER, [18 * 8, 1, 1]),
+        "wgrad": (WGRAD, [8 * 8 * 4, 1, 1]),
+    }
+    if arch == "sm_90":
+        expected |= {
+            "pointer pdl": (POINTER, [18 * 8, 1, 1]),
+            "tma cropped": (TMA, [6 * 8, 1, 1]),
+            "tma dense": (TMA, [3 * 8, 1, 1]),
+            "swap_ab": (SWAP_AB, [2 * 8, 1, 1]),
+            "swap_ab split K": (SWAP_AB, [2 * 8, 4, 1]),
+        }
+    for name, (kernel, grid) in expected.items():
+        [launch] = found[name][-1]["launches"]
+        assert (launch["kernel"], launch["grid"], launch["threads"]) == (kernel, grid, 128), name
+    for name, turns in found.items():
+        assert all((PROGRAMMATIC in turn["launches"][0]["attributes"]) == ("pdl" in name) for turn in turns), name
+
+
+def test_a_configuration_that_is_too_large_is_replaced_once_with_a_warning(ask):
+    found = ask("sm_90", "choices")["too large"]
+    assert found["launched"] == [[POINTER, [18 * 16, 1, 1]]] * 3, "32x32, the smallest"
+    assert found["error"] is None
+    [warned] = found["warned"]
+    assert "does not run on recording-gpu (sm_90)" in warned
+    assert "shared memory" in warned
+
+
+def test_a_descriptor_that_the_driver_refuses_gives_way_to_the_pointer_kernel(ask):
+    found = ask("sm_90", "choices")
+    assert found["refused"]["launched"] == [[POINTER, [9 * 8, 1, 1]]] * 3
+    assert found["refused"]["error"] is None
+    [warned] = found["refused"]["warned"]
+    assert "the driver refuses the descriptor" in warned
+    assert found["taken"] == {"launched": [[TMA, [9 * 8, 1, 1]]] * 3, "warned": [], "error": None}, "nothing is banned"
+
+
+@pytest.mark.parametrize(("what", "error"), [("too large", "OutOfResources: "), ("refused", "Refused: the driver")])
+def test_a_configuration_that_was_named_is_not_replaced(ask, what, error):
+    found = ask("sm_90", "choices")[f"{what}, exact"]
+    assert found["launched"] == found["warned"] == []
+    assert found["error"].startswith(error)
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_a_backward_in_another_thread_launches_what_its_forward_chose(ask, way):
+    """As CUDA's autograd does: no thread-local of the caller is seen there."""
+    assert ask("sm_90", "threads")[way] == [[POINTER] * 4, [ACTIVATION] * 2 + [WGRAD]]

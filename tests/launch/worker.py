@@ -1,0 +1,160 @@
+"""Launches on the recording driver -> JSON. Arguments: the architecture, and what to do (a function of this file)."""
+
+import itertools
+import json
+import sys
+import threading
+import warnings
+from dataclasses import replace
+
+import recording
+import torch
+
+RECORDER = recording.install(sys.argv[1])
+
+import stf_kernels  # noqa: E402
+from stf_kernels.configs import GemmConfig, selection  # noqa: E402
+from stf_kernels.ops import launch, weight_grad  # noqa: E402
+from stf_kernels.ops.segments import Stage  # noqa: E402
+
+TILE = GemmConfig(64, 64, 32, num_warps=4, num_stages=2)
+TMA = replace(TILE, form="tma")
+SWAP_AB = replace(TILE, form="swap_ab", tail_m=16)
+GELU = Stage("gelu")
+
+
+def tower(count: int, batch: int, tokens: int, c: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    return [block[:, 1:] for block in torch.zeros(count, batch, tokens + 1, c, dtype=dtype)]
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """The same shape and strides, one element off a 16-byte boundary."""
+    return torch.zeros(x.stride(0) * x.shape[0] + 1, dtype=x.dtype)[1:].as_strided(x.shape, x.stride())
+
+
+def calls():
+    """(name, call): every form, and every way in which two calls may look alike and are not."""
+    blocks, bf16 = tower(8, 2, 576, 256), torch.bfloat16
+    weight, bias, x = (
+        torch.zeros(512, 2048, dtype=bf16),
+        torch.zeros(512, dtype=bf16),
+        torch.zeros(2, 576, 256).to(bf16),
+    )
+    square, merged = torch.zeros(512, 256, dtype=bf16), torch.zeros(512, 1024, dtype=bf16)
+    out, rows = torch.zeros(2000, 512, dtype=bf16), torch.arange(1152)
+
+    def stage(name, blocks=blocks, weight=weight, bias=bias, stage=GELU, config=TILE, **options):
+        return name, lambda: launch.run_stage(blocks, weight, bias, stage, config, **options)
+
+    yield stage("pointer")
+    yield stage("another tile", config=replace(TILE, block_n=32))
+    yield stage("another activation", stage=Stage("silu"))
+    yield stage("save_pre", save_pre=True)
+    yield stage("no bias", bias=None)
+    yield stage("another batch", blocks=tower(8, 3, 576, 256))
+    yield stage("other tokens", blocks=tower(8, 2, 575, 256))
+    yield stage("unlike strides", blocks=[*blocks[:7], tower(1, 2, 580, 256)[0][:, :576]])
+    yield stage("an unaligned block", blocks=[*blocks[:7], shifted(blocks[7])])
+    yield stage("an unaligned weight", weight=shifted(weight))
+    yield stage("an unaligned bias", bias=shifted(bias))
+    yield stage("rows of the weight apart", weight=torch.zeros(512, 2056, dtype=bf16)[:, :2048])
+    yield stage("another width", weight=weight[:256], bias=bias[:256])
+    yield stage("float16", [b.half() for b in blocks], weight.half(), bias.half())
+    wide = tower(8, 2, 576, 256, torch.float32), weight.float(), bias.float()
+    yield stage("float32", *wide)
+    yield stage("split K", config=replace(TILE, split_k=4))
+    yield stage("merged on load", [x], merged, stage=Stage("gelu", merge_in=2, grid=(24, 24)))
+    yield stage("another grid", [x], merged, stage=Stage("gelu", merge_in=2, grid=(16, 36)))
+    yield stage("merged on store", [x], square, stage=Stage(merge_out=2, grid=(24, 24)))
+    yield stage("indexed", [x], square, out=out, rows=rows)
+    yield stage("indexed in fewer rows", [x], square, out=out[:1500], rows=rows)
+    yield stage("indexed in unaligned rows", [x], square, out=shifted(out), rows=rows)
+    yield stage("indexed in rows apart", [x], square, out=torch.zeros(2000, 520, dtype=bf16)[:, :512], rows=rows)
+    g = torch.zeros(1152, 512, dtype=bf16)
+    yield "wgrad", lambda: weight_grad.launch_wgrad(g, blocks, Stage(), replace(TILE, group_m=4))
+    if sys.argv[1] == "sm_90":
+        dense = [torch.zeros(1, 144, 256, dtype=bf16)]
+        yield stage("pointer pdl", config=replace(TILE, pdl=True))
+        yield stage("tma cropped", config=replace(TMA, block_m=192))
+        yield stage("tma dense", dense, square, config=TMA)
+        yield stage("swap_ab", dense, square, config=SWAP_AB)
+        yield stage("swap_ab split K", dense, square, config=replace(SWAP_AB, split_k=4))
+        yield stage("swap_ab split K pdl", dense, square, config=replace(SWAP_AB, split_k=4, pdl=True))
+
+
+def repeated() -> dict:
+    """Of every call: what the driver saw where nothing was ready, then twice more; how often arguments were bound."""
+    bound, memory, streams = [], {}, itertools.count(0x70)
+    for form, arguments in launch.ARGUMENTS.items():
+        launch.ARGUMENTS[form] = lambda *a, _original=arguments: bound.append(1) or _original(*a)
+    for allocate in (torch.empty, torch.zeros):  # the same memory in each turn, or addresses of results would differ
+
+        def same(*a, _allocate=allocate, **k):
+            return memory.setdefault((next(allocation), str(a), str(k)), _allocate(*a, **k))
+
+        setattr(torch, allocate.__name__, same)
+
+    def seen(call) -> dict:
+        nonlocal allocation
+        allocation, RECORDER.stream = itertools.count(), next(streams)
+        bound.clear()
+        call()
+        return {"launches": [found._asdict() for found in RECORDER.take()], "bound": len(bound), "on": RECORDER.stream}
+
+    allocation, found = itertools.count(), {}
+    for name, call in list(calls()):
+        memory.clear()
+        kept = dict(launch._ready)
+        launch._ready.clear()
+        cold = seen(call)
+        launch._ready.clear()
+        launch._ready.update(kept)
+        found[name] = [cold, seen(call), seen(call)]
+    return found
+
+
+def choices() -> dict:
+    """What is launched and said where the device's choice does not run, and where its driver refuses a descriptor."""
+    blocks, weight = tower(1, 1, 576, 256), torch.zeros(512, 256, dtype=torch.bfloat16)
+
+    def run(config: GemmConfig, exact: bool = False) -> dict:
+        for seen in (launch._ready.clear, selection._choose.cache_clear, selection._default.cache_clear):
+            seen()
+        selection.default_config = lambda *_, **__: config
+        launched, error = [], None
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                try:
+                    launch.run_stage(blocks, weight, None, GELU, config if exact else None)
+                except Exception as caught:
+                    error = f"{type(caught).__name__}: {caught}"
+                launched += [(found.kernel, found.grid) for found in RECORDER.take()]
+        return {"launched": launched, "warned": [str(warning.message) for warning in warned], "error": error}
+
+    too_large = GemmConfig(128, 256, 64, num_warps=8, num_stages=5)
+    found = {"too large": run(too_large), "too large, exact": run(too_large, exact=True)}
+    RECORDER.refuse_descriptors(True)
+    found |= {"refused": run(TMA), "refused, exact": run(TMA, exact=True)}
+    RECORDER.refuse_descriptors(False)
+    return found | {"taken": run(TMA)}
+
+
+def threads() -> dict:
+    """Kernels of a forward, and of its backward where autograd runs it in a thread that knows of no backend."""
+    module = stf_kernels.CompactTokenProjector(4, 128, 256, skip_tokens=1, dtype=torch.bfloat16)
+    blocks, found = [torch.zeros(2, 65, 128, dtype=torch.bfloat16) for _ in range(4)], {}
+    for name, call in {"eager": module, "compiled": torch.compile(module, fullgraph=True, backend="aot_eager")}.items():
+        with stf_kernels.use_backend("triton"):
+            loss = call(blocks).float().sum()
+        forward = [launched.kernel for launched in RECORDER.take()]
+        backward = threading.Thread(target=loss.backward)
+        backward.start()
+        backward.join()
+        found[name] = [forward, [launched.kernel for launched in RECORDER.take()]]
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    json.dump(globals()[sys.argv[2]](), sys.stdout)
