@@ -36,9 +36,7 @@ class LlavaStfConfig(LlavaConfig):
         stf_hidden_size (`int`, *optional*): width between the two linears of STF, 4*r*r*C by default.
         feature_order (`str`): element order of the merged feature axis in the stored weights. Always "patch_major".
 
-    Raises:
-        ValueError: for a layer that the tower does not have, a grid that does not divide, an `image_seq_length` or a
-            select strategy that contradicts the tower, an unknown tower, activation or feature order.
+    Raises ValueError for what contradicts the tower or itself, and for an unknown tower, activation or feature order.
     """
 
     model_type = "llava_stf"
@@ -114,10 +112,7 @@ class LlavaStfModel(CompactModel, LlavaModel):
             raise ValueError("pixel_values, mm_encoder_outputs: expected at most one of them, got both")
         self._check_options(vision_feature_select_strategy, image_sizes)
         self.check_prompt(input_ids, pixel_values, encoded, past_key_values)
-        tokens = None if encoded is None else encoded.pooler_output
-        inputs_embeds, features = self.embed_prompt(
-            input_ids, inputs_embeds, pixel_values, tokens, vision_feature_layer
-        )
+        inputs_embeds, tokens = self.embed_prompt(input_ids, inputs_embeds, pixel_values, encoded, vision_feature_layer)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -130,7 +125,7 @@ class LlavaStfModel(CompactModel, LlavaModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=features,
+            image_hidden_states=tokens,
         )
 
     def _check_options(self, strategy: str | None, image_sizes: Tensor | None) -> None:

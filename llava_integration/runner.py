@@ -75,9 +75,8 @@ class PrefillRunner:
         full_tower: bool = False,
     ):
         if not isinstance(model, LlavaForConditionalGeneration):
-            raise TypeError(
-                f"model: expected a LLaVA or LLaVA-STF ForConditionalGeneration, got {type(model).__name__}"
-            )
+            got = type(model).__name__
+            raise TypeError(f"model: expected a LLaVA or LLaVA-STF ForConditionalGeneration, got {got}")
         for name, value, least in (("batch", batch, 1), ("seq_len", seq_len, 1), ("max_new_tokens", max_new_tokens, 0)):
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
@@ -156,20 +155,17 @@ class PrefillRunner:
         flat.index_copy_(0, image_rows(mask, len(features)), features)
 
     def _check(self, input_ids: Tensor, pixel_values: Tensor | None) -> None:
-        expected = (self.batch, self.seq_len)
+        config, expected = self.model.config, [self.batch, self.seq_len]
         if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.long:
             got = getattr(input_ids, "dtype", type(input_ids).__name__)
             raise TypeError(f"input_ids: expected an int64 tensor of dtype torch.int64, got {got}")
-        if tuple(input_ids.shape) != expected:
-            raise ValueError(
-                f"input_ids: expected shape {list(expected)}, got {list(input_ids.shape)}; "
-                "a PrefillRunner serves one shape"
-            )
+        if (got := list(input_ids.shape)) != expected:
+            raise ValueError(f"input_ids: expected shape {expected}, got {got}; a PrefillRunner serves one shape")
         if pixel_values is not None:
             check_pixels(self.model.model.vision_tower, pixel_values)
         if input_ids.device.type == "cpu" and isinstance(self.model.model, CompactModel):
-            token, images = self.model.config.image_token_id, 0 if pixel_values is None else len(pixel_values)
-            check_token_count(input_ids == token, images, self.model.config.image_seq_length, token)
+            token, images = config.image_token_id, 0 if pixel_values is None else len(pixel_values)
+            check_token_count(input_ids == token, images, config.image_seq_length, token)
 
 
 @contextlib.contextmanager

@@ -45,20 +45,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("src", metavar="SRC", help="local folder of the checkpoint; only read")
         command.add_argument("dst", metavar="DST", help="new folder")
         command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: as in SRC")
-        command.add_argument(
-            "--blocks", type=_layers, metavar="I,I,...", help="layers of the vision tower in concatenation order"
-        )
-        command.add_argument(
-            "--auto-map", action="store_true", help="write code for trust_remote_code=True beside the weights"
-        )
+        command.add_argument("--blocks", type=_layers, metavar="I,I,...", help="tower layers in concatenation order")
+        command.add_argument("--auto-map", action="store_true", help="add code for trust_remote_code=True")
     official.add_argument("--base", metavar="DIR", help="language model of a pretrained projector or LoRA adapter")
-    official.add_argument(
-        "--vision-tower", metavar="DIR", help="CLIP or SigLIP folder, if mm_vision_tower is not local"
-    )
+    official.add_argument("--vision-tower", metavar="DIR", help="CLIP or SigLIP, if mm_vision_tower is not local")
     llava.add_argument("--merge-size", type=int, default=2, metavar="R", help="side of the window, default 2")
-    llava.add_argument(
-        "--truncate", action="store_true", help="drop the last rows and columns of a grid that R does not divide"
-    )
+    llava.add_argument("--truncate", action="store_true", help="drop rows and columns of patches that fill no window")
     return parser
 
 

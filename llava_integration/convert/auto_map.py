@@ -17,53 +17,40 @@ MODULE = "llava_stf_auto"
 LOADER_FILE = MODULE + ".py"
 
 # Under flat names, and with relative imports only: transformers copies files of one folder.
-COPIED = (
-    "core/config",
-    "core/insertion",
-    "core/model",
-    "core/plain_projector",
-    "core/projector",
-    "core/register",
-    "core/tower",
-    "llava_stf",
-    "processing",
-)
+COPIED = [*sorted((PACKAGE / "core").glob("[a-z]*.py")), PACKAGE / "llava_stf.py", PACKAGE / "processing.py"]
 KERNELS, PLAIN = "from stf_kernels import CompactTokenProjector", "from .plain_projector import CompactTokenProjector"
 
 LOADER = '''"""LLaVA-STF for trust_remote_code=True: from the stf-kernels package if installed, else in plain torch."""
+
+import sys
 
 from transformers import AutoProcessor
 from transformers.utils import logging
 
 try:
-    from llava_integration import LlavaStfConfig as Config
-    from llava_integration import LlavaStfForConditionalGeneration as ForConditionalGeneration
-    from llava_integration import LlavaStfModel as Model
-    from llava_integration import LlavaStfProcessor as Processor
+    import llava_integration as stf
 except ImportError:
-    from .llava_stf import LlavaStfConfig as Config
-    from .llava_stf import LlavaStfForConditionalGeneration as ForConditionalGeneration
-    from .llava_stf import LlavaStfModel as Model
-    from .llava_stf import LlavaStfProcessor as Processor
+    from .llava_stf import LlavaStfConfig
 
+    stf = sys.modules[LlavaStfConfig.__module__]
     logging.get_logger(__name__).warning("LLaVA-STF: stf-kernels is not installed, so its projector is not fused")
 
 
-class LlavaStfConfig(Config):
+class LlavaStfConfig(stf.LlavaStfConfig):
     pass
 
 
-class LlavaStfModel(Model):
+class LlavaStfModel(stf.LlavaStfModel):
     config: LlavaStfConfig
     config_class = LlavaStfConfig
 
 
-class LlavaStfForConditionalGeneration(ForConditionalGeneration):
+class LlavaStfForConditionalGeneration(stf.LlavaStfForConditionalGeneration):
     config: LlavaStfConfig
     config_class = LlavaStfConfig
 
 
-class LlavaStfProcessor(Processor):
+class LlavaStfProcessor(stf.LlavaStfProcessor):
     _auto_class = "AutoProcessor"
 
     def to_dict(self, *args, **kwargs):
@@ -72,7 +59,7 @@ class LlavaStfProcessor(Processor):
 
 
 # Once a model is loaded the package's processor is known by its name, and would be taken instead.
-AutoProcessor.register(Config, LlavaStfProcessor, exist_ok=True)
+AutoProcessor.register(stf.LlavaStfConfig, LlavaStfProcessor, exist_ok=True)
 '''
 
 MODEL_CLASSES = {
@@ -87,17 +74,17 @@ def write_auto_map(folder: Path) -> None:
     (folder / LOADER_FILE).write_text(LOADER, encoding="utf-8")
     for path in COPIED:
         # A file of the package that needs nothing but torch, transformers and its neighbours in the folder.
-        source = (PACKAGE / f"{path}.py").read_text(encoding="utf-8").replace(KERNELS, PLAIN)
+        source = path.read_text(encoding="utf-8").replace(KERNELS, PLAIN)
         source = RELATIVE.sub(lambda found: f"from .{_flat_name(found[1])} import", source)
-        (folder / f"{_flat_name(path)}.py").write_text(source, encoding="utf-8")
+        (folder / f"{_flat_name(path.stem)}.py").write_text(source, encoding="utf-8")
     _add(folder / "config.json", MODEL_CLASSES)
     if (folder / "processor_config.json").is_file():
         _add(folder / "processor_config.json", {"AutoProcessor": "LlavaStfProcessor"})
 
 
-def _flat_name(path: str) -> str:
-    """core/tower, .core.tower, .tower -> llava_stf_tower"""
-    name = re.split(r"[./]", path)[-1]
+def _flat_name(module: str) -> str:
+    """tower, .tower, .core.tower -> llava_stf_tower"""
+    name = module.rpartition(".")[2]
     return name if name.startswith("llava_stf") else f"llava_stf_{name}"
 
 

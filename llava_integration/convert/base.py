@@ -10,12 +10,13 @@ scale = alpha / r, or alpha / sqrt(r) with use_rslora; r is the adapter's own, a
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
-from .checkpoint import Entries, Entry, open_file, open_weights, read_json, weights_file
+from .checkpoint import Entries, Entry, open_file, open_weights, read_json, rename, weights_file
 from .report import ConversionError, blamed_on
 
 LORA_CONFIG, PRETRAIN_FILE = "adapter_config.json", "mm_projector.bin"
@@ -26,13 +27,12 @@ KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What SRC and its base hold together; `folders` in the order in which files are looked for."""
+class Parts(NamedTuple):
+    """What SRC and its base hold together."""
 
     entries: Entries
     config: dict
-    folders: list[Path]
+    folders: list[Path]  # in the order in which files are looked for
     form: str
 
 
@@ -40,7 +40,7 @@ def read_parts(src: Path, base: Path | None, projector_name: Callable[[str], str
     """The tensors of SRC, merged into or laid over those of its base where it has one; ConversionError otherwise."""
     if (src / LORA_CONFIG).is_file():
         base = _base(src, base, read_json(src / LORA_CONFIG).get("base_model_name_or_path"), "a LoRA adapter")
-        entries = _merge_lora(src, _unwrapped(open_weights(base, "--base")))
+        entries = _merge_lora(src, rename(open_weights(base, "--base"), _plain))
         return Parts(entries, _config(src, base), [src, base], "LoRA adapter merged into its base")
     if weights_file(src) is None and (src / PRETRAIN_FILE).is_file():
         base = _base(src, base, None, f"{PRETRAIN_FILE} alone")
@@ -51,10 +51,10 @@ def read_parts(src: Path, base: Path | None, projector_name: Callable[[str], str
                 f"got {', '.join(strange[:3])}"
             )
         # The base may be a LLaVA with a projector of its own: only the new one counts.
-        entries = _unwrapped(open_weights(base, "--base"))
+        entries = rename(open_weights(base, "--base"), _plain)
         entries = {name: entry for name, entry in entries.items() if not projector_name(name)}
         return Parts(entries | projector, _config(src, base), [src, base], "projector of a pretraining, with its base")
-    entries = _unwrapped(open_weights(src))
+    entries = rename(open_weights(src), _plain)
     if base is not None:
         raise ConversionError("--base: SRC is a whole checkpoint, which takes no base; leave the option out")
     return Parts(entries, _config(src), [src], "whole checkpoint")
@@ -78,10 +78,6 @@ def _config(*folders: Path) -> dict:
     if not contents:
         raise ConversionError(f"SRC: expected config.json in {' or '.join(map(str, folders))}, found none")
     return {name: value for content in reversed(contents) for name, value in content.items()}
-
-
-def _unwrapped(entries: Entries) -> Entries:
-    return {_plain(name): entry for name, entry in entries.items()}
 
 
 def _plain(name: str) -> str:
@@ -110,20 +106,19 @@ def _merge_lora(folder: Path, base: Entries) -> Entries:
     for module, pair in factors.items():
         merged[f"{module}.weight"] = _merged(module, pair, base, config, file)
     if (folder / LORA_OTHERS_FILE).is_file():
-        merged |= _unwrapped(open_file(folder / LORA_OTHERS_FILE))
+        merged |= rename(open_file(folder / LORA_OTHERS_FILE), _plain)
     return merged
 
 
 def _lora_config(folder: Path) -> dict:
-    config = read_json(folder / LORA_CONFIG)
+    file = folder / LORA_CONFIG
+    config = read_json(file)
     unsupported = [name for name in ("use_dora", "lora_bias") if config.get(name)]
     if (start := config.get("init_lora_weights")) not in KEEP_THE_BASE:
         unsupported.append(f"init_lora_weights {start!r}, which changes the base")
     if config.get("peft_type") != "LORA" or unsupported:
         got = ", ".join(unsupported) or f"peft_type {config.get('peft_type')!r}"
-        raise ConversionError(
-            f"{folder / LORA_CONFIG}: expected plain LoRA, got {got}; merge the adapter with PEFT first"
-        )
+        raise ConversionError(f"{file}: expected plain LoRA, got {got}; merge the adapter with PEFT first")
     return config
 
 
@@ -133,10 +128,8 @@ def _merged(module: str, pair: dict[str, Entry], base: Entries, config: dict, fi
         raise ConversionError(f"{file}: adapts {module}, which the base does not have; name the right one with --base")
     if pair.keys() != {"A", "B"}:
         raise ConversionError(f"{file}: expected lora_A and lora_B of {module}, got lora_{next(iter(pair))} only")
-    transposed = bool(config.get("fan_in_fan_out"))
     first, second = pair["A"], pair["B"]
-    shape = (second.shape[0], first.shape[1])
-    if first.shape[0] != second.shape[1] or (shape[::-1] if transposed else shape) != target.shape:
+    if first.shape[0] != second.shape[1] or (second.shape[0], first.shape[1]) != target.shape:
         raise ConversionError(
             f"{file}: the factors of {module}, {list(first.shape)} and {list(second.shape)}, do not fit the base's "
             f"{list(target.shape)}; name the right base with --base"
@@ -146,9 +139,9 @@ def _merged(module: str, pair: dict[str, Entry], base: Entries, config: dict, fi
 
     def read() -> Tensor:
         delta = second.read().float() @ first.read().float()
-        return target.read().float().add(delta.T if transposed else delta, alpha=scale).to(target.dtype)
+        return target.read().float().add(delta, alpha=scale).to(target.dtype)
 
-    return Entry(target.shape, target.dtype, read, file.name, "merged")
+    return replace(target, read=read, origin=file.name, how="merged")
 
 
 def _scale(module: str, rank: int, config: dict) -> float:

@@ -7,7 +7,7 @@ Renaming, overlaying and merging checkpoints are then operations on dicts. `.saf
 import json
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,19 +27,16 @@ WEIGHT_FILES = (
 )
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-# Tensors that older checkpoints stored and the model computes: the only ones that may be left over.
-COMPUTED = {
-    re.compile(r"\.rotary_emb\.inv_freq$"): "computed from the configuration",
-    re.compile(r"\.embeddings\.position_ids$"): "computed from the configuration",
-    re.compile(r"^lm_head\.weight$"): "tied to the embeddings",
-}
+# What older checkpoints stored and the model computes or ties: the only tensors that may be left over.
+COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.embeddings\.position_ids$|^lm_head\.weight$")
 SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint that has not been read yet; `how` says what its reading does besides."""
+    """One tensor, not read yet: its name and file in the checkpoint, and what happened to it on the way here."""
 
+    name: str
     shape: tuple[int, ...]
     dtype: torch.dtype | None  # None: not a floating dtype
     read: Callable[[], Tensor]
@@ -110,10 +107,11 @@ def _open_safetensors(path: Path) -> Entries:
         raise ConversionError(f"{path}: truncated or not safetensors ({error}); get the file again") from error
     return {
         name: Entry(
-            tuple(view.get_shape()),
-            SAFETENSORS_DTYPES.get(view.get_dtype()),
-            lambda name=name: handle.get_tensor(name),
-            path.name,
+            name=name,
+            shape=tuple(view.get_shape()),
+            dtype=SAFETENSORS_DTYPES.get(view.get_dtype()),
+            read=lambda name=name: handle.get_tensor(name),
+            origin=path.name,
         )
         for name, view in slices.items()
     }
@@ -136,10 +134,11 @@ def _open_torch(path: Path) -> Entries:
         raise ConversionError(f"{path}: expected a dict of tensors, got {got}")
     return {
         str(name): Entry(
-            tuple(tensor.shape),
-            tensor.dtype if tensor.is_floating_point() else None,
-            lambda tensor=tensor: tensor.detach(),
-            path.name,
+            name=str(name),
+            shape=tuple(tensor.shape),
+            dtype=tensor.dtype if tensor.is_floating_point() else None,
+            read=lambda tensor=tensor: tensor.detach(),
+            origin=path.name,
         )
         for name, tensor in content.items()
     }
@@ -154,21 +153,19 @@ def _load(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6: cannot be mapped
 
 
-def rename(entries: Entries, name_of: Callable[[str], str | None]) -> tuple[Entries, dict[str, str]]:
-    """Entries under the model's names, and the source name of each; names without one stay as they are."""
+def rename(entries: Entries, name_of: Callable[[str], str | None]) -> Entries:
+    """Entries under the model's names; those without one stay under their own."""
     renamed: Entries = {}
-    sources: dict[str, str] = {}
     for name, entry in entries.items():
         target = name_of(name) or name
         if target in renamed:
-            raise ConversionError(
-                f"SRC: {name} and {sources[target]} are both {target}; remove one from the checkpoint"
-            )
-        renamed[target], sources[target] = entry, name
-    return renamed, sources
+            other = renamed[target].name
+            raise ConversionError(f"SRC: {name} and {other} are both {target}; remove one from the checkpoint")
+        renamed[target] = entry
+    return renamed
 
 
-def settle_head(entries: Entries, sources: dict[str, str], tied: bool, report: Report) -> bool:
+def settle_head(entries: Entries, tied: bool, report: Report) -> bool:
     """Whether the model is tied that config.json calls `tied`: as in transformers, what the checkpoint holds decides.
 
     embeddings alone, or both and equal    tied
@@ -178,7 +175,7 @@ def settle_head(entries: Entries, sources: dict[str, str], tied: bool, report: R
     if not tied or HEAD not in entries:
         return tied
     if EMBEDDINGS not in entries:
-        entries[EMBEDDINGS], sources[EMBEDDINGS] = entries.pop(HEAD), sources.pop(HEAD)
+        entries[EMBEDDINGS] = entries.pop(HEAD)
         return True
     head, embeddings = entries[HEAD], entries[EMBEDDINGS]
     if head.shape == embeddings.shape and torch.equal(head.read(), embeddings.read().to(head.dtype)):
@@ -193,17 +190,14 @@ def on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         return build()
 
 
-def match(model: PreTrainedModel, entries: Entries, sources: Mapping[str, str], report: Report) -> Entries:
-    """One entry of the right shape for every tensor of `model`; nothing but what it computes may be left over.
-
-    `sources`: the checkpoint's own name of an entry, for messages and the report.
-    """
+def match(model: PreTrainedModel, entries: Entries, report: Report) -> Entries:
+    """One entry of the right shape for every tensor of `model`; nothing but what it computes may be left over."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         wanted.pop(HEAD, None)
-    left = {name: _computed(name) for name in entries if name not in wanted}
     missing = [name for name in wanted if name not in entries]
-    foreign = [sources.get(name, name) for name, reason in left.items() if reason is None]
+    left = [name for name in entries if name not in wanted]
+    foreign = [entries[name].name for name in left if not COMPUTED.search(name)]
     problems = [
         f"{len(names)} tensors are {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
         for what, names in (("missing", missing), ("left over", foreign))
@@ -215,21 +209,14 @@ def match(model: PreTrainedModel, entries: Entries, sources: Mapping[str, str], 
             "complete the checkpoint, or it is of another kind"
         )
     for name, shape in wanted.items():
-        entry, source = entries[name], sources.get(name, name)
+        entry = entries[name]
+        problem = None
         if entry.shape != shape:
-            raise ConversionError(
-                f"SRC: {source} in {entry.origin}: expected shape {list(shape)} by the configuration, "
-                f"got {list(entry.shape)}"
-            )
-        if entry.dtype is None:
-            raise ConversionError(
-                f"SRC: {source} in {entry.origin}: expected float32, float16 or bfloat16, got another dtype; convert a "
-                "checkpoint that is not quantized"
-            )
-        report.tensors[entry.how].append(f"{name} <- {source}")
-    report.tensors["left over"] += [f"{sources.get(name, name)}: {reason}" for name, reason in left.items()]
+            problem = f"shape {list(shape)} by the configuration, got {list(entry.shape)}"
+        elif entry.dtype is None:
+            problem = "float32, float16 or bfloat16, got another dtype; convert a checkpoint that is not quantized"
+        if problem:
+            raise ConversionError(f"SRC: {entry.name} in {entry.origin}: expected {problem}")
+        report.tensors[entry.how].append(f"{name} <- {entry.name}")
+    report.tensors["left over"] += [f"{entries[name].name}: computed by the model" for name in left]
     return {name: entries[name] for name in wanted}
-
-
-def _computed(name: str) -> str | None:
-    return next((reason for pattern, reason in COMPUTED.items() if pattern.search(name)), None)

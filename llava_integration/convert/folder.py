@@ -4,11 +4,12 @@ import contextlib
 import glob
 import json
 import logging
+import math
 import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedConfig
 
 from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 from .auto_map import write_auto_map
-from .checkpoint import Entries, Entry
-from .report import CARD_FILE, ConversionError, Report, Source, blamed_on, model_card
+from .checkpoint import EMBEDDINGS, Entries, Entry, read_json
+from .report import CARD_FILE, ConversionError, Report, blamed_on, model_card
 
 REPORT_FILE = "conversion.json"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,64 +36,78 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """All that the new folder holds; `entries` under the model's names, `processor` None without a tokenizer."""
+class Target:
+    """Where and how a conversion is written.
 
-    config: LlavaStfConfig
-    entries: Entries
-    dtype: torch.dtype
-    processor: ProcessorMixin | None
-    generation: dict
-    source: Source
-    report: Report
-    auto_map: bool
+    Args:
+        dtype: float32, float16 or bfloat16; default: the embeddings' own.
+        auto_map: write the code that trust_remote_code=True takes; without stf_kernels it runs in plain torch.
+        max_shard_bytes: upper limit of a file, 2 GB by default; about as much is held in memory.
+        progress: show a bar on a terminal.
+    """
+
+    dst: Path
+    dtype: torch.dtype | None = None
+    auto_map: bool = False
+    max_shard_bytes: int | None = None
+    progress: bool = False
+
+    def check(self, **sources: Path | None) -> None:
+        """ConversionError for what can be refused before anything is read; `sources`: folders, by option."""
+        folders = {name: folder for name, folder in sources.items() if folder is not None}
+        for name, folder in folders.items():
+            if not folder.is_dir():
+                raise ConversionError(f"{name}: expected a local folder, got {folder}; download the checkpoint first")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConversionError(f"--dtype: expected float32, float16 or bfloat16, got {self.dtype}")
+        size = self.max_shard_bytes
+        if size is not None and (type(size) is not int or size < 1):
+            raise ConversionError(f"max_shard_bytes: expected a positive int or None, got {size!r}")
+        _check_destination(self.dst, list(folders.values()))
+
+    def write(self, config: LlavaStfConfig, entries: Entries, processor, generation: dict, report: Report) -> Report:
+        """Write everything beside `dst`, then rename; returns the report.
+
+        `entries`: under the model's names; `processor`: None without a tokenizer.
+        """
+        dtype = self.dtype or entries[EMBEDDINGS].dtype
+        dtype = dtype if dtype in DTYPES else torch.float32
+        config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
+        config.architectures = [LlavaStfForConditionalGeneration.__name__]
+        with blamed_on("SRC: generation_config.json", "correct the file or remove it"):
+            GenerationConfig(**generation)
+        size = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
+        needed, free = size + SMALL_FILES, shutil.disk_usage(self.dst.parent).free
+        if free < needed:
+            raise ConversionError(
+                f"DST: expected {needed / 1e9:.2f} GB free at {self.dst.parent}, got {free / 1e9:.2f} GB; "
+                "free some or choose another disk"
+            )
+        with whole_folder(self.dst) as folder:
+            hidden = not (self.progress and sys.stderr.isatty())
+            with tqdm(total=size, unit="B", unit_scale=True, disable=hidden) as bar:
+                _write_weights(folder, entries, dtype, self.max_shard_bytes or MAX_SHARD_BYTES, bar.update)
+            config.save_pretrained(folder)
+            _write_json(folder / "generation_config.json", generation)
+            if processor is not None:
+                processor.save_pretrained(folder)
+            if self.auto_map:
+                write_auto_map(folder)
+            card = model_card(config, report, processor=processor is not None, auto_map=self.auto_map)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+            _write_json(folder / REPORT_FILE, report.as_dict())
+        kind = str(dtype).removeprefix("torch.")
+        report.notes.append(f"{self.dst}: {len(entries)} tensors, {size / 1e9:.2f} GB, {kind}")
+        return report
 
 
-def check_options(
-    src: Path,
-    dst: Path,
-    dtype: torch.dtype | None,
-    max_shard_bytes: int | None,
-    others: Mapping[str, Path | None],
-) -> None:
-    """ConversionError for what can be refused before anything is read; `others`: further folders, by option."""
-    folders = {"SRC": src} | {name: folder for name, folder in others.items() if folder is not None}
-    for name, folder in folders.items():
-        if not folder.is_dir():
-            raise ConversionError(f"{name}: expected a local folder, got {folder}; download the checkpoint first")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConversionError(f"--dtype: expected float32, float16 or bfloat16, got {dtype}")
-    if max_shard_bytes is not None and (type(max_shard_bytes) is not int or max_shard_bytes < 1):
-        raise ConversionError(f"max_shard_bytes: expected a positive int or None, got {max_shard_bytes!r}")
-    _check_destination(dst, list(folders.values()))
-
-
-def write_folder(dst: Path, conversion: Conversion, max_shard_bytes: int | None, progress: bool) -> Report:
-    """Write everything beside `dst`, then rename; returns the report."""
-    config, report, entries = conversion.config, conversion.report, conversion.entries
-    dtype = conversion.dtype if conversion.dtype in DTYPES else torch.float32
-    config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
-    config.architectures = [LlavaStfForConditionalGeneration.__name__]
-    with blamed_on("SRC: generation_config.json", "correct the file or remove it"):
-        GenerationConfig(**conversion.generation)
-    size = sum(torch.Size(entry.shape).numel() for entry in entries.values()) * dtype.itemsize
-    _check_space(dst, size + SMALL_FILES)
-    with whole_folder(dst) as folder:
-        with tqdm(total=size, unit="B", unit_scale=True, disable=not (progress and sys.stderr.isatty())) as bar:
-            _write_weights(folder, entries, dtype, max_shard_bytes or MAX_SHARD_BYTES, bar.update)
-        config.save_pretrained(folder)
-        _write_json(folder / "generation_config.json", conversion.generation)
-        processor = conversion.processor
-        if processor is not None:
-            processor.save_pretrained(folder)
-        if conversion.auto_map:
-            write_auto_map(folder)
-        has = {"processor": processor is not None, "auto_map": conversion.auto_map}
-        card = model_card(config, conversion.source, report, **has)
-        (folder / CARD_FILE).write_text(card, encoding="utf-8")
-        _write_json(folder / REPORT_FILE, report.as_dict())
-    report.notes.append(f"{dst}: {len(entries)} tensors, {size / 1e9:.2f} GB, {str(dtype).removeprefix('torch.')}")
-    return report
+def generation_settings(folders: Sequence[Path], text: PreTrainedConfig) -> dict:
+    """generation_config.json, without flags that greedy search ignores and transformers refuses; else token ids."""
+    file = next((path for folder in folders if (path := folder / "generation_config.json").is_file()), None)
+    content = read_json(file) if file else {}
+    ignored = () if content.get("do_sample") else ("temperature", "top_p", "top_k")
+    ids = {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return ids | {name: value for name, value in content.items() if name not in ignored}
 
 
 @contextlib.contextmanager
@@ -143,20 +158,11 @@ def _check_destination(dst: Path, sources: Sequence[Path]) -> None:
             raise ConversionError(f"DST: expected a place outside {source}, which is only read, got {dst}")
 
 
-def _check_space(dst: Path, needed: int) -> None:
-    free = shutil.disk_usage(dst.parent).free
-    if free < needed:
-        raise ConversionError(
-            f"DST: expected {needed / 1e9:.2f} GB free at {dst.parent}, got {free / 1e9:.2f} GB; "
-            "free some or choose another disk"
-        )
-
-
 def _write_weights(
     folder: Path, entries: Entries, dtype: torch.dtype, max_bytes: int, advance: Callable[[int], object]
 ) -> None:
     """`entries` as `dtype` in files of at most `max_bytes`; only a tensor that alone is larger makes a larger file."""
-    sizes = {name: torch.Size(entry.shape).numel() * dtype.itemsize for name, entry in entries.items()}
+    sizes = {name: math.prod(entry.shape) * dtype.itemsize for name, entry in entries.items()}
     split = split_state_dict_into_shards_factory(
         {name: sizes[name] + len(name.encode()) + HEADER_BYTES for name in entries},
         get_storage_size=lambda size: size,

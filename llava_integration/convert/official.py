@@ -15,8 +15,9 @@ Blocks, window and widths are not in config.json; the shapes of the projector's 
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,21 +28,12 @@ from stf_kernels import channel_to_patch_major
 from ..core.config import published_blocks, resolve_layers, vision_grid
 from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 from .base import read_parts
-from .checkpoint import EMBEDDINGS, HEAD, Entries, Entry, match, on_meta, read_json, rename, settle_head
-from .folder import Conversion, check_options, write_folder
-from .processor import (
-    VICUNA_V1,
-    Vocabulary,
-    add_tokens,
-    image_processor,
-    make_processor,
-    padded,
-    read_image_settings,
-    read_tokenizer,
-)
-from .report import CONFIG, ConversionError, Report, Source, blamed_on
+from .checkpoint import EMBEDDINGS, HEAD, Entries, Entry, match, on_meta, rename, settle_head
+from .folder import Target, generation_settings
+from .processor import VICUNA_V1, Vocabulary, make_processor, read_image_settings, read_tokenizer, settle_vocabulary
+from .report import CONFIG, ConversionError, Report, blamed_on, passed_on
 from .tower import PREFIX as TOWER
-from .tower import Tower, find_tower, tower_name
+from .tower import find_tower, tower_name
 
 PROJECTOR = "model.multi_modal_projector."
 PROJECTOR_NAME = re.compile(r"^(?:.*\.)?(mm_projector(?:_crosslayer)?)\.([02])\.(weight|bias)$")
@@ -51,13 +43,8 @@ CHANNEL_MAJOR = PROJECTOR + "stf.linear_1.weight"
 LANGUAGE = re.compile(r"^model\.(?=(?:embed_tokens|layers|norm)\.)")
 PUBLISHED_SELECT = -2
 EXPECTED = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False}
-LANGUAGE_CONFIGS = {
-    "llava_llama": LlamaConfig,
-    "llava": LlamaConfig,
-    "llama": LlamaConfig,
-    "llava_mistral": MistralConfig,
-    "mistral": MistralConfig,
-}
+LANGUAGE_MODELS = ("llava_llama", "llava", "llama", "llava_mistral", "mistral")
+ROPE_FIELDS = ("rope_theta", "rope_scaling")  # of files before transformers 5
 NOT_FIELDS = ("model_type", "transformers_version", "architectures", "dtype", "_name_or_path")
 
 
@@ -65,77 +52,77 @@ def convert_official(
     src: str | Path,
     dst: str | Path,
     *,
-    dtype: torch.dtype | None = None,
     blocks: list[int] | None = None,
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
-    auto_map: bool = False,
-    max_shard_bytes: int | None = None,
-    progress: bool = False,
+    **target: Any,
 ) -> Report:
     """Convert the official checkpoint in `src` to the new folder `dst`.
 
     Args:
-        dtype: float32, float16 or bfloat16; default: the embeddings' own.
         blocks: layers of the tower in concatenation order, where the checkpoint is not the published one.
         base: folder of the language model, for the pretrain form and for LoRA.
         vision_tower: folder of the CLIP or SigLIP model, where config.json does not name a local one.
-        auto_map: write the code that trust_remote_code=True takes; without stf_kernels it runs in plain torch.
-        max_shard_bytes: upper limit of a file, 2 GB by default; about as much is held in memory.
-        progress: show a bar on a terminal.
+        dtype, auto_map, max_shard_bytes, progress: as in `Target`.
 
     Raises ConversionError, one line; then there is nothing at `dst`.
     """
-    src, dst = Path(src), Path(dst)
+    src, to = Path(src), Target(Path(dst), **target)
     base, tower_folder = (None if path is None else Path(path) for path in (base, vision_tower))
-    check_options(src, dst, dtype, max_shard_bytes, {"--base": base, "--vision-tower": tower_folder})
-    report = Report()
+    to.check(**{"SRC": src, "--base": base, "--vision-tower": tower_folder})
     parts = read_parts(src, base, projector_name)
     tower = find_tower(parts.config.get("mm_vision_tower"), src, tower_folder)
+    report = Report("official", src, parts.form, tower.name)
     _check_config(parts.config, tower.config)
 
-    entries, sources = rename(parts.entries, _model_name)
-    geometry = derive(entries, tower.config.hidden_size)  # a foreign checkpoint is told before its tower is missed
+    entries = rename(parts.entries, _model_name)
+    # First: a foreign checkpoint is told before its tower is missed.
+    count, width, geometry = derive(entries, tower.config.hidden_size)
     if not any(name.startswith(TOWER) for name in entries):
-        weights = tower.weights()
-        entries |= weights
-        sources |= {name: f"{tower.name}: {name.removeprefix(TOWER)}" for name in weights}
-    tied = settle_head(entries, sources, bool(parts.config.get("tie_word_embeddings")), report)
-    rows = _rows(entries)
-
+        entries |= tower.weights()
+    tied = settle_head(entries, bool(parts.config.get("tie_word_embeddings")), report)
     tokenizer = read_tokenizer(parts.folders, report)
-    # Without a tokenizer the image and padding token get the ids that transformers' LLaVA checkpoints give them.
-    vocabulary = add_tokens(tokenizer, rows) if tokenizer else Vocabulary(padded(rows + 2), rows, rows + 1)
+    vocabulary = settle_vocabulary(tokenizer, _rows(entries))
     text = _text_config(parts.config, vocabulary, tied)
     if tower.config.model_type == "siglip_vision_model":  # its pooling head is not in every checkpoint; nobody reads it
         tower.config.vision_use_head = any(name.startswith(TOWER + "head.") for name in entries)
-    config = _stf_config(geometry, tower, text, parts.config, blocks, vocabulary.image_token_id)
+    if width != text.hidden_size:
+        raise ConversionError(
+            f"SRC: mm_projector.2.weight: expected {text.hidden_size} rows, the language model's width, "
+            f"got {width}; it belongs to another language model"
+        )
+    selected, grid = parts.config.get("mm_vision_select_layer"), vision_grid(tower.config)
+    layers = block_layers(count, tower.config.num_hidden_layers, selected, blocks)
+    with passed_on("SRC: "):
+        config = LlavaStfConfig(
+            vision_config=tower.config,
+            text_config=text,
+            image_token_index=vocabulary.image_token_id,
+            projector_hidden_act="gelu",
+            tie_word_embeddings=tied,
+            vision_feature_layer=layers,
+            spatial_merge_truncate=any(side % geometry["spatial_merge_size"] for side in grid),
+            **geometry,
+        )
     if config.spatial_merge_truncate:
-        report.notes.append(f"the last rows and columns of the {vision_grid(tower.config)} grid are dropped, as there")
+        report.notes.append(f"the last rows and columns of the {grid} grid are dropped, as there")
 
     for name in (EMBEDDINGS, HEAD):
         if name in entries and entries[name].shape:
             entries[name] = _resized(entries[name], vocabulary.rows)
-    if geometry.merge_size > 1:  # in a window of one token both orders are the same
-        entries[CHANNEL_MAJOR] = _relaid_out(entries[CHANNEL_MAJOR], geometry.merge_size)
-    matched = match(on_meta(lambda: LlavaStfForConditionalGeneration(config)), entries, sources, report)
+    if config.spatial_merge_size > 1:  # in a window of one token both orders are the same
+        order = entries[CHANNEL_MAJOR]
+        relay = lambda: channel_to_patch_major(order.read(), config.spatial_merge_size)  # noqa: E731
+        entries[CHANNEL_MAJOR] = replace(order, read=relay, how="relaid out")
+    matched = match(on_meta(lambda: LlavaStfForConditionalGeneration(config)), entries, report)
 
-    settings = read_image_settings([*parts.folders, *([tower.folder] if tower.folder else [])], report)
     processor = None
     if tokenizer is not None:
-        images = image_processor(tower.config, settings, pad=parts.config.get("image_aspect_ratio") == "pad")
-        processor = make_processor(images, tokenizer, config, VICUNA_V1)
-    conversion = Conversion(
-        config=config,
-        entries=matched,
-        dtype=dtype or matched[EMBEDDINGS].dtype,
-        processor=processor,
-        generation=_generation(parts.folders, text),
-        source=Source("official", src, parts.form, tower.name),
-        report=report,
-        auto_map=auto_map,
-    )
-    return write_folder(dst, conversion, max_shard_bytes, progress)
+        settings = read_image_settings(parts.folders + [tower.folder] * (tower.folder is not None), report)
+        settings["do_pad"] = parts.config.get("image_aspect_ratio") == "pad"
+        processor = make_processor(settings, tokenizer, config, VICUNA_V1)
+    generation = generation_settings(parts.folders, text) | {"pad_token_id": text.pad_token_id}
+    return to.write(config, matched, processor, generation, report)
 
 
 def projector_name(name: str) -> str | None:
@@ -166,20 +153,8 @@ def _check_config(content: dict, vision: PreTrainedConfig) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """M blocks, window r, output width D."""
-
-    blocks: int
-    merge_size: int
-    width: int
-    mbtf_hidden: int | None  # None: no MBTF
-    stf_hidden: int
-    bias: bool
-
-
-def derive(entries: Entries, channels: int) -> Geometry:
-    """Sizes of the projector among `entries`, under the model's names, behind a tower of `channels` channels."""
+def derive(entries: Entries, channels: int) -> tuple[int, int, dict]:
+    """Blocks, output width and fields of LlavaStfConfig by the projector in `entries`; `channels`: of the tower."""
     stf_1, stf_2 = (_matrix(entries, f"stf.linear_{i}.weight") for i in (1, 2))
     mbtf_1, mbtf_2 = (_matrix(entries, f"mbtf.linear_{i}.weight") for i in (1, 2))
     if stf_1 is None or stf_2 is None:
@@ -189,9 +164,7 @@ def derive(entries: Entries, channels: int) -> Geometry:
             "folder of transformers is converted with `llava`"
         )
     if (mbtf_1 is None) != (mbtf_2 is None):
-        raise ConversionError(
-            "SRC: expected both of mm_projector_crosslayer.{0,2}.weight, got one of them; it is truncated"
-        )
+        raise ConversionError("SRC: expected both of mm_projector_crosslayer.{0,2}.weight, got one; it is truncated")
     if mbtf_1 is None and stf_1[1] == channels:
         raise ConversionError(
             "SRC: mm_projector reads single tokens and there is no mm_projector_crosslayer, so this is LLaVA-1.5, not "
@@ -201,13 +174,17 @@ def derive(entries: Entries, channels: int) -> Geometry:
     merge_size = math.isqrt(area)
     if merge_size**2 != area:
         raise ConversionError(f"SRC: mm_projector.0.weight: expected a square window of tokens, got {area} tokens")
-    return Geometry(
-        blocks=1 if mbtf_1 is None else _multiple(mbtf_1[1], channels, "mm_projector_crosslayer.0.weight"),
-        merge_size=merge_size,
-        width=stf_2[0],
-        mbtf_hidden=None if mbtf_1 is None else mbtf_1[0],
-        stf_hidden=stf_1[0],
-        bias=any(name.startswith(PROJECTOR) and name.endswith(".bias") for name in entries),
+    blocks = 1 if mbtf_1 is None else _multiple(mbtf_1[1], channels, "mm_projector_crosslayer.0.weight")
+    return (
+        blocks,
+        stf_2[0],
+        {
+            "spatial_merge_size": merge_size,
+            "use_mbtf": mbtf_1 is not None,
+            "mbtf_hidden_size": mbtf_1 and mbtf_1[0],
+            "stf_hidden_size": stf_1[0],
+            "multimodal_projector_bias": any(name.startswith(PROJECTOR) and name.endswith(".bias") for name in entries),
+        },
     )
 
 
@@ -230,14 +207,16 @@ def _multiple(columns: int, channels: int, name: str) -> int:
 def block_layers(count: int, layers: int, selected: object, given: list[int] | None) -> list[int]:
     """The tower's layers in concatenation order: as given, as config.json lists them, or by the published rule."""
     if given is not None:
-        blocks = _resolved(given, layers, "--blocks")
+        with passed_on():
+            blocks = resolve_layers(given, layers, "--blocks")
         if len(blocks) != count:
             raise ConversionError(
                 f"--blocks: expected {count} layers, as many as mm_projector_crosslayer.0.weight reads, got {given}"
             )
         return blocks
     if isinstance(selected, list) and len(selected) == count:
-        return _resolved(selected, layers, f"{CONFIG}: mm_vision_select_layer")
+        with passed_on():
+            return resolve_layers(selected, layers, f"{CONFIG}: mm_vision_select_layer")
     selected = PUBLISHED_SELECT if selected is None else selected
     if count == 1 and isinstance(selected, int):
         return [selected]
@@ -249,13 +228,6 @@ def block_layers(count: int, layers: int, selected: object, given: list[int] | N
         f"rule of the published model, {published} behind layer {PUBLISHED_SELECT}, does not give them; name them, "
         "e.g. --blocks 5,3,1 with the first of the concatenation first"
     )
-
-
-def _resolved(blocks: object, layers: int, name: str) -> list[int]:
-    try:
-        return resolve_layers(blocks, layers, name)
-    except (TypeError, ValueError) as error:
-        raise ConversionError(str(error)) from error
 
 
 def _rows(entries: Entries) -> int:
@@ -270,52 +242,19 @@ def _rows(entries: Entries) -> int:
 def _text_config(content: dict, vocabulary: Vocabulary, tied: bool) -> PreTrainedConfig:
     """`content`: config.json, in which vision and training fields lie beside those of the language model."""
     kind = content.get("model_type")
-    if not isinstance(kind, str) or kind not in LANGUAGE_CONFIGS or "text_config" in content:
+    if not isinstance(kind, str) or kind not in LANGUAGE_MODELS or "text_config" in content:
         hints = {
             "llava": "; a LLaVA-1.5 folder of transformers is converted with `llava`",
             "llava_stf": "; this folder is converted already",
         }
         raise ConversionError(f"{CONFIG}: expected model_type llava_llama, got {kind!r}{hints.get(str(kind), '')}")
-    make = LANGUAGE_CONFIGS[kind]
-    known = make().to_dict().keys() - set(NOT_FIELDS)
+    make = MistralConfig if kind.endswith("mistral") else LlamaConfig
+    known = make().to_dict().keys() - set(NOT_FIELDS) | set(ROPE_FIELDS)
     fields = {name: value for name, value in content.items() if name in known and value is not None}
     with blamed_on(CONFIG):
-        if "rope_parameters" not in fields:  # before transformers 5: rope_theta and rope_scaling
-            scaling = dict(content.get("rope_scaling") or {})
-            rope = {"rope_type": scaling.pop("type", None) or "default"}
-            fields["rope_parameters"] = rope | {"rope_theta": content.get("rope_theta") or 10000.0} | scaling
         text = make(**fields | {"vocab_size": vocabulary.rows})
     text.pad_token_id, text.tie_word_embeddings = vocabulary.pad_token_id, tied
     return text
-
-
-def _stf_config(
-    geometry: Geometry, tower: Tower, text: PreTrainedConfig, content: dict, blocks: list[int] | None, image_token: int
-) -> LlavaStfConfig:
-    layers = tower.config.num_hidden_layers
-    layers = block_layers(geometry.blocks, layers, content.get("mm_vision_select_layer"), blocks)
-    if geometry.width != text.hidden_size:
-        raise ConversionError(
-            f"SRC: mm_projector.2.weight: expected {text.hidden_size} rows, the language model's width, "
-            f"got {geometry.width}; it belongs to another language model"
-        )
-    try:
-        return LlavaStfConfig(
-            vision_config=tower.config,
-            text_config=text,
-            image_token_index=image_token,
-            projector_hidden_act="gelu",
-            multimodal_projector_bias=geometry.bias,
-            tie_word_embeddings=text.tie_word_embeddings,
-            vision_feature_layer=layers,
-            spatial_merge_size=geometry.merge_size,
-            spatial_merge_truncate=any(side % geometry.merge_size for side in vision_grid(tower.config)),
-            use_mbtf=geometry.mbtf_hidden is not None,
-            mbtf_hidden_size=geometry.mbtf_hidden,
-            stf_hidden_size=geometry.stf_hidden,
-        )
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"SRC: {error}") from error
 
 
 def _resized(entry: Entry, rows: int) -> Entry:
@@ -329,20 +268,4 @@ def _resized(entry: Entry, rows: int) -> Entry:
         mean = weight.mean(0, dtype=torch.float32).to(weight.dtype)
         return torch.cat([weight, mean.expand(rows - old, *rest)])
 
-    return Entry((rows, *rest), entry.dtype, read, entry.origin, "resized")
-
-
-def _relaid_out(entry: Entry, merge_size: int) -> Entry:
-    return replace(entry, read=lambda: channel_to_patch_major(entry.read(), merge_size), how="relaid out")
-
-
-def _generation(folders: list[Path], text: PreTrainedConfig) -> dict:
-    """Sampling as the checkpoint sets it; flags that greedy search would ignore are refused by transformers."""
-    file = next((path for folder in folders if (path := folder / "generation_config.json").is_file()), None)
-    content = read_json(file) if file else {}
-    names = ["bos_token_id", "eos_token_id"]
-    if content.get("do_sample"):
-        names += ["do_sample", "temperature", "top_p", "top_k"]
-    kept = {name: content[name] for name in names if content.get(name) is not None}
-    ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}
-    return ids | kept | {"pad_token_id": text.pad_token_id}
+    return replace(entry, shape=(rows, *rest), read=read, how="resized")

@@ -1,8 +1,8 @@
 """Tokenizer, image processor and chat template of SRC, as one LlavaStfProcessor."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from tokenizers import AddedToken, pre_tokenizers
@@ -19,7 +19,7 @@ from transformers import (
 from ..llava_stf import LlavaStfConfig
 from ..processing import LlavaStfProcessor
 from .checkpoint import read_json
-from .report import ConversionError, Report, blamed_on
+from .report import ConversionError, Report, blamed_on, passed_on
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 SPECIAL_TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
@@ -65,13 +65,15 @@ def read_tokenizer(folders: Sequence[Path], report: Report) -> PreTrainedTokeniz
         return None
     if not (folder / "tokenizer.json").is_file():
         return read_sentencepiece(folder)
-    errors = []
-    for kind in (AutoTokenizer, PreTrainedTokenizerFast):
+    try:
         try:
-            return _tried(kind.from_pretrained(folder, local_files_only=True))
-        except Exception as error:  # the tokenizers library raises bare Exception
-            errors.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
-    raise ConversionError(f"{folder / 'tokenizer.json'}: expected a tokenizer, got {errors[0]}; get the files again")
+            return _tried(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        except Exception:  # a model_type that transformers does not know; the tokenizers library raises bare Exception
+            return _tried(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
+    except Exception as error:
+        raise ConversionError(
+            f"{folder / 'tokenizer.json'}: expected a tokenizer, got {error}; get the files again"
+        ) from error
 
 
 def read_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
@@ -132,21 +134,19 @@ def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """`rows` is what the embeddings need."""
-
-    rows: int
+class Vocabulary(NamedTuple):
+    rows: int  # what the embeddings need
     image_token_id: int
     pad_token_id: int
 
 
-def padded(rows: int) -> int:
-    return -(-rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
+def settle_vocabulary(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> Vocabulary:
+    """Give `tokenizer` an image and a padding token, in place; `rows`: embeddings that the checkpoint has.
 
-
-def add_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
-    """Give `tokenizer` an image and a padding token, in place; `rows`: embeddings that the checkpoint has."""
+    Without a tokenizer the ids are those that transformers' LLaVA checkpoints have: behind the last row.
+    """
+    if tokenizer is None:
+        return Vocabulary(_padded(rows + 2), rows, rows + 1)
     present = tokenizer.get_vocab()
     last = max((index for token, index in present.items() if token not in (IMAGE_TOKEN, PAD_TOKEN)), default=-1)
     if last >= rows:
@@ -165,7 +165,11 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
             "takes new tokens"
         )
     needed = max(image, pad, last) + 1
-    return Vocabulary(padded(needed) if needed > rows else rows, image, pad)
+    return Vocabulary(_padded(needed) if needed > rows else rows, image, pad)
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
 def read_image_settings(folders: Sequence[Path], report: Report) -> dict:
@@ -181,9 +185,9 @@ def read_image_settings(folders: Sequence[Path], report: Report) -> dict:
     return {}
 
 
-def image_processor(vision: PreTrainedConfig, settings: dict, pad: bool) -> object:
-    """The PIL image processor, which needs no torchvision, for images of the tower's size; `pad`: to a square first."""
-    side = vision.image_size
+def image_processor(vision: PreTrainedConfig, settings: dict) -> object:
+    """The PIL image processor, which needs no torchvision, for images of the tower's size."""
+    side, pad = vision.image_size, bool(settings.get("do_pad"))
     square = {"height": side, "width": side}
     siglip = vision.model_type == "siglip_vision_model"
     kind = SiglipImageProcessorPil if siglip and not pad else LlavaImageProcessorPil
@@ -206,18 +210,14 @@ def image_processor(vision: PreTrainedConfig, settings: dict, pad: bool) -> obje
 
 
 def make_processor(
-    images: object,
-    tokenizer: PreTrainedTokenizerBase,
-    config: LlavaStfConfig,
-    template: str | None,
-    image_token: str = IMAGE_TOKEN,
+    settings: dict, tokenizer, config: LlavaStfConfig, template: str | None, image_token: str = IMAGE_TOKEN
 ) -> LlavaStfProcessor:
     """The processor of a model of `config`; ConversionError when the tokenizer has no room for the image token."""
     # What generation needs; a trainer sets its own. Only what is among init_kwargs is saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    try:
+    with passed_on():
         processor = LlavaStfProcessor(
-            images,
+            image_processor(config.vision_config, settings),
             tokenizer,
             patch_size=config.vision_config.patch_size,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -225,8 +225,6 @@ def make_processor(
             image_token=image_token,
             spatial_merge_size=config.spatial_merge_size,
         )
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
     rows = config.text_config.vocab_size
     if processor.image_token_id != config.image_token_index or len(tokenizer) > rows:
         raise ConversionError(

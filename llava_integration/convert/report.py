@@ -1,7 +1,6 @@
 """What a conversion says: the one error, the report on every tensor, the model card of the new folder."""
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,7 @@ from huggingface_hub import metadata_load
 from ..llava_stf import LlavaStfConfig
 
 KINDS = ("mapped", "relaid out", "merged", "resized", "created", "left over")
-SHOWN = 6
 CARD_FILE = "README.md"
-PAPER = "Learning Compact Vision Tokens for Efficient Large Multimodal Models (arXiv 2506.07138)"
-OFFICIAL_LICENCE = "cc-by-nc-4.0"
 CONFIG = "SRC: config.json"
 GET_AGAIN = "get the file again"
 
@@ -34,47 +30,43 @@ def blamed_on(what: str, remedy: str = GET_AGAIN) -> Iterator[None]:
     except ConversionError:
         raise
     except Exception as error:
-        raise ConversionError(
-            f"{what}: expected valid values, got {type(error).__name__}: {error}; {remedy}"
-        ) from error
+        got = f"{type(error).__name__}: {error}"
+        raise ConversionError(f"{what}: expected valid values, got {got}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def passed_on(prefix: str = "") -> Iterator[None]:
+    """A refusal of llava_integration's own becomes a ConversionError with the same words behind `prefix`."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"{prefix}{error}") from error
 
 
 @dataclass
 class Report:
-    """Per kind, lines such as "target <- source"; `warnings` say what a reader has to know or check."""
+    """What `command` made of the checkpoint in `src`.
 
-    tensors: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    Per kind, `tensors` holds lines such as "target <- source"; `warnings` say what a reader has to know or check.
+    `form`: what kind of checkpoint it was; `tower`: the vision tower's name, empty if unknown.
+    """
+
+    command: str
+    src: Path
+    form: str
+    tower: str = ""
+    tensors: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict:
-        return {
-            "tensors": {kind: self.tensors[kind] for kind in KINDS if self.tensors.get(kind)},
-            "notes": self.notes,
-            "warnings": self.warnings,
-        }
+        tensors = {kind: lines for kind, lines in self.tensors.items() if lines}
+        return {"tensors": tensors, "notes": self.notes, "warnings": self.warnings}
 
     def lines(self) -> list[str]:
-        """For a terminal: counts of every kind, the first few of those that changed."""
-        text = []
-        for kind in KINDS:
-            lines = self.tensors.get(kind, [])
-            text.append(f"{kind:>10}: {len(lines)}")
-            if kind != "mapped":
-                text += [f"            {line}" for line in lines[:SHOWN]]
-                if len(lines) > SHOWN:
-                    text.append(f"            and {len(lines) - SHOWN} more")
-        return text + self.notes + [f"warning: {warning}" for warning in self.warnings]
-
-
-@dataclass(frozen=True)
-class Source:
-    """`command`: "official" or "llava"; `form`: what SRC was; `tower`: the vision tower's name, empty if unknown."""
-
-    command: str
-    folder: Path
-    form: str
-    tower: str = ""
+        """For a terminal; conversion.json names the tensors."""
+        counts = [f"{kind:>10}: {len(lines)}" for kind, lines in self.tensors.items()]
+        return counts + self.notes + [f"warning: {warning}" for warning in self.warnings]
 
 
 CARD = """---
@@ -88,7 +80,8 @@ tags:
 
 # LLaVA-STF from {name}
 
-{tokens} image tokens per image: {paper}.
+{tokens} image tokens per image: Learning Compact Vision Tokens for Efficient Large Multimodal Models
+(arXiv 2506.07138).
 
 ## Source
 
@@ -124,19 +117,15 @@ where it is installed, and plain torch where it is not.
 """
 
 
-def model_card(config: LlavaStfConfig, source: Source, report: Report, *, processor: bool, auto_map: bool) -> str:
+def model_card(config: LlavaStfConfig, report: Report, *, processor: bool, auto_map: bool) -> str:
     """README.md; folders appear by their names, never with a path. `processor`, `auto_map`: what is there."""
-    licence, licences = _licences(source)
-    counts = [f"* {kind}: {len(report.tensors[kind])}\n" for kind in KINDS if report.tensors.get(kind)]
+    counts = [f"* {kind}: {len(lines)}\n" for kind, lines in report.tensors.items() if lines]
     card = CARD.format(
-        licence=licence,
-        licences=licences,
-        name=_name(source.folder),
+        **(_official if report.command == "official" else _warm_started)(report),
+        name=_name(report.src),
         tokens=config.image_seq_length,
-        paper=PAPER,
-        form=source.form + (f", vision tower {source.tower}" if source.tower else ""),
-        command=source.command,
-        origin=_origin(source, report),
+        form=report.form + (f", vision tower {report.tower}" if report.tower else ""),
+        command=report.command,
         layers=", ".join(map(str, config.vision_feature_layer)),
         window=config.spatial_merge_size,
         order=config.feature_order,
@@ -156,38 +145,29 @@ def _name(folder: Path) -> str:
     return folder.name
 
 
-def _origin(source: Source, report: Report) -> str:
-    if source.command != "official":
-        return (
-            "The projector was made, not trained: its output is the average of the source's image tokens over each "
-            "window, exactly in real arithmetic. It is a starting point for fine-tuning."
-        )
-    said = ["The image token was given an id in the vocabulary."]
-    if report.tensors.get("relaid out"):
-        said.append(
+def _official(report: Report) -> dict[str, str]:
+    origin = ["The image token was given an id in the vocabulary."]
+    if report.tensors["relaid out"]:
+        origin.append(
             "`mm_projector.0.weight` was channel-major there (`c * r * r + dy * r + dx`) and was relaid out once."
         )
-    if report.tensors.get("resized"):
-        said.append("Rows up to a multiple of 64 were added to the embeddings, each the mean of the others.")
-    return " ".join(said)
+    if report.tensors["resized"]:
+        origin.append("Rows up to a multiple of 64 were added to the embeddings, each the mean of the others.")
+    licences = """* The weights of the official LLaVA-STF are under CC-BY-NC-4.0: no commercial use.
+* The language model keeps its own licence (LLaMA 2 Community License for Vicuna 1.5), the vision tower its own."""
+    return {"licence": "cc-by-nc-4.0", "licences": licences, "origin": " ".join(origin)}
 
 
-def _licences(source: Source) -> tuple[str, str]:
-    """The licence in the card's header, and what is said about it."""
-    if source.command == "official":
-        return OFFICIAL_LICENCE, (
-            "* The weights of the official LLaVA-STF are under CC-BY-NC-4.0: no commercial use.\n"
-            "* The language model keeps its own licence (LLaMA 2 Community License for Vicuna 1.5), the vision tower "
-            "its own."
-        )
-    own = _declared(source.folder)
-    declares = (
-        f", which declares `{own}`" if own else "; it declares none here (LLaMA 2 Community License for Vicuna 1.5)"
-    )
-    return own or "other", (
-        f"* The language model and the vision tower keep the licences of the source{declares}.\n"
-        "* The projector is derived from the source's and keeps its licence."
-    )
+def _warm_started(report: Report) -> dict[str, str]:
+    own = _declared(report.src)
+    declares = f", which declares `{own}`"
+    if not own:
+        declares = "; it declares none here (LLaMA 2 Community License for Vicuna 1.5)"
+    licences = f"""* The language model and the vision tower keep the licences of the source{declares}.
+* The projector is derived from the source's and keeps its licence."""
+    origin = """The projector was made, not trained: its output is the average of the source's image tokens over each
+window, exactly in real arithmetic. It is a starting point for fine-tuning."""
+    return {"licence": own or "other", "licences": licences, "origin": origin}
 
 
 def _declared(folder: Path) -> str | None:

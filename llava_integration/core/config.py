@@ -75,10 +75,24 @@ def vision_grid(vision_config: PreTrainedConfig) -> tuple[int, int]:
 
 def complete(config: PreTrainedConfig) -> None:
     """Resolve layers and fill in what is None, in place; ValueError for what contradicts the tower or itself."""
-    vision = config.vision_config
-    config.vision_feature_layer = resolve_layers(config.vision_feature_layer, vision.num_hidden_layers)
-    _check_projector(config)
-    _check_strategy(config)
+    vision, act = config.vision_config, config.projector_hidden_act
+    layers = config.vision_feature_layer = resolve_layers(config.vision_feature_layer, vision.num_hidden_layers)
+    if act not in ACTIVATIONS:
+        raise ValueError(f"projector_hidden_act: expected one of {list(ACTIVATIONS)}, got {act!r}")
+    if config.feature_order != FEATURE_ORDER:
+        raise ValueError(
+            f"feature_order: expected {FEATURE_ORDER!r}, the only order in which this model stores its weights, "
+            f"got {config.feature_order!r}; relay stf.linear_1.weight out with stf_kernels.channel_to_patch_major"
+        )
+    if not config.use_mbtf and len(layers) != 1:
+        raise ValueError(f"vision_feature_layer: expected one layer with use_mbtf=False, got {layers}")
+    cls, strategy = ("a", "default") if prefix_tokens(vision) else ("no", "full")
+    if config.vision_feature_select_strategy not in (None, strategy):
+        raise ValueError(
+            f"vision_feature_select_strategy: expected {strategy!r} for a {vision.model_type} tower, which has {cls} "
+            f"CLS token, got {config.vision_feature_select_strategy!r}"
+        )
+    config.vision_feature_select_strategy = strategy
     _check_tokens(config)
     if config.mbtf_hidden_size is None:
         config.mbtf_hidden_size = 4 * vision.hidden_size
@@ -87,33 +101,6 @@ def complete(config: PreTrainedConfig) -> None:
     for name in ("mbtf_hidden_size", "stf_hidden_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: expected a positive width, got {getattr(config, name)}")
-
-
-def _check_projector(config: PreTrainedConfig) -> None:
-    if config.projector_hidden_act not in ACTIVATIONS:
-        raise ValueError(
-            f"projector_hidden_act: expected one of {list(ACTIVATIONS)}, got {config.projector_hidden_act!r}"
-        )
-    if config.feature_order != FEATURE_ORDER:
-        raise ValueError(
-            f"feature_order: expected {FEATURE_ORDER!r}, the only order in which this model stores its weights, "
-            f"got {config.feature_order!r}; relay stf.linear_1.weight out with stf_kernels.channel_to_patch_major"
-        )
-    if not config.use_mbtf and len(config.vision_feature_layer) != 1:
-        raise ValueError(
-            f"vision_feature_layer: expected one layer with use_mbtf=False, got {config.vision_feature_layer}"
-        )
-
-
-def _check_strategy(config: PreTrainedConfig) -> None:
-    has_cls = prefix_tokens(config.vision_config) > 0
-    expected = "default" if has_cls else "full"
-    if config.vision_feature_select_strategy not in (None, expected):
-        raise ValueError(
-            f"vision_feature_select_strategy: expected {expected!r} for a {config.vision_config.model_type} tower, "
-            f"which has {'a' if has_cls else 'no'} CLS token, got {config.vision_feature_select_strategy!r}"
-        )
-    config.vision_feature_select_strategy = expected
 
 
 def _check_tokens(config: PreTrainedConfig) -> None:

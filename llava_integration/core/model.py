@@ -8,6 +8,7 @@ The blocks reach the projector as they are, CLS included: it skips prefix tokens
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .config import resolve_layers, vision_grid
 from .insertion import check_token_count, image_rows, is_captured
@@ -68,10 +69,10 @@ class CompactModel(_Saved):
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         pixel_values: Tensor | None,
-        encoded: list[Tensor] | None,
+        encoded: BaseModelOutputWithPooling | None,
         layers: int | list[int] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """inputs_embeds [B, S, D] with the images in it, and their tokens [rows, D]. `encoded`: images as tokens."""
+        """inputs_embeds [B, S, D] with the images in it, and their tokens [rows, D]."""
         own_embeds = inputs_embeds is None
         if own_embeds:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -82,7 +83,7 @@ class CompactModel(_Saved):
         if pixel_values is not None:
             features = self.project_images(pixel_values, layers).flatten(0, 1)
         else:
-            features = torch.cat(list(encoded))
+            features = torch.cat(list(encoded.pooler_output))
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, features)
         return inputs_embeds.masked_scatter(mask, features), features
@@ -168,12 +169,7 @@ class CompactGeneration(_Saved):
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
+        self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
     ) -> dict:
         """As GenerationMixin's, and images for the draft model of assisted decoding too, which the stock one drops.
 
@@ -181,17 +177,10 @@ class CompactGeneration(_Saved):
         """
         if type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0:
             is_first_iteration = True
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
+        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
 
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
-    ):
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Beams repeat the images of a prompt as a group, A B A B; transformers 5.17 repeats each image, A A B B."""
         pixel_values = None
         if expand_size > 1 and input_ids is not None:
@@ -201,7 +190,7 @@ class CompactGeneration(_Saved):
             groups = pixel_values.split(images.tolist())
             pixel_values = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in groups])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         if pixel_values is not None:
             model_kwargs["pixel_values"] = pixel_values

@@ -28,28 +28,14 @@ class TwoLayers(nn.Module):
 class CompactTokenProjector(nn.Module):
     """stf(mbtf(blocks)): M blocks [B, skip_tokens + H*W, C] -> [B, (H//r)*(W//r), out_dim]."""
 
-    def __init__(
-        self,
-        num_blocks,
-        dim,
-        out_dim,
-        *,
-        merge_size,
-        skip_tokens,
-        mbtf,
-        mbtf_hidden_dim,
-        stf_hidden_dim,
-        truncate,
-        **options,
-    ):
+    def __init__(self, num_blocks, dim, out_dim, *, merge_size, skip_tokens, mbtf, truncate, **sizes):
         super().__init__()
         self.merge_size, self.skip_tokens = merge_size, skip_tokens
-        self.mbtf = TwoLayers(num_blocks * dim, mbtf_hidden_dim, dim, **options) if mbtf else None
-        self.stf = TwoLayers(merge_size**2 * dim, stf_hidden_dim, out_dim, **options)
+        widths = sizes.pop("mbtf_hidden_dim"), sizes.pop("stf_hidden_dim")
+        self.mbtf = TwoLayers(num_blocks * dim, widths[0], dim, **sizes) if mbtf else None
+        self.stf = TwoLayers(merge_size**2 * dim, widths[1], out_dim, **sizes)
 
-    def forward(
-        self, blocks, grid: tuple[int, int], *, out: Tensor | None = None, rows: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, blocks, grid: tuple[int, int], *, out: Tensor | None = None, rows: Tensor | None = None):
         """With out [R, out_dim] and rows [B*(H//r)*(W//r)] int64, token i goes to out[rows[i]]; returns out."""
         x = torch.cat([block[:, self.skip_tokens :] for block in blocks], dim=-1)
         tokens = self.stf(merge(x if self.mbtf is None else self.mbtf(x), grid, self.merge_size))

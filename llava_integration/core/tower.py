@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from .insertion import is_captured
 
-# Larger tensors are mapped and paged in anew by every allocation on a CPU, and no cache holds them.
-CPU_ACTIVATION_BYTES = 16 * 2**20
-
 
 def tower_hidden_states(
     tower: nn.Module, pixel_values: Tensor, layers: Sequence[int], *, run_all: bool = False
@@ -44,19 +41,14 @@ def tower_hidden_states(
 
 
 def image_chunks(tower: nn.Module, pixel_values: Tensor) -> tuple[Tensor, ...]:
-    """pixel_values [N, 3, S, S] in the pieces that `tower` encodes fastest: whole, except on a CPU.
+    """pixel_values [N, 3, S, S] in the pieces that `tower` encodes fastest: whole, on a CPU image by image.
 
-    There the widest activation of a piece, [n, prefix + H*W, intermediate_size], stays below CPU_ACTIVATION_BYTES:
-    one frame of CLIP-L in fp32, three in bf16. A tower whose weights are offloaded takes all images at once, to load
-    them once.
+    The activations of more images are paged in anew by every allocation on a CPU, and no cache holds them. A tower
+    whose weights are offloaded takes all images at once, to load them once.
     """
     check_pixels(tower, pixel_values)
-    parameter, config = next(tower.parameters()), tower.config
-    if parameter.device.type != "cpu" or is_captured():
-        return (pixel_values,)
-    tokens = (config.image_size // config.patch_size) ** 2 + 1
-    frame = tokens * max(config.intermediate_size, config.hidden_size) * parameter.element_size()
-    return pixel_values.split(max(CPU_ACTIVATION_BYTES // frame, 1))
+    on_cpu = next(tower.parameters()).device.type == "cpu"
+    return pixel_values.split(1) if on_cpu and not is_captured() else (pixel_values,)
 
 
 def to_device_of(module: nn.Module, tensor: Tensor) -> Tensor:
@@ -71,18 +63,14 @@ def to_device_of(module: nn.Module, tensor: Tensor) -> Tensor:
 def check_pixels(tower: nn.Module, pixel_values: Tensor) -> None:
     """TypeError or ValueError unless pixel_values is a floating-point tensor [N, 3, S, S] of the tower's size."""
     config = tower.config
-    expected = (config.num_channels, config.image_size, config.image_size)
+    expected = [config.num_channels, config.image_size, config.image_size]
+    shape = f"[images, {', '.join(map(str, expected))}]"
     if not isinstance(pixel_values, Tensor) or not torch.is_floating_point(pixel_values):
         got = getattr(pixel_values, "dtype", type(pixel_values).__name__)
-        raise TypeError(f"pixel_values: expected a floating-point tensor [images, {_commas(expected)}], got {got}")
-    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+        raise TypeError(f"pixel_values: expected a floating-point tensor {shape}, got {got}")
+    if pixel_values.ndim != 4 or list(pixel_values.shape[1:]) != expected:
         raise ValueError(
-            f"pixel_values: expected [images, {_commas(expected)}], got {list(pixel_values.shape)}; "
-            "prepare images with the model's processor"
+            f"pixel_values: expected {shape}, got {list(pixel_values.shape)}; prepare images with the model's processor"
         )
     if pixel_values.shape[0] == 0:
         raise ValueError("pixel_values: expected at least one image or None, got no image")
-
-
-def _commas(shape: Sequence[int]) -> str:
-    return ", ".join(map(str, shape))

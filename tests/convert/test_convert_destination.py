@@ -12,6 +12,7 @@ from transformers.utils import logging
 from llava_integration.convert import ConversionError, convert_official, folder
 from llava_integration.convert.__main__ import main
 from tests.convert import checkpoints as ck
+from tests.support.processes import ROOT, python
 
 
 @pytest.fixture
@@ -77,6 +78,29 @@ class TestDisk:
 
         monkeypatch.setattr("llava_integration.convert.folder.model_card", fail)
         refused(r"No space left", src, dst)
+
+
+STARTING = """
+import sys
+given, sys.argv, sys.orig_argv = sys.argv, ["-m"], ["python", "-m", "llava_integration.convert"]
+import llava_integration
+assert "torch" not in sys.modules
+sys.argv = given
+from llava_integration import LlavaStfConfig, from_llava
+from transformers import AutoConfig
+assert type(AutoConfig.for_model("llava_stf")) is LlavaStfConfig
+assert not hasattr(llava_integration, "nothing")
+"""
+
+
+def test_help_needs_no_torch(tmp_path):
+    """It answers at once; what the package exports is there all the same when it is asked for."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
+    result = python("-m", "llava_integration.convert", "--help", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert result.returncode == 0, result.stderr
+    assert "official" in result.stdout
+    result = python("-c", STARTING)
+    assert result.returncode == 0, result.stderr
 
 
 class TestCommandLine:

@@ -1,5 +1,7 @@
 """Small random LLaVAs, an in-memory processor and prompts for the tests of llava_integration."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -25,45 +27,22 @@ VOCAB = 64
 PIXELS, PATCH = 56, 14  # a 4x4 grid
 
 
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": PIXELS}
+VISION |= {"patch_size": PATCH}
+TEXT = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+
+
 def clip_config(**changes):
-    options = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "image_size": PIXELS,
-        "patch_size": PATCH,
-        "projection_dim": 32,
-    }
-    return CLIPVisionConfig(**options | changes)
+    return CLIPVisionConfig(**{"num_hidden_layers": 6, "projection_dim": 32} | VISION | changes)
 
 
 def siglip_config(**changes):
-    options = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "image_size": PIXELS,
-        "patch_size": PATCH,
-    }
-    return SiglipVisionConfig(**options | changes)
+    return SiglipVisionConfig(**{"num_hidden_layers": 5} | VISION | changes)
 
 
 def text_config(**changes):
-    options = {
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCAB,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-        "max_position_embeddings": 512,
-    }
-    return LlamaConfig(**options | changes)
+    return LlamaConfig(**{"max_position_embeddings": 512} | TEXT | changes)
 
 
 def make_stock(dtype=torch.float64, vision=None, text=None, **changes):
@@ -136,23 +115,21 @@ def stf():
 @pytest.fixture
 def build():
     """The factories, for tests that choose their own sizes, and the calls of what they made."""
-
-    class Build:
-        stock = staticmethod(make_stock)
-        stf = staticmethod(make_stf)
-        clip = staticmethod(clip_config)
-        siglip = staticmethod(siglip_config)
-        text = staticmethod(text_config)
-        pixels = staticmethod(make_pixels)
-        prompt = staticmethod(make_prompt)
-        tokenizer = staticmethod(make_tokenizer)
-        image = staticmethod(make_image)
-        run = staticmethod(run)
-        generate = staticmethod(generate)
-        with_reference = staticmethod(with_reference)
-        image_token = IMAGE_TOKEN
-
-    return Build
+    return SimpleNamespace(
+        stock=make_stock,
+        stf=make_stf,
+        clip=clip_config,
+        siglip=siglip_config,
+        text=text_config,
+        pixels=make_pixels,
+        prompt=make_prompt,
+        tokenizer=make_tokenizer,
+        image=make_image,
+        run=run,
+        generate=generate,
+        with_reference=with_reference,
+        image_token=IMAGE_TOKEN,
+    )
 
 
 def make_pixels(images, dtype=torch.float64, size=PIXELS):
