@@ -61,12 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", help="batch sizes", **many)
     add("--text", help="text tokens around the images", **many)
     add("--images", help="images, or frames, of a sequence", **many)
-    add(
-        "--json",
-        type=command.writable_file,
-        metavar="FILE",
-        help="default: into .work/results/, with a page",
-    )
+    add("--json", type=command.writable_file, metavar="FILE", help="default: into .work/results/, with a page")
     add("--full", action="store_true", help="every row and column, and on a GPU all modes")
     add("--modes", nargs="+", choices=("eager", "graph", "compile"), help="default: eager; on a GPU also graph")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
