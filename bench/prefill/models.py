@@ -83,8 +83,8 @@ def randomise(module: nn.Module, seed: int) -> None:
         start = (start + parameter.numel() + 7919) % POOL
 
 
-class WholeTower(LlavaStfModel):
-    """The tower as the stock model runs it: every layer, the unread last one too, all images in one piece."""
+class AsStock(LlavaStfModel):
+    """The tower with every layer, all images in one piece, their tokens inserted by a copy: as the stock model does."""
 
     def encode_blocks(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> list[Tensor]:
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
@@ -92,6 +92,9 @@ class WholeTower(LlavaStfModel):
 
     def project_images(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> Tensor:
         return self.multi_modal_projector(self.encode_blocks(pixel_values, vision_feature_layer), self.vision_grid)
+
+    def _writes_in_place(self, inputs_embeds: Tensor) -> bool:
+        return False
 
 
 def reference_projector(fused: nn.Module, dim: int) -> nn.Module:
@@ -147,7 +150,7 @@ def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
         pooled.model.multi_modal_projector = nn.Sequential(pooled.model.multi_modal_projector, Pool(preset.grid))
         rows += [Row(SKIP, "mlp2x", without_last_layer(stock), many), Row("llava-1.5-pool", "mlp2x", pooled, few)]
     fused = from_llava(stock).eval().requires_grad_(False)
-    fused.model.__class__ = WholeTower
+    fused.model.__class__ = AsStock
     plain, dim = share(fused), preset.config.vision_config.hidden_size
     plain.model.multi_modal_projector = reference_projector(fused.model.multi_modal_projector, dim)
     return [*rows, Row("llava-stf", "reference", plain, few), Row("llava-stf", "fused", fused, few)]

@@ -95,9 +95,7 @@ class Run:
                 self.rounds(cells, now + (self.until - now) / (len(self.plan) - index))
         low = min((ratio for row in self.result["rows"] if (ratio := row["floor_ratio"]["total_ms"])), default=1.0)
         if low < 0.97:
-            self.result["notes"].append(
-                f"a total is {low:.2f} of its floor: ceilings taken while others ran"
-            )
+            self.result["notes"].append(f"a total is {low:.2f} of its floor: ceilings taken while others ran")
         self.result["complete"] = complete
         self.save()
 

@@ -29,8 +29,9 @@ def stages(result: dict[str, Any]) -> bytes | None:
     figure = Figure(figsize=(6, 1.0 + (0.42 if several else 0.36) * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    axes.barh(names, [row["total_ms"] for row in rows], color="#d5dbdb", height=0.7)  # all that a compiled row has
+    axes.tick_params(labelsize=9)
+    totals = [row["total_ms"] if row["vision_ms"] is None else 0.0 for row in rows]  # all that a compiled row has
+    axes.barh(names, totals, color="#d5dbdb", height=0.7)
     left = [0.0] * len(rows)
     for stage, (title, colour) in STAGES.items():
         widths = [row[stage] or 0.0 for row in rows]
@@ -40,11 +41,11 @@ def stages(result: dict[str, Any]) -> bytes | None:
         said = f"  {row['total_ms']:,.{0 if row['total_ms'] >= 100 else 1}f} ms" + (
             f"   {c['ratio']:.2f}x" if c else ""
         )
-        axes.annotate(said, (row["total_ms"], index), va="center", fontsize=8)
+        axes.annotate(said, (row["total_ms"], index), va="center", fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.28, y=0.5 / len(rows))
-    axes.set_xlabel("milliseconds to the first token", fontsize=8)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    axes.set_xlabel("milliseconds to the first token", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200)
     return buffer.getvalue()

@@ -47,7 +47,8 @@ def shown(result: dict[str, Any]) -> dict[str, Any]:
         verdict = kernels.standing(result["rows"])
         return {"title": "The projector's kernels", "verdict": verdict, "rows": kernels.cells(result["rows"])}
     if result["kind"] == "host":
-        return {"title": "Host time of an eager call", "verdict": [], "rows": result["rows"]}
+        rows = [{name: v if name == "what" else f"{v:.2f}" for name, v in row.items()} for row in result["rows"]]
+        return {"title": "Host time of an eager call", "verdict": [], "rows": rows}
     counts = f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped."
     return {"title": "Tests on the device", "verdict": [counts, *result["failures"]], "rows": []}
 
