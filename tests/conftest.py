@@ -38,16 +38,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return ["stf_kernels: tests/interpreter is a run of its own: TRITON_INTERPRET=1 python -m pytest tests/interpreter"]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--share", metavar="I/N", help="of all tests every N-th from the I-th (0, 1, ...) on")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if share := config.getoption("--share"):
-        first, count = map(int, share.split("/"))
-        kept = items[first::count]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
     slow = [item for item in items if item.nodeid.startswith(SLOW)]
     for item in slow:
         item.add_marker(pytest.mark.slow)
