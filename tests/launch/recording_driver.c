@@ -1,5 +1,5 @@
 /* A CUDA driver that launches nothing and notes what it was asked to launch: the libcuda.so.1 of Triton's own JIT and
-   launcher (recording.py). A launch is appended to a log as a Launch and the bytes of its kernel's parameters. */
+   launcher (recording_driver.py). A launch is appended to a log as a Launch and the bytes of its kernel's parameters. */
 #include "cuda.h"
 #include <stdint.h>
 #include <string.h>
@@ -15,7 +15,7 @@ static size_t logged;
 static int major_, minor_, shared_, refuse_descriptors;
 static uintptr_t handle = 0x1000;
 
-/* What recording.py calls. */
+/* What recording_driver.py calls. */
 void recorder_device(int major, int minor, int shared) { major_ = major, minor_ = minor, shared_ = shared; }
 void recorder_refuse_descriptors(int refuse) { refuse_descriptors = refuse; }
 

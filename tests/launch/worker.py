@@ -7,10 +7,10 @@ import threading
 import warnings
 from dataclasses import replace
 
-import recording
+import recording_driver
 import torch
 
-RECORDER = recording.install(sys.argv[1])
+RECORDER = recording_driver.install(sys.argv[1])
 
 import stf_kernels  # noqa: E402
 from stf_kernels.configs import GemmConfig, selection  # noqa: E402
