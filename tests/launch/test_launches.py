@@ -66,7 +66,6 @@ def test_the_launch_is_the_configurations(ask, arch):
     found = ask(arch, "repeated")
     expected = {
         "pointer": (POINTER, [18 * 8, 1, 1]),
-        "another tile": (POINTER, [18 * 16, 1, 1]),
         "another batch": (POINTER, [27 * 8, 1, 1]),
         "split K": (POINTER, [18 * 8, 4, 1]),
         "merged on load": (POINTER, [5 * 8, 1, 1]),
