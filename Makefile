@@ -3,43 +3,70 @@ PYTHON ?= python3
 VENV := .venv
 PINS_VENV := .venv-gpu-pins
 RUN := $(VENV)/bin/python
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help prefill test test-gpu-pins test-browser aot gpu lint format clean
+.PHONY: help prefill test test-quick test-gpu-pins test-browser aot gpu lint types docs format clean
 
 help:
-	@echo "make prefill        compare LLaVA-1.5 with LLaVA-STF, stage by stage (two minutes without a GPU)"
-	@echo "make test           every test that this machine can run"
-	@echo "make test-gpu-pins  the same with the versions nearest to the GPU machine's"
-	@echo "make test-browser   the report page in a headless Chromium, which it installs as root on Debian"
-	@echo "make aot            compile every shipped configuration for every GPU and check the generated code"
-	@echo "make gpu            on a GPU machine: tests, kernel table, prefill table into bench/results/"
-	@echo "make lint           ruff"
+	@echo "Times on two CPU cores without a GPU; the first target to run also makes .venv, in a minute or two."
+	@echo "make prefill          2 min  compare LLaVA-1.5 with LLaVA-STF, stage by stage"
+	@echo "make test             6 min  every test that this machine can run"
+	@echo "make test-quick       2 min  most of them"
+	@echo "make lint             1 s    ruff"
+	@echo "make types           30 s    mypy; 3 s when little has changed"
+	@echo "make docs            20 s    the pages of docs/ into docs/_build/html/"
+	@echo "make aot           > 10 min  compile every configuration for every GPU and check the generated code"
+	@echo "make test-browser            the report page in a headless Chromium, which it installs as root on Debian"
+	@echo "make test-gpu-pins           make test with the versions nearest to the GPU machine's (installs 5 GB)"
+	@echo "make gpu           < 10 min  on a GPU: tests, kernel table, prefill table into bench/results/"
+	@echo "make format           1 s    ruff, with its fixes"
+	@echo "make clean                   remove the environments and what was built"
 
-$(VENV)/.installed: setup.py constraints.txt
+# torchao and bitsandbytes stay out of the environment: transformers imports them wherever they are, and without a GPU
+# torchao complains at every import. The tests that need them find them in a folder of their own.
+QUANTIZED := bitsandbytes torchao
+
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(RUN) $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	$(RUN) $(PIP_INSTALL) -c constraints.txt --no-deps --upgrade --target $(VENV)/quantized $(QUANTIZED)
 	@touch $@
 
-$(PINS_VENV)/.installed: setup.py .ci/gpu-pins.txt
+$(VENV)/.docs: $(VENV)/.installed
+	$(RUN) $(PIP_INSTALL) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# constraints.txt with the names that .ci/gpu-pins.txt pins in their place.
+$(PINS_VENV)/.installed: pyproject.toml constraints.txt .ci/gpu-pins.txt
 	$(PYTHON) -m venv $(PINS_VENV)
-	$(PINS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/gpu-pins.txt -e '.[dev]'
+	awk -F== '/^#/ {next} FNR == NR {print; pinned[$$1]; next} !($$1 in pinned)' .ci/gpu-pins.txt constraints.txt \
+		> $(PINS_VENV)/constraints.txt
+	$(PINS_VENV)/bin/python $(PIP_INSTALL) -c $(PINS_VENV)/constraints.txt -e '.[dev]'
+	$(PINS_VENV)/bin/python $(PIP_INSTALL) -c $(PINS_VENV)/constraints.txt --no-deps --upgrade \
+		--target $(PINS_VENV)/quantized $(QUANTIZED)
 	@touch $@
 
 prefill: $(VENV)/.installed
 	$(RUN) -m bench.prefill $(ARGS)
 
-# The interpreter must be chosen before the kernels are imported, so its tests are a process of their own. It runs
-# beside the others, one core each (tiny tensors are slower on two threads), and its report follows theirs.
+# One process a core, up to eight, with one thread each: tiny tensors are slower on two. The interpreter must be chosen
+# before the kernels are imported, so its tests are a run of their own. $(1) python, $(2) what to leave out.
+PYTEST = OMP_NUM_THREADS=1 $(1) -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(2)
 define run_tests
-	@mkdir -p .work
-	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(1) -m pytest tests/interpreter > .work/interpreter.log 2>&1 & interpreter=$$!; \
-	trap 'kill $$interpreter 2>/dev/null' INT TERM; \
-	status=0; OMP_NUM_THREADS=1 $(1) -m pytest tests --ignore=tests/interpreter || status=1; \
-	wait $$interpreter || status=1; cat .work/interpreter.log; exit $$status
+	@status=0; \
+	echo "1 of 3: all tests but the interpreter's"; $(PYTEST) tests || status=1; \
+	echo "2 of 3: the Triton kernels in the interpreter"; TRITON_INTERPRET=1 $(PYTEST) tests/interpreter || status=1; \
+	echo "3 of 3: quantized checkpoints"; \
+	PYTHONPATH=$(dir $(1))../quantized OMP_NUM_THREADS=1 $(1) -m pytest tests/llava -k "bitsandbytes or torchao" || status=1; \
+	exit $$status
 endef
 
 test: $(VENV)/.installed
 	$(call run_tests,$(RUN))
+
+test-quick: $(VENV)/.installed
+	$(call PYTEST,$(RUN),-m "not slow") tests
+	TRITON_INTERPRET=1 $(call PYTEST,$(RUN)) tests/interpreter/test_interpreted_functions.py
 
 test-gpu-pins: $(PINS_VENV)/.installed
 	$(call run_tests,$(PINS_VENV)/bin/python)
@@ -62,9 +89,16 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+types: $(VENV)/.installed
+	$(RUN) -m mypy
+
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(PINS_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PINS_VENV) build dist *.egg-info docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -8,7 +8,7 @@ from .functional import concat_linear, spatial_merge_linear
 from .modules import CompactTokenProjector, MultiBlockTokenFusion, SpatialTokenFusion
 from .relayout import channel_to_patch_major, patch_to_channel_major
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "CompactTokenProjector",

@@ -17,6 +17,17 @@ sys.path.insert(0, str(ROOT))  # plain `pytest` does not put the checkout there
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 os.environ.pop("STF_KERNELS_BACKEND", None)  # the tests choose the backend themselves
 
+# What takes long, by the beginning of a test's name: run last, and left out of `make test-quick`.
+SLOW = (
+    "tests/aot/",
+    "tests/bench/",
+    "tests/convert/test_convert_folder.py",
+    "tests/llava/test_llava_loading.py",
+    "tests/llava/test_llava_save_load.py",
+    "tests/training/test_compile.py",
+    "tests/project/test_examples.py",
+)
+
 # The interpreter's kernels cannot be had without the variable; with it nothing is compiled ahead of time.
 collect_ignore = [] if INTERPRETED else ["interpreter"]
 
@@ -37,6 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = items[first::count]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+    slow = [item for item in items if item.nodeid.startswith(SLOW)]
+    for item in slow:
+        item.add_marker(pytest.mark.slow)
+    items.sort(key=slow.__contains__)
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if needing_gpu and not _has_gpu():
         for item in needing_gpu:

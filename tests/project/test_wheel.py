@@ -19,23 +19,12 @@ def wheel(tmp_path_factory):
     for name in ("stf_kernels", "llava_integration", "reference", "bench", "tests"):
         ignore = shutil.ignore_patterns("__pycache__", "*.jpg", "results")
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    tables = source / "stf_kernels" / "tuning" / "tables"
+    tables = source / "stf_kernels" / "configs" / "tables"
     tables.mkdir(exist_ok=True)
     (tables / "example-device.json").write_text("{}")
     out = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        str(out),
-        ".",
-    ]
-    result = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+    command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), "."]
+    result = subprocess.run([sys.executable, "-m", *command], cwd=source, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     (path,) = out.glob("*.whl")
     return path
@@ -48,7 +37,7 @@ def test_contents(wheel):
     assert {
         "stf_kernels/py.typed",
         "llava_integration/py.typed",
-        "stf_kernels/tuning/tables/example-device.json",
+        "stf_kernels/configs/tables/example-device.json",
     } <= names
     for package in top:
         sources = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
@@ -83,5 +72,5 @@ def test_metadata(wheel):
     assert len(required) == 1
     assert required[0].startswith("torch")
     extras = {line.split(": ")[1] for line in text.splitlines() if line.startswith("Provides-Extra")}
-    assert extras == {"llava", "bench", "dev"}
+    assert extras == {"llava", "bench", "docs", "dev", "test-quantized"}
     assert "Apache-2.0" in text

@@ -39,12 +39,14 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize(
+    ("transform", "compiled"),
+    [*((name, False) for name in TRANSFORMS), *((name, True) for name in ("grad", "jvp", "vmap"))],
+)
 @pytest.mark.parametrize(("name", "width"), [("concat_linear", 6), ("spatial_merge_linear", 12)])
 def test_functions(name, width, transform, compiled):
     operands = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 21, 3), (5, width), (5,))]
-    ours, theirs = functions(stf_kernels)[name], functions(reference)[name]
+    ours, theirs, transform = functions(stf_kernels)[name], functions(reference)[name], TRANSFORMS[transform]
 
     def run(*operands):
         return transform(ours, *operands)
