@@ -1,5 +1,5 @@
 /* A CUDA driver that launches nothing and notes what it was asked to launch: the libcuda.so.1 of Triton's own JIT and
-   launcher (recording_driver.py). A launch is appended to a log: a Launch, then the bytes of the kernel's parameters. */
+   launcher (recording_driver.py). A launch goes to a log: a Launch, then the bytes of the kernel's parameters. */
 #include "cuda.h"
 #include <stdint.h>
 #include <string.h>
