@@ -1,134 +1,144 @@
 """Everything a GPU can prove, in one command under ten minutes: `make gpu` or `python3 -m bench.gpu`.
 
-    tests.json     tests/gpu and every other test that needs no interpreter, on the device
+    tests.json     tests/gpu, and every other test that needs no interpreter
     kernels.json   python -m bench.kernels
     prefill.json   python -m bench.prefill --preset 7b, eager and captured
 
-Each part is one or more processes with a time limit, its file is written as it measures, and a part that fails or
-hangs does not take the others with it. The files go to bench/results/<device-slug>/, or to $OUT/<device-slug>/ where
-OUT is set.
-Exit codes: 0 every part passed, 1 a part did not, 2 no GPU. Needs only what the machine has; the commit comes from
-STF_COMMIT where there is no .git.
+The files go to bench/results/<device-slug>/, or to $OUT/<device-slug>/; a part that fails or hangs does not take the
+others with it. Exit codes: 0 every part passed, 1 a part did not, 2 no GPU. The commit is STF_COMMIT without a .git.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
+import importlib.util
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from . import entry, processes
-from .arguments import positive_float
-from .processes import ROOT
+from . import command, results
+from .results import ROOT
 
-PARTS = ("tests", "kernels", "prefill")
-# Tests first, because a number from a wrong kernel is worth nothing. What a part leaves, the later ones share.
-SECONDS = 545.0  # of all parts, the start of this program included; ten minutes is where a borrowed machine cuts off
-SHARE = {"tests": 150.0, "kernels": 230.0, "prefill": 165.0}
-
-
-@dataclass
-class Part:
-    """How one part ended."""
-
-    name: str
-    passed: bool
-    seconds: float
-    message: str
+NAME = "bench.gpu"
+PYTHON = [sys.executable, "-m"]
+# Tests first, because a number from a wrong kernel is worth nothing.
+SECONDS = {"tests": 150.0, "kernels": 230.0, "prefill": 165.0}
+MEASURED = {
+    "kernels": ["--batch", "1", "8", "--dtype", "bfloat16"],
+    "prefill": ["--preset", "7b", "--full", "--modes", "eager", "graph"],
+}
+ELSEWHERE = ["tests/interpreter", "tests/aot", "tests/bench", "tests/browser", "tests/project"]  # need no GPU
+OPTIONAL = ("hypothesis", "peft", "accelerate", "sentencepiece")  # a GPU machine may lack them
+# Most of a kernel's first run is its compiler's, on one core. Six, each with a 7B projector in float64, fit 80 GB.
+WORKERS = max(1, min(6, (os.cpu_count() or 1) // 2))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Tests and measurements on this GPU.")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; default: all")
-    parser.add_argument("--scale", type=positive_float, default=1.0, metavar="F", help="multiply every time budget")
+    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Tests and measurements on this GPU.")
+    parser.add_argument("--only", nargs="+", choices=SECONDS, default=SECONDS, help="parts to run; default: all")
     args = parser.parse_args(argv)
-    until = time.monotonic() + SECONDS * args.scale
-    # Parts are stopped by SIGINT, and inherit from a shell's background job that it is ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         import torch
     except ImportError:
-        return _no_gpu("torch is not installed for this python")
+        return command.bad_input(NAME, "it needs a GPU: torch is not installed for this python")
     if not torch.cuda.is_available():
-        return _no_gpu(f"torch {torch.__version__} sees no GPU; without one, `make test` and `make prefill` run here")
-    from . import environment
-
-    out = os.environ.get("OUT")
-    folder = (Path(out) if out else ROOT / "bench" / "results") / environment.folder_name("cuda")
+        without = "without one, `make test` and `make prefill` run here"
+        return command.bad_input(NAME, f"it needs a GPU: torch {torch.__version__} sees none; {without}")
+    folder = Path(os.environ.get("OUT") or ROOT / "bench" / "results") / results.folder_name("cuda")
     folder.mkdir(parents=True, exist_ok=True)
-    runs = {"tests": run_tests, "kernels": run_kernels, "prefill": run_prefill}
-    if environment.commit() == "unknown":
-        print("STF_COMMIT is not set and there is no .git: the files will not say what was measured", file=sys.stderr)
-    wanted, ended = [name for name in PARTS if name in args.only], []
-    for index, name in enumerate(wanted):
-        ended.append(attempt(name, runs[name], folder, share_of(until - time.monotonic(), wanted[index:])))
-    print(f"\n{environment.device_name('cuda')}, results in {folder}")
-    for part in ended:
-        print(f"  {'passed' if part.passed else 'FAILED'}  {part.name:8} {part.seconds:4.0f} s  {part.message}")
-    return 0 if all(part.passed for part in ended) else 1
+    if results.commit() == "unknown":
+        print("set STF_COMMIT: without it and a .git the files do not say what was measured", file=sys.stderr)
+    ended = []
+    for name in [name for name in SECONDS if name in args.only]:
+        began, seconds = time.monotonic(), SECONDS[name]
+        try:
+            passed, said = tests(folder, seconds) if name == "tests" else measured(name, folder, seconds)
+        except Exception as error:  # a mistake in this program must not cost the parts behind it
+            passed, said = False, f"{type(error).__name__}: {error}"
+        ended.append((passed, f"{name:8} {time.monotonic() - began:4.0f} s  {said}"))
+    print(f"\n{results.device_name('cuda')}, results in {folder}")
+    for passed, said in ended:
+        print(f"  {'passed' if passed else 'FAILED'}  {said}")
+    return 0 if all(passed for passed, _ in ended) else 1
 
 
-def share_of(left: float, parts: Sequence[str]) -> float:
-    """Seconds for the first of the parts that are still to run."""
-    return max(0.0, left) * SHARE[parts[0]] / sum(SHARE[name] for name in parts)
-
-
-def attempt(name: str, run: Callable[[Path, float], Part], folder: Path, seconds: float) -> Part:
-    begin = time.monotonic()
+def run_limited(arguments: Sequence[str], seconds: float) -> int | None:
+    """Exit status, or None when it was stopped at the limit."""
+    print(f"\n$ {' '.join(arguments)}   (at most {seconds:.0f} s)", flush=True)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True)
     try:
-        return run(folder, seconds)
-    except Exception as error:  # a mistake in this program must not cost the parts behind it
-        return Part(name, False, time.monotonic() - begin, f"{type(error).__name__}: {error}")
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # also what it has started; a measurement has saved its last step
+        process.wait()
 
 
-def _no_gpu(why: str) -> int:
-    print(f"python -m bench.gpu: error: it needs a GPU: {why}", file=sys.stderr)
-    return 2
+def tests(folder: Path, seconds: float) -> tuple[bool, str]:
+    """tests/gpu first, in processes of its own: a GPU fault in one must not count against the rest."""
+    began, unavailable = time.monotonic(), tests_that_need([p for p in OPTIONAL if not importlib.util.find_spec(p)])
+    ignored = [f"--ignore={path}" for path in (*ELSEWHERE, *unavailable, "tests/gpu")]
+    device = run_pytest(["tests/gpu"], folder, 0.6 * seconds)
+    rest = run_pytest([*ignored, "--maxfail=20", "tests"], folder, max(10.0, seconds - time.monotonic() + began))
+    found: dict[str, Any] = {key: device[key] + rest[key] for key in ("passed", "failed", "skipped", "failures")}
+    said = "{passed} passed, {failed} failed, {skipped} skipped".format(**found)
+    found |= {"complete": None not in (device["status"], rest["status"]), "not_run": [*ELSEWHERE, *unavailable]}
+    found |= {"device_tests": device, "other_tests": rest}
+    results.write(folder / "tests.json", {**results.describe("tests", "cuda"), **found})
+    said += ", stopped at the time limit" * (not found["complete"])
+    return device["status"] == rest["status"] == 0 and device["passed"] > 0, said
 
 
-def run_tests(folder: Path, seconds: float) -> Part:
-    from . import environment, gpu_tests, results
-
-    begin = time.monotonic()
-    passed, message, found = gpu_tests.run_tests(folder, seconds)
-    described = {"schema": results.SCHEMA, "kind": "tests", **environment.describe("cuda")}
-    results.write(folder / "tests.json", {**described, **found})
-    return Part("tests", passed, time.monotonic() - begin, message)
-
-
-def run_kernels(folder: Path, seconds: float) -> Part:
-    # A budget inside the limit: the program stops by itself before it is stopped.
-    command = [sys.executable, "-m", "bench.kernels", "--json", str(folder / "kernels.json"),
-               "--budget", f"{0.8 * seconds:.0f}"]  # fmt: skip
-    return _measured("kernels", command, folder, seconds)
-
-
-def run_prefill(folder: Path, seconds: float) -> Part:
-    command = [sys.executable, "-m", "bench.prefill", "--preset", "7b", "--full", "--modes", "eager", "graph",
-               "--json", str(folder / "prefill.json"), "--budget", f"{0.8 * seconds:.0f}"]  # fmt: skip
-    return _measured("prefill", command, folder, seconds)
+def run_pytest(arguments: Sequence[str], folder: Path, seconds: float) -> dict[str, Any]:
+    """By pytest-xdist where it is installed -> counts, failures, exit status."""
+    report = folder / "tests.xml"
+    report.unlink(missing_ok=True)  # a crash must not leave another run's counts
+    shared = ["-n", str(WORKERS)] if WORKERS > 1 and importlib.util.find_spec("xdist") else []
+    # A test that hangs leaves its stack in the output before the limit ends the run.
+    options = ["-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=40", f"--junitxml={report}", *shared]
+    status = run_limited([*PYTHON, "pytest", *options, *arguments], seconds)
+    try:
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return {"passed": 0, "failed": 0, "skipped": 0, "failures": ["no report was left"], "status": status}
+    report.unlink()
+    failures = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    counts = {"passed": len(cases) - len(failures) - skipped, "failed": len(failures), "skipped": skipped}
+    names = [f"{case.get('classname')}::{case.get('name')}" for case in failures]
+    return counts | {"failures": names, "status": status}
 
 
-def _measured(name: str, command: list[str], folder: Path, seconds: float) -> Part:
-    from . import results
+def tests_that_need(packages: list[str]) -> list[str]:
+    """Test files that import one of `packages`, relative to the checkout."""
+    wanted = re.compile(rf"^\s*(import|from) ({'|'.join(packages)})\b", re.MULTILINE)
+    files = sorted((ROOT / "tests").rglob("test_*.py")) if packages else []
+    return [str(file.relative_to(ROOT)) for file in files if wanted.search(file.read_text(encoding="utf-8"))]
 
-    begin = time.monotonic()
+
+def measured(name: str, folder: Path, seconds: float) -> tuple[bool, str]:
     path = folder / f"{name}.json"
     path.unlink(missing_ok=True)  # an older file must not pass for this run's
-    status, _ = processes.run_limited(command, seconds)
-    taken = time.monotonic() - begin
+    # A budget inside the limit: the program stops by itself before it is stopped.
+    arguments = [*MEASURED[name], "--json", str(path), "--budget", f"{0.8 * seconds:.0f}"]
+    status = run_limited([*PYTHON, f"bench.{name}", *arguments], seconds)
     try:
         rows = len(results.read(path)["rows"])
     except results.ResultError as error:
-        return Part(name, False, taken, f"{error}; exit status {status}")
+        return False, f"{error}; exit status {status}"
     how = {0: "", 1: ", see its output", None: ", stopped at the time limit"}.get(status, f", exit status {status}")
-    return Part(name, status == 0, taken, f"{rows} rows{how}")
+    return status == 0, f"{rows} rows{how}"
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    command.run(main)

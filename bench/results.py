@@ -1,54 +1,23 @@
-"""Result files: written whole or not at all, and refused when they are not what they claim to be.
+"""Result files: where they were measured, written whole or not at all, refused when they are not what they say.
 
-A file is written beside its destination and renamed over it, so a reader never sees half of one. While a run is
-under way its file says `"complete": false`; an interrupted run therefore leaves what it measured, marked as such.
+While a run is under way its file says `"complete": false`; an interrupted run leaves what it measured, marked so.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
 import os
+import platform
+import subprocess
+import sys
 import tempfile
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .shape import Above, problem
-
+ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
-_TIME = (float, None)  # None may stand where a stage does not exist in a mode
-_TOTAL = (Above(0), None)  # ratios divide by it
-_STAGES = ("vision_ms", "projector_ms", "insert_ms", "prefill_ms", "first_token_ms")
-_FILE = {"device": str, "torch": str, "commit": str, "complete?": bool, "clock_mhz?": _TIME, "notes?": [str]}
-_PLACE = {"batch": int, "text_tokens": int, "images?": int, "mode": str}
-_PREFILL = {
-    **_FILE, "dtype": str, "triton": (str, None), "transformers": str, "preset?": str, "speedup": {...: float},
-    "refused": (str, None), "notes": [str], "clocks_mhz?": [_TIME], "savings_mean?": {...: str},
-    "decode_tokens?": int, "ceilings?": {"flops": float, "bandwidth": float, "source": str}, "flags?": dict,
-    "rows": [{
-        **_PLACE, "model": str, "projector": str, "image_tokens": int, "savings?": [str], "failed": (str, None),
-        **dict.fromkeys(("preprocess_ms", *_STAGES, "decode_ms_per_token", "projector_share"), _TIME),
-        **dict.fromkeys(("spread_percent", "peak_mb", "kv_mb"), _TIME),
-        "total_ms": _TOTAL, "floor_ratio": {...: _TIME}, "shares?": {...: _TIME}, "rounds?": int,
-        "samples": {**{f"{stage}?": [_TIME] for stage in _STAGES}, "total_ms": [_TOTAL]},
-        "wall_samples?": {name: [_TIME] for name in (*_STAGES, "total_ms")},
-    }],
-    "comparisons": [{
-        **_PLACE, "row": str, "baseline_mode": str, "beyond_noise?": (bool, None),
-        **dict.fromkeys(("ratio", "low", "high"), float),
-    }],
-    "targets?": [{"name": str, "value": float, "target": Above(0), "reached": bool, "why": (str, None)}],
-    "checks": [{"name": str, "error": _TIME, "bound": float, "agrees": bool}],
-}  # fmt: skip
-_KERNELS = {
-    **_FILE, "triton": (str, None), "clock_mhz": _TIME, "sizes?": str,
-    "rows": [{
-        "stage": str, "pass?": str, "batch": int, "dtype": str, "provider": str, "us": _TOTAL, "us_eager": _TOTAL,
-        "floor_us": Above(0), "rel_error": _TIME, "failed?": (str, None), "samples?": [_TOTAL],
-    }],
-}  # fmt: skip
-_TESTS = {**_FILE, "passed": int, "failed": int, "skipped": int, "failures?": [str]}
-KINDS = {"prefill": _PREFILL, "kernels": _KERNELS, "tests": _TESTS}
+KINDS = ("host", "kernels", "prefill", "tests")
 
 
 class ResultError(ValueError):
@@ -56,8 +25,6 @@ class ResultError(ValueError):
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Atomically: a temporary file in the same folder, then a rename."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -75,9 +42,8 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """The checked content of a result file."""
-    path = Path(path)
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as error:
         raise ResultError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # also of integers with thousands of digits
@@ -86,14 +52,81 @@ def read(path: Path) -> dict[str, Any]:
     return result
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def check(result: Any, name: str) -> None:
     """Raise ResultError unless `result` has the fields and types of its kind."""
-    if not isinstance(result, dict):
-        raise ResultError(f"{name}: expected an object, got {type(result).__name__}")
-    kind = result.get("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ResultError(f"{name}: kind: expected one of {sorted(KINDS)}, got {kind!r}")
+    kind = result.get("kind") if isinstance(result, dict) else None
+    if kind not in KINDS:
+        raise ResultError(f"{name}: kind: expected one of {list(KINDS)}, got {kind!r}")
     if result.get("schema") != SCHEMA:
         raise ResultError(f"{name}: schema: expected {SCHEMA}, got {result.get('schema')!r}; measure again")
-    if found := problem(result, KINDS[kind], name):
-        raise ResultError(found)
+    if not find_spec("jsonschema"):  # on a machine that only measures
+        return
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    shapes = json.loads(Path(__file__).with_name("schema.json").read_text(encoding="utf-8"))["$defs"]
+    errors = Draft202012Validator({"$ref": f"#/$defs/{kind}", "$defs": shapes}).iter_errors(result)
+    if error := best_match(errors):
+        place = error.json_path.removeprefix("$").removeprefix(".")
+        raise ResultError(f"{name}: {place}: {error.message[:200]}")
+
+
+def commit() -> str:
+    """STF_COMMIT where there is no .git; else the checkout's commit, with "+dirty" when tracked files differ."""
+    if given := os.environ.get("STF_COMMIT"):
+        return given
+    try:
+        return _said_by("git", "rev-parse", "HEAD") + "+dirty" * bool(_said_by("git", "status", "--porcelain", "-uno"))
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _said_by(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
+def device_name(device: str) -> str:
+    """The GPU's own name, or the CPU's with its number of threads."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name, threads = platform.processor() or platform.machine(), torch.get_num_threads()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{name}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+def folder_name(device: str) -> str:
+    """A device's folder of results, named as its tuning table is: "NVIDIA H200" -> "nvidia-h200"."""
+    from stf_kernels.configs import device_slug
+
+    return device_slug(device_name(device))
+
+
+def results_folder(device: str) -> Path:
+    """Where a run's files go unless it is told: into the ignored `.work/`, so that no run dirties the checkout."""
+    return ROOT / ".work" / "results" / folder_name(device)
+
+
+def clock_mhz() -> float | None:
+    """The SM clock of GPU 0 right now, or None where it cannot be asked."""
+    try:
+        return float(_said_by("nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def describe(kind: str, device: str) -> dict[str, Any]:
+    """How every result file begins: what it is, and where it came from."""
+    packages = ("torch", "triton", "transformers")
+    versions = {package: metadata.version(package) if find_spec(package) else None for package in packages}
+    clock = clock_mhz() if device.startswith("cuda") else None
+    found = {"schema": SCHEMA, "kind": kind, "complete": False, "device": device_name(device), **versions}
+    found["command"] = ["python", "-m", f"bench.{kind}", *sys.argv[1:]]
+    return found | {"python": platform.python_version(), "commit": commit(), "clock_mhz": clock, "notes": []}

@@ -3,7 +3,10 @@
 144 for 336x336 pixels, patches of p = 14 and windows of r = 2. A video is its frames in order, behind one placeholder.
 """
 
+import contextlib
+import math
 import re
+from collections.abc import Iterator
 
 from PIL import Image
 from transformers import LlavaProcessor
@@ -24,8 +27,7 @@ class LlavaStfProcessor(LlavaProcessor):
         image_token (`str`, defaults to `"<image>"`): placeholder of one image in a prompt.
         spatial_merge_size (`int`, defaults to 2): side of the window that becomes one token.
 
-    Raises:
-        ValueError: sizes that are not positive ints; a tokenizer without a single token for `image_token`.
+    Raises ValueError for sizes that are not positive ints and a tokenizer without a single token for `image_token`.
     """
 
     def __init__(
@@ -44,9 +46,9 @@ class LlavaStfProcessor(LlavaProcessor):
             if type(value) is not int or value < 1:
                 hint = "; set it to model.config.vision_config.patch_size" if name == "patch_size" else ""
                 raise ValueError(f"{name}: expected a positive int, got {value!r}{hint}")
-        if tokenizer is None or image_processor is None:
-            missing = "tokenizer" if tokenizer is None else "image_processor"
-            raise ValueError(f"{missing}: expected one, got None")
+        for name, part in (("tokenizer", tokenizer), ("image_processor", image_processor)):
+            if part is None:
+                raise ValueError(f"{name}: expected one, got None")
         token = getattr(tokenizer, "image_token", image_token)
         ids = tokenizer.encode(token, add_special_tokens=False)
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
@@ -97,29 +99,23 @@ class LlavaStfProcessor(LlavaProcessor):
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         """Text as a list, images fetched; errors that say which argument it was."""
-        samples = [text] if isinstance(text, str) else text
-        if text is not None and not (
-            isinstance(samples, (list, tuple)) and all(isinstance(sample, str) for sample in samples)
-        ):
+        samples = [] if text is None else [text] if isinstance(text, str) else text
+        if not isinstance(samples, (list, tuple)) or not all(isinstance(sample, str) for sample in samples):
             raise ValueError(f"text: expected a string or a list of strings, got {text!r}")
-        try:
+        with _refusing(images):
             return super().prepare_inputs_layout(images=images, text=text, **kwargs)
-        except Exception as error:  # a missing file, a file that is no image, whatever a URL's client raises
-            raise _no_image(images, error) from error
 
     def _process_images(self, images, **kwargs):
-        try:
+        with _refusing(images):
             return super()._process_images(images, **kwargs)
-        except (ValueError, TypeError) as error:
-            raise _no_image(images, error) from error
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """ValueError unless the placeholders, or the expanded image tokens, are as many as the images need."""
-        if images is None and text is None:
-            raise ValueError("images, text: expected at least one of them, got neither")
         if text is None:
+            if images is None:
+                raise ValueError("images, text: expected at least one of them, got neither")
             return
-        per_image = self._tokens(*self._pixels(**kwargs))
+        per_image = self._per_image(**kwargs)
         count = 0 if images is None else len(self._flat(images))
         self._check_count(self._count(text), count, per_image)
         if isinstance(images, (list, tuple)) and len(images) == len(text):
@@ -150,23 +146,21 @@ class LlavaStfProcessor(LlavaProcessor):
         """Token counts for images of `image_sizes` [(height, width)]: resizing makes them all equal."""
         if image_sizes is None:
             return MultiModalData()
-        count = len(image_sizes)
-        tokens = self._tokens(*self._pixels(**kwargs))
-        return MultiModalData(num_image_tokens=[tokens] * count, num_image_patches=[1] * count)
+        tokens = [self._per_image(**kwargs)] * len(image_sizes)
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
 
     def _tokens(self, height: int, width: int) -> int:
-        side = self.patch_size
-        return (height // side // self.spatial_merge_size) * (width // side // self.spatial_merge_size)
+        return math.prod(side // self.patch_size // self.spatial_merge_size for side in (height, width))
 
-    def _pixels(self, **kwargs) -> tuple[int, int]:
-        """Height and width that the image processor gives every image."""
+    def _per_image(self, **kwargs) -> int:
+        """Tokens of an image of the size that the image processor gives every one."""
         options = {**kwargs, **kwargs.get("images_kwargs", {})}
         for name in ("crop_size", "size"):
             size = options.get(name) or getattr(self.image_processor, name, None)
             if isinstance(size, int):
-                return size, size
+                return self._tokens(size, size)
             if size and "height" in dict(size):
-                return dict(size)["height"], dict(size)["width"]
+                return self._tokens(dict(size)["height"], dict(size)["width"])
         raise ValueError("image_processor: expected a crop_size or size with height and width, got neither")
 
     def _count(self, text: list[str]) -> int:
@@ -174,10 +168,8 @@ class LlavaStfProcessor(LlavaProcessor):
 
     @staticmethod
     def _flat(images) -> list:
-        try:
+        with _refusing(images):
             flat = make_flat_list_of_images(images)
-        except ValueError as error:
-            raise _no_image(images, error) from error
         if empty := [image for image in flat if 0 in _shape(image)]:
             raise ValueError(f"images: expected at least one pixel in each, got {_describe(empty[0])}")
         return flat
@@ -191,12 +183,11 @@ class LlavaStfProcessor(LlavaProcessor):
         if text is None:
             return frames, None
         text = [text] if isinstance(text, str) else list(text)
-        found, expanded = self._count(text), len(frames) * self._tokens(*self._pixels(**kwargs))
+        found, expanded = self._count(text), len(frames) * self._per_image(**kwargs)
         if found not in (len(batched), len(frames), expanded):
             raise ValueError(
                 f"text: found {found} {self.image_token} tokens for {len(batched)} video(s) of {len(frames)} frame(s); "
-                f"expected {len(batched)}, one per video, or {expanded} where LlavaStfProcessor has expanded them "
-                "already"
+                f"expected {len(batched)}, one per video, or {expanded} where LlavaStfProcessor has expanded them"
             )
         if found != len(batched):
             return frames, text
@@ -227,11 +218,16 @@ def _shape(value) -> tuple[int, ...]:
     return value.size if isinstance(value, Image.Image) else tuple(getattr(value, "shape", ()))
 
 
-def _no_image(value, reason: Exception) -> ValueError:
-    return ValueError(
-        f"images: expected PIL images, arrays, paths or lists of them, got {_describe(value)}"
-        f" ({type(reason).__name__}: {_one_line(reason)})"
-    )
+@contextlib.contextmanager
+def _refusing(images) -> Iterator[None]:
+    """Whatever is raised inside, be it by a file that is missing or is no image, or by a URL's client."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"images: expected PIL images, arrays, paths or lists of them, got {_describe(images)}"
+            f" ({type(error).__name__}: {_one_line(error)})"
+        ) from error
 
 
 def _describe(value) -> str:

@@ -16,10 +16,10 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration, PreT
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .configuration import resolve_layers
-from .modeling import LlavaStfForConditionalGeneration
-from .placement import check_token_count, image_rows
-from .vision_tower import check_pixels, tower_hidden_states
+from .core.config import resolve_layers
+from .core.insertion import check_token_count, image_rows
+from .core.model import CompactModel
+from .core.tower import check_pixels, tower_hidden_states
 
 WARM_UP_RUNS = 3
 # A name with an attention and no mask function: transformers then makes no mask, and sdpa is causal by its own flag.
@@ -75,9 +75,8 @@ class PrefillRunner:
         full_tower: bool = False,
     ):
         if not isinstance(model, LlavaForConditionalGeneration):
-            raise TypeError(
-                f"model: expected a LLaVA or LLaVA-STF ForConditionalGeneration, got {type(model).__name__}"
-            )
+            got = type(model).__name__
+            raise TypeError(f"model: expected a LLaVA or LLaVA-STF ForConditionalGeneration, got {got}")
         for name, value, least in (("batch", batch, 1), ("seq_len", seq_len, 1), ("max_new_tokens", max_new_tokens, 0)):
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
@@ -101,9 +100,10 @@ class PrefillRunner:
         self._check(input_ids, pixel_values)
         images = 0 if pixel_values is None else len(pixel_values)
         self._ids.copy_(input_ids, non_blocking=True)
-        if images:
+        if pixel_values is not None:
+            dtype = self.model.model.vision_tower.dtype
             if images not in self._pixels:
-                self._pixels[images] = torch.empty(pixel_values.shape, dtype=self._pixel_dtype, device=self.device)
+                self._pixels[images] = torch.empty(pixel_values.shape, dtype=dtype, device=self.device)
             self._pixels[images].copy_(pixel_values, non_blocking=True)
         if self.device.type != "cuda":
             return self._prefill(images)
@@ -138,46 +138,34 @@ class PrefillRunner:
 
     def _place_images(self, flat: Tensor, pixels: Tensor) -> None:
         """Projected image tokens into the rows of flat [B*S, D] that hold image tokens."""
-        model = self.model.model
-        mask = self._ids == self.model.config.image_token_id
-        blocks = tower_hidden_states(model.vision_tower, pixels, self._layers, run_all=self.full_tower)
-        if isinstance(self.model, LlavaStfForConditionalGeneration):
-            count = pixels.shape[0] * self.model.config.image_seq_length
-            model.multi_modal_projector(blocks, model.vision_grid, out=flat, rows=image_rows(mask, count))
+        model, config = self.model.model, self.model.config
+        mask = self._ids == config.image_token_id
+        layers = resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)
+        blocks = tower_hidden_states(model.vision_tower, pixels, layers, run_all=self.full_tower)
+        if isinstance(model, CompactModel):
+            rows = image_rows(mask, len(pixels) * config.image_seq_length)
+            model.multi_modal_projector(blocks, model.vision_grid, out=flat, rows=rows)
             return
-        if self.model.config.vision_feature_select_strategy == "default":
+        if config.vision_feature_select_strategy == "default":
             blocks = [block[:, 1:] for block in blocks]
-        features = model.multi_modal_projector(torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0]).flatten(
-            0, 1
-        )
+        features = model.multi_modal_projector(torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0])
+        features = features.flatten(0, 1)
         if self.device.type == "cpu" and int(mask.sum()) != len(features):
             raise ValueError(f"input_ids: found {int(mask.sum())} image tokens, but {len(features)} are needed")
         flat.index_copy_(0, image_rows(mask, len(features)), features)
 
-    @property
-    def _layers(self) -> list[int]:
-        config = self.model.config
-        return resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)
-
-    @property
-    def _pixel_dtype(self) -> torch.dtype:
-        return self.model.model.vision_tower.dtype
-
     def _check(self, input_ids: Tensor, pixel_values: Tensor | None) -> None:
-        expected = (self.batch, self.seq_len)
+        config, expected = self.model.config, [self.batch, self.seq_len]
         if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.long:
             got = getattr(input_ids, "dtype", type(input_ids).__name__)
             raise TypeError(f"input_ids: expected an int64 tensor of dtype torch.int64, got {got}")
-        if tuple(input_ids.shape) != expected:
-            raise ValueError(
-                f"input_ids: expected shape {list(expected)}, got {list(input_ids.shape)}; "
-                "a PrefillRunner serves one shape"
-            )
+        if (got := list(input_ids.shape)) != expected:
+            raise ValueError(f"input_ids: expected shape {expected}, got {got}; a PrefillRunner serves one shape")
         if pixel_values is not None:
             check_pixels(self.model.model.vision_tower, pixel_values)
-        if input_ids.device.type == "cpu" and isinstance(self.model, LlavaStfForConditionalGeneration):
-            token, images = self.model.config.image_token_id, 0 if pixel_values is None else len(pixel_values)
-            check_token_count(input_ids == token, images, self.model.config.image_seq_length, token)
+        if input_ids.device.type == "cpu" and isinstance(self.model.model, CompactModel):
+            token, images = config.image_token_id, 0 if pixel_values is None else len(pixel_values)
+            check_token_count(input_ids == token, images, config.image_seq_length, token)
 
 
 @contextlib.contextmanager

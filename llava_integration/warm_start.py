@@ -13,25 +13,15 @@ import copy as copying
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from .configuration import LlavaStfConfig, prefix_tokens, resolve_layers
-from .modeling import LlavaStfForConditionalGeneration, build_projector
+from .core.config import default_blocks, prefix_tokens, resolve_layers, vision_grid
+from .core.projector import build_projector
+from .llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 
-DEFAULT_BLOCKS = 8
-
-
-def default_blocks(selected: int) -> list[int]:
-    """`selected` first, then the multiples of three below it, deepest first, eight in all.
-
-    23 -> [23, 21, 18, 15, 12, 9, 6, 3]. A tower too shallow for that gives min(8, selected) evenly spaced layers.
-    """
-    multiples = list(range((selected - 1) // 3 * 3, 0, -3))[: DEFAULT_BLOCKS - 1]
-    if len(multiples) == DEFAULT_BLOCKS - 1:
-        return [selected, *multiples]
-    count = max(min(DEFAULT_BLOCKS, selected), 1)
-    return [(2 * selected * k + count) // (2 * count) for k in range(count, 0, -1)]
+KEPT = ["vision_config", "text_config", "image_token_index", "projector_hidden_act", "multimodal_projector_bias"]
+KEPT += ["tie_word_embeddings", "dtype"]
 
 
 def from_llava(
@@ -56,13 +46,17 @@ def from_llava(
 
     Raises:
         TypeError: `model` is something else, or its projector is not two plain nn.Linear any more.
-        ValueError: a list of layers, select strategy "full", blocks without the selected layer or not in the tower,
-            merge_size that does not divide the grid, mbtf_hidden_size below 2 * C.
+        ValueError: `model` cannot be averaged exactly, or blocks, merge_size, mbtf_hidden_size do not fit it.
     """
     _check_model(model)
-    if not isinstance(copy, bool):
-        raise TypeError(f"copy: expected a bool, got {copy!r}")
-    config = _stf_config(model.config, blocks, merge_size, truncate, mbtf_hidden_size, _projector_width(model))
+    if type(merge_size) is not int:
+        raise TypeError(f"merge_size: expected an int, got {merge_size!r}")
+    if mbtf_hidden_size is not None and type(mbtf_hidden_size) is not int:
+        raise TypeError(f"mbtf_hidden_size: expected an int or None, got {mbtf_hidden_size!r}")
+    for name, value in (("copy", copy), ("truncate", truncate)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {value!r}")
+    config = _stf_config(model, blocks, merge_size, truncate, mbtf_hidden_size)
     stock = model.model.multi_modal_projector
     weight = stock.linear_1.weight
 
@@ -72,10 +66,9 @@ def from_llava(
     tower, language_model, head = copying.deepcopy(shared) if copy else shared  # in one go: embeddings may be tied
     stf.model.vision_tower, stf.model.language_model, stf.lm_head = tower, language_model, head
     config.vision_config, config.text_config = tower.config, language_model.config
-    stf.model.multi_modal_projector = build_projector(config, device=weight.device, dtype=weight.dtype)
-    warm_start_projector(
-        stf.model.multi_modal_projector, stock.linear_1, stock.linear_2, config, _selected(model.config)
-    )
+    projector = build_projector(config, device=weight.device, dtype=weight.dtype)
+    warm_start_projector(projector, stock.linear_1, stock.linear_2, config, _selected(model.config))
+    stf.model.multi_modal_projector = projector
     stf.generation_config = copying.deepcopy(model.generation_config)
     return stf.train(model.training)
 
@@ -86,14 +79,15 @@ def warm_start_projector(
 ) -> None:
     """Fill a CompactTokenProjector of `config` in place from the stock linears, which read layer `selected`."""
     copies = config.spatial_merge_size**2
+    blocks = resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)
     if projector.mbtf is not None:
-        _pass_through(projector.mbtf, config.vision_feature_layer.index(selected), config.vision_config.hidden_size)
+        _pass_through(projector.mbtf, blocks.index(selected), config.vision_config.hidden_size)
     stf = projector.stf
     stf.linear_1.weight.copy_(torch.block_diag(*[linear_1.weight] * copies))
     stf.linear_2.weight.copy_(torch.cat([linear_2.weight / copies] * copies, dim=1))
     if stf.linear_1.bias is not None:
-        stf.linear_1.bias.copy_(_bias(linear_1).repeat(copies))
-        stf.linear_2.bias.copy_(_bias(linear_2))
+        stf.linear_1.bias.copy_(linear_1.bias.repeat(copies))
+        stf.linear_2.bias.copy_(linear_2.bias)
 
 
 def _pass_through(mbtf: nn.Module, segment: int, dim: int) -> None:
@@ -111,40 +105,19 @@ def _pass_through(mbtf: nn.Module, segment: int, dim: int) -> None:
             linear.bias.zero_()
 
 
-def _bias(linear: nn.Linear) -> Tensor:
-    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-
-
 def _selected(config: LlavaConfig) -> int:
     return resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)[0]
 
 
-def _projector_width(model: LlavaForConditionalGeneration) -> int:
-    return model.model.multi_modal_projector.linear_1.out_features
-
-
-def _stf_config(
-    stock: LlavaConfig,
-    blocks: Sequence[int] | None,
-    merge_size: int,
-    truncate: bool,
-    mbtf_hidden_size: int | None,
-    projector_width: int,
-) -> LlavaStfConfig:
+def _stf_config(model: LlavaForConditionalGeneration, blocks, merge_size, truncate, mbtf_hidden_size) -> LlavaStfConfig:
+    stock, width = model.config, model.model.multi_modal_projector.linear_1.out_features
     selected, dim = _selected(stock), stock.vision_config.hidden_size
-    if blocks is None:
-        blocks = default_blocks(selected)
+    blocks = default_blocks(selected) if blocks is None else blocks
     blocks = resolve_layers(blocks, stock.vision_config.num_hidden_layers, name="blocks")
     if selected not in blocks:
         raise ValueError(f"blocks: expected layer {selected} among them, which the stock projector reads, got {blocks}")
-    if isinstance(merge_size, bool) or not isinstance(merge_size, int):
-        raise TypeError(f"merge_size: expected an int, got {merge_size!r}")
-    if not isinstance(truncate, bool):
-        raise TypeError(f"truncate: expected a bool, got {truncate!r}")
-    if mbtf_hidden_size is not None and type(mbtf_hidden_size) is not int:
-        raise TypeError(f"mbtf_hidden_size: expected an int or None, got {mbtf_hidden_size!r}")
-    side = stock.vision_config.image_size // stock.vision_config.patch_size
-    if merge_size < 1 or (side % merge_size and not truncate) or merge_size > side:
+    side, _ = vision_grid(stock.vision_config)
+    if not 1 <= merge_size <= side or (side % merge_size and not truncate):
         raise ValueError(
             f"merge_size: expected a divisor of the {side}x{side} grid, got {merge_size}; "
             "truncate=True drops the last rows and columns"
@@ -155,18 +128,12 @@ def _stf_config(
             f"got {mbtf_hidden_size}"
         )
     config = LlavaStfConfig(
-        vision_config=copying.deepcopy(stock.vision_config),
-        text_config=copying.deepcopy(stock.text_config),
-        image_token_index=stock.image_token_index,
-        projector_hidden_act=stock.projector_hidden_act,
-        multimodal_projector_bias=stock.multimodal_projector_bias,
-        tie_word_embeddings=stock.tie_word_embeddings,
+        **{name: copying.deepcopy(getattr(stock, name)) for name in KEPT},
         vision_feature_layer=blocks,
         spatial_merge_size=merge_size,
         spatial_merge_truncate=truncate,
         mbtf_hidden_size=mbtf_hidden_size,
-        stf_hidden_size=merge_size**2 * projector_width,
-        dtype=stock.dtype,
+        stf_hidden_size=merge_size**2 * width,
     )
     config._attn_implementation = stock._attn_implementation
     return config
@@ -174,27 +141,19 @@ def _stf_config(
 
 def _check_model(model: LlavaForConditionalGeneration) -> None:
     if not isinstance(model, LlavaForConditionalGeneration) or isinstance(model, LlavaStfForConditionalGeneration):
-        raise TypeError(
-            f"model: expected a stock transformers LlavaForConditionalGeneration, got {type(model).__name__}"
-        )
+        got = type(model).__name__
+        raise TypeError(f"model: expected a stock transformers LlavaForConditionalGeneration, got {got}")
     config = model.config
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
             f"model: expected one vision_feature_layer, got the list {config.vision_feature_layer}; "
             "its projector reads a concatenation that no average of tokens reproduces"
         )
-    if config.vision_feature_select_strategy != "default":
-        reason = "tokens outside the patch grid cannot be merged"
-        if not prefix_tokens(config.vision_config):
-            reason = "the warm start is for towers with a CLS token; `convert official` takes trained weights of others"
+    tower, strategy = config.vision_config, config.vision_feature_select_strategy
+    if strategy != "default" or not prefix_tokens(tower):
         raise ValueError(
-            "model: expected vision_feature_select_strategy='default', got "
-            f"{config.vision_feature_select_strategy!r}; {reason}"
-        )
-    if not prefix_tokens(config.vision_config):
-        raise ValueError(
-            "model: expected a tower with a CLS token under select strategy 'default', "
-            f"got {config.vision_config.model_type}"
+            "model: expected vision_feature_select_strategy='default' and a tower with a CLS token, got "
+            f"{strategy!r} and {tower.model_type}; `convert official` takes trained weights of other towers"
         )
     projector = model.model.multi_modal_projector
     for name in ("linear_1", "linear_2"):

@@ -3,12 +3,32 @@
     official    the released LLaVA-STF checkpoint -> a folder that from_pretrained reads
     llava       any LLaVA-1.5 folder of transformers -> a warm-started LLaVA-STF folder
 
-Tensor by tensor, into safetensors of at most 5 GB, and nothing at DST until it is whole.
+    official.py, llava.py    the two commands: which tensor goes where, what the configuration says
+    base.py                  official checkpoints that need another one: LoRA, a pretrained projector
+    checkpoint.py            reading weights; matching them with the tensors of the model
+    tower.py                 the vision tower: known names, local folders
+    processor.py             tokenizer, image processor, chat template
+    folder.py                writing everything, whole or not at all
+    auto_map.py              code for trust_remote_code=True
+    report.py                the error, the report, the model card
+
+Tensor by tensor, into safetensors of at most 2 GB, and nothing at DST until it is whole.
 """
 
-from .errors import ConversionError
-from .llava import convert_llava
-from .official import convert_official
-from .report import Report
+import importlib
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from .llava import convert_llava
+    from .official import convert_official
+    from .report import ConversionError, Report
+
+_HOMES = {"ConversionError": "report", "Report": "report", "convert_llava": "llava", "convert_official": "official"}
 __all__ = ["ConversionError", "Report", "convert_llava", "convert_official"]
+
+
+def __getattr__(name: str) -> object:
+    """Imported when asked for: the command answers --help before torch is imported."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -4,13 +4,9 @@ import argparse
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
-
-from .errors import ConversionError
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,14 +14,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stop in (signal.SIGTERM, signal.SIGHUP):  # the half-written folder goes then too; nohup ignores SIGHUP
         if signal.getsignal(stop) is not signal.SIG_IGN:
             signal.signal(stop, lambda number, _: sys.exit(128 + number))
+    # Only now: these imports take seconds, and --help should not.
+    import torch
     from transformers.utils import logging
 
-    from . import convert_llava, convert_official
+    from . import ConversionError, convert_llava, convert_official
 
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # about old fields of SRC, which is only read
-    convert = {"official": convert_official, "llava": convert_llava}[options.pop("command")]
-    options["dtype"] = DTYPES.get(options["dtype"])
+    convert: Callable = convert_llava if options.pop("command") == "llava" else convert_official
+    options["dtype"] = None if options["dtype"] == "auto" else getattr(torch, options["dtype"])
     try:
         report = convert(options.pop("src"), options.pop("dst"), progress=True, **options)
     except ConversionError as error:
@@ -47,20 +45,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("src", metavar="SRC", help="local folder of the checkpoint; only read")
         command.add_argument("dst", metavar="DST", help="new folder")
         command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: as in SRC")
-        command.add_argument(
-            "--blocks", type=_layers, metavar="I,I,...", help="layers of the vision tower in concatenation order"
-        )
-        command.add_argument(
-            "--auto-map", action="store_true", help="write code for trust_remote_code=True beside the weights"
-        )
+        command.add_argument("--blocks", type=_layers, metavar="I,I,...", help="tower layers in concatenation order")
+        command.add_argument("--auto-map", action="store_true", help="add code for trust_remote_code=True")
     official.add_argument("--base", metavar="DIR", help="language model of a pretrained projector or LoRA adapter")
-    official.add_argument(
-        "--vision-tower", metavar="DIR", help="CLIP or SigLIP folder, if mm_vision_tower is not local"
-    )
+    official.add_argument("--vision-tower", metavar="DIR", help="CLIP or SigLIP, if mm_vision_tower is not local")
     llava.add_argument("--merge-size", type=int, default=2, metavar="R", help="side of the window, default 2")
-    llava.add_argument(
-        "--truncate", action="store_true", help="drop the last rows and columns of a grid that R does not divide"
-    )
+    llava.add_argument("--truncate", action="store_true", help="drop rows and columns of patches that fill no window")
     return parser
 
 

@@ -1,7 +1,7 @@
 """What trust_remote_code=True loads, for programs in which `import llava_integration` cannot be added.
 
     llava_stf_auto.py    the classes of the package where it is installed, of the files beside it where it is not
-    llava_stf_*.py       the package's model, configuration and processor, with the projector in plain torch
+    llava_stf*.py        the package's model, configuration and processor, with the projector in plain torch
 
 The loader holds subclasses, not names: transformers copies the file of a class that it loaded so when the model is
 saved again, with all that it imports relatively, and the copy has to be complete.
@@ -12,59 +12,44 @@ import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
-PREFIX = "llava_stf_"
-MODULE = PREFIX + "auto"
-LOADER_FILE = MODULE + ".py"
+RELATIVE = re.compile(r"^from (\.[\w.]*) import", re.MULTILINE)
+MODULE = "llava_stf_auto"
 
-# Flat, and with relative imports only: transformers copies files of one folder.
-COPIED = (
-    "configuration",
-    "modeling",
-    "placement",
-    "plain_projector",
-    "processing",
-    "register",
-    "saving",
-    "vision_tower",
-)
+# Under flat names, and with relative imports only: transformers copies files of one folder.
+COPIED = [*sorted((PACKAGE / "core").glob("[a-z]*.py")), PACKAGE / "llava_stf.py", PACKAGE / "processing.py"]
 KERNELS, PLAIN = "from stf_kernels import CompactTokenProjector", "from .plain_projector import CompactTokenProjector"
 
 LOADER = '''"""LLaVA-STF for trust_remote_code=True: from the stf-kernels package if installed, else in plain torch."""
+
+import sys
 
 from transformers import AutoProcessor
 from transformers.utils import logging
 
 try:
-    from llava_integration import LlavaStfConfig as Config
-    from llava_integration import LlavaStfForConditionalGeneration as ForConditionalGeneration
-    from llava_integration import LlavaStfModel as Model
-    from llava_integration import LlavaStfProcessor as Processor
+    import llava_integration as stf
 except ImportError:
-    from .llava_stf_register import LlavaStfConfig as Config
-    from .llava_stf_register import LlavaStfForConditionalGeneration as ForConditionalGeneration
-    from .llava_stf_register import LlavaStfModel as Model
-    from .llava_stf_register import LlavaStfProcessor as Processor
-    from .llava_stf_register import register
+    from .llava_stf import LlavaStfConfig
 
-    register()
+    stf = sys.modules[LlavaStfConfig.__module__]
     logging.get_logger(__name__).warning("LLaVA-STF: stf-kernels is not installed, so its projector is not fused")
 
 
-class LlavaStfConfig(Config):
+class LlavaStfConfig(stf.LlavaStfConfig):
     pass
 
 
-class LlavaStfModel(Model):
+class LlavaStfModel(stf.LlavaStfModel):
     config: LlavaStfConfig
     config_class = LlavaStfConfig
 
 
-class LlavaStfForConditionalGeneration(ForConditionalGeneration):
+class LlavaStfForConditionalGeneration(stf.LlavaStfForConditionalGeneration):
     config: LlavaStfConfig
     config_class = LlavaStfConfig
 
 
-class LlavaStfProcessor(Processor):
+class LlavaStfProcessor(stf.LlavaStfProcessor):
     _auto_class = "AutoProcessor"
 
     def to_dict(self, *args, **kwargs):
@@ -73,30 +58,30 @@ class LlavaStfProcessor(Processor):
 
 
 # Once a model is loaded the package's processor is known by its name, and would be taken instead.
-AutoProcessor.register(Config, LlavaStfProcessor, exist_ok=True)
+AutoProcessor.register(stf.LlavaStfConfig, LlavaStfProcessor, exist_ok=True)
 '''
 
-MODEL_CLASSES = {
-    "AutoConfig": "LlavaStfConfig",
-    "AutoModel": "LlavaStfModel",
-    "AutoModelForImageTextToText": "LlavaStfForConditionalGeneration",
-}
+MODEL_CLASSES = {"AutoConfig": "LlavaStfConfig", "AutoModel": "LlavaStfModel"}
+MODEL_CLASSES |= {"AutoModelForImageTextToText": "LlavaStfForConditionalGeneration"}
 
 
 def write_auto_map(folder: Path) -> None:
     """Add the code to `folder` and name it in config.json and, where there is a processor, processor_config.json."""
-    (folder / LOADER_FILE).write_text(LOADER, encoding="utf-8")
-    for name in COPIED:
-        (folder / f"{PREFIX}{name}.py").write_text(_flat_source(name), encoding="utf-8")
+    (folder / f"{MODULE}.py").write_text(LOADER, encoding="utf-8")
+    for path in COPIED:
+        # A file of the package that needs nothing but torch, transformers and its neighbours in the folder.
+        source = path.read_text(encoding="utf-8").replace(KERNELS, PLAIN)
+        source = RELATIVE.sub(lambda found: f"from .{_flat_name(found[1])} import", source)
+        (folder / f"{_flat_name(path.stem)}.py").write_text(source, encoding="utf-8")
     _add(folder / "config.json", MODEL_CLASSES)
     if (folder / "processor_config.json").is_file():
         _add(folder / "processor_config.json", {"AutoProcessor": "LlavaStfProcessor"})
 
 
-def _flat_source(name: str) -> str:
-    """A file of the package that needs nothing but torch, transformers and its neighbours in the folder."""
-    source = (PACKAGE / f"{name}.py").read_text(encoding="utf-8").replace(KERNELS, PLAIN)
-    return re.sub(r"^from \.(\w+) import", rf"from .{PREFIX}\1 import", source, flags=re.MULTILINE)
+def _flat_name(module: str) -> str:
+    """tower, .tower, .core.tower -> llava_stf_tower"""
+    name = module.rpartition(".")[2]
+    return name if name.startswith("llava_stf") else f"llava_stf_{name}"
 
 
 def _add(file: Path, classes: dict[str, str]) -> None:

@@ -6,15 +6,18 @@ Renaming, overlaying and merging checkpoints are then operations on dicts. `.saf
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from .errors import ConversionError
+from .report import CONFIG, ConversionError, Report, blamed_on
 
 # In the order in which they are looked for.
 WEIGHT_FILES = (
@@ -23,14 +26,18 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+# What older checkpoints stored and the model computes or ties: the only tensors that may be left over.
+COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.embeddings\.position_ids$|^lm_head\.weight$")
+SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint that has not been read yet; `how` says what its reading does besides."""
+    """One tensor, not read yet: its name and file in the checkpoint, and what happened to it on the way here."""
 
+    name: str
     shape: tuple[int, ...]
     dtype: torch.dtype | None  # None: not a floating dtype
     read: Callable[[], Tensor]
@@ -72,11 +79,20 @@ def open_weights(folder: Path, what: str = "SRC") -> Entries:
 
 def open_file(path: Path) -> Entries:
     """All tensors of one `.safetensors` or `.bin` file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(40)
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read ({error.strerror})") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise ConversionError(f"{path}: expected weights, got a git-lfs pointer; run git lfs pull in its folder")
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file."""
+def read_json(path: Path, missing_ok: bool = False) -> dict:
+    """The object in a JSON file; {} without the file where that may be."""
+    if missing_ok and not path.is_file():
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -87,7 +103,6 @@ def read_json(path: Path) -> dict:
 
 
 def _open_safetensors(path: Path) -> Entries:
-    _refuse_pointer(path)
     try:
         handle = safe_open(path, framework="pt")
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
@@ -95,17 +110,17 @@ def _open_safetensors(path: Path) -> Entries:
         raise ConversionError(f"{path}: truncated or not safetensors ({error}); get the file again") from error
     return {
         name: Entry(
-            tuple(view.get_shape()),
-            SAFETENSORS_DTYPES.get(view.get_dtype()),
-            lambda name=name: handle.get_tensor(name),
-            path.name,
+            name=name,
+            shape=tuple(view.get_shape()),
+            dtype=SAFETENSORS_DTYPES.get(view.get_dtype()),
+            read=partial(handle.get_tensor, name),
+            origin=path.name,
         )
         for name, view in slices.items()
     }
 
 
 def _open_torch(path: Path) -> Entries:
-    _refuse_pointer(path)
     try:
         content = _load(path)
     except pickle.UnpicklingError as error:
@@ -116,13 +131,17 @@ def _open_torch(path: Path) -> Entries:
     except Exception as error:  # what a damaged pickle raises depends on where it is damaged
         raise ConversionError(f"{path}: truncated or not a torch checkpoint; get the file again") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ConversionError(f"{path}: expected a dict of tensors, got {_describe(content)}")
+        got = type(content).__name__
+        if isinstance(content, dict):
+            got = "a dict with " + ", ".join(sorted({type(value).__name__ for value in content.values()}))
+        raise ConversionError(f"{path}: expected a dict of tensors, got {got}")
     return {
         str(name): Entry(
-            tuple(tensor.shape),
-            tensor.dtype if tensor.is_floating_point() else None,
-            lambda tensor=tensor: tensor.detach(),
-            path.name,
+            name=str(name),
+            shape=tuple(tensor.shape),
+            dtype=tensor.dtype if tensor.is_floating_point() else None,
+            read=tensor.detach,
+            origin=path.name,
         )
         for name, tensor in content.items()
     }
@@ -137,17 +156,70 @@ def _load(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6: cannot be mapped
 
 
-def _describe(content: object) -> str:
-    if not isinstance(content, dict):
-        return type(content).__name__
-    return "a dict with " + ", ".join(sorted({type(value).__name__ for value in content.values()}))
+def rename(entries: Entries, name_of: Callable[[str], str | None]) -> Entries:
+    """Entries under the model's names; those without one stay under their own."""
+    renamed: Entries = {}
+    for name, entry in entries.items():
+        target = name_of(name) or name
+        if target in renamed:
+            other = renamed[target].name
+            raise ConversionError(f"SRC: {name} and {other} are both {target}; remove one from the checkpoint")
+        renamed[target] = entry
+    return renamed
 
 
-def _refuse_pointer(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(40)
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read ({error.strerror})") from error
-    if start.startswith(b"version https://git-lfs"):
-        raise ConversionError(f"{path}: expected weights, got a git-lfs pointer; run git lfs pull in its folder")
+def settle_head(entries: Entries, tied: bool, report: Report) -> bool:
+    """Whether the model is tied that config.json calls `tied`: as in transformers, what the checkpoint holds decides.
+
+    embeddings alone, or both and equal    tied
+    head alone                             tied, and the head is the embeddings: safetensors keeps the first name
+    both and different                     two tensors, whatever config.json says
+    """
+    if not tied or HEAD not in entries:
+        return tied
+    if EMBEDDINGS not in entries:
+        entries[EMBEDDINGS] = entries.pop(HEAD)
+        return True
+    head, embeddings = entries[HEAD], entries[EMBEDDINGS]
+    if head.shape == embeddings.shape and torch.equal(head.read(), embeddings.read().to(head.dtype)):
+        return True
+    report.notes.append("config.json ties the head to the embeddings, but both are there and differ: kept apart")
+    return False
+
+
+def on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """What `build` returns, with shapes and no values."""
+    with blamed_on(CONFIG), torch.device("meta"):
+        return build()
+
+
+def match(model: PreTrainedModel, entries: Entries, report: Report) -> Entries:
+    """One entry of the right shape for every tensor of `model`; nothing but what it computes may be left over."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        wanted.pop(HEAD, None)
+    missing = [name for name in wanted if name not in entries]
+    left = [name for name in entries if name not in wanted]
+    foreign = [entries[name].name for name in left if not COMPUTED.search(name)]
+    problems = [
+        f"{len(names)} tensors are {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+        for what, names in (("missing", missing), ("left over", foreign))
+        if names
+    ]
+    if problems:
+        raise ConversionError(
+            f"SRC: {'; '.join(problems)}; expected exactly the {len(wanted)} of the model that config.json describes: "
+            "complete the checkpoint, or it is of another kind"
+        )
+    for name, shape in wanted.items():
+        entry = entries[name]
+        problem = None
+        if entry.shape != shape:
+            problem = f"shape {list(shape)} by the configuration, got {list(entry.shape)}"
+        elif entry.dtype is None:
+            problem = "float32, float16 or bfloat16, got another dtype; convert a checkpoint that is not quantized"
+        if problem:
+            raise ConversionError(f"SRC: {entry.name} in {entry.origin}: expected {problem}")
+        report.tensors[entry.how].append(f"{name} <- {entry.name}")
+    report.tensors["left over"] += [f"{entries[name].name}: computed by the model" for name in left]
+    return {name: entries[name] for name in wanted}

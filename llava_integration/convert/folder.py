@@ -1,88 +1,198 @@
 """The converted folder: weights, configurations, processor, model card and report; whole or not at all."""
 
+import contextlib
+import glob
 import json
+import logging
+import math
+import os
+import shutil
 import sys
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedConfig
 
-from ..configuration import LlavaStfConfig
-from ..modeling import LlavaStfForConditionalGeneration
-from .atomic import check_destination, check_space, whole_folder
+from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 from .auto_map import write_auto_map
-from .card import CARD_FILE, Source, model_card
-from .checkpoint import Entry
-from .errors import ConversionError, blamed_on
-from .report import Report
-from .writer import DTYPE_NAMES, MAX_SHARD_BYTES, Output, write_shards
+from .checkpoint import EMBEDDINGS, Entries, Entry, read_json
+from .report import CARD_FILE, ConversionError, Report, blamed_on, model_card
 
 REPORT_FILE = "conversion.json"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_SHARD_BYTES = 2 * 10**9  # what is held in memory, too
+HEADER_BYTES = 160  # at most, of a file and of every tensor in it besides its name
 SMALL_FILES = 16 * 2**20  # room for a tokenizer and the JSON files
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """All that the new folder holds; `entries` under the model's names, `processor` None without a tokenizer."""
+class Target:
+    """Where and how a conversion is written.
 
-    config: LlavaStfConfig
-    entries: Mapping[str, Entry]
-    dtype: torch.dtype
-    processor: ProcessorMixin | None
-    generation: dict
-    source: Source
-    report: Report
-    auto_map: bool
+    Args:
+        dtype: float32, float16 or bfloat16; default: the embeddings' own.
+        auto_map: write the code that trust_remote_code=True takes; without stf_kernels it runs in plain torch.
+        max_shard_bytes: upper limit of a file, 2 GB by default; about as much is held in memory.
+        progress: show a bar on a terminal.
+    """
+
+    dst: Path
+    dtype: torch.dtype | None = None
+    auto_map: bool = False
+    max_shard_bytes: int | None = None
+    progress: bool = False
+
+    def check(self, **sources: Path | None) -> None:
+        """ConversionError for what can be refused before anything is read; `sources`: folders, by option."""
+        folders = {name: folder for name, folder in sources.items() if folder is not None}
+        for name, folder in folders.items():
+            if not folder.is_dir():
+                raise ConversionError(f"{name}: expected a local folder, got {folder}; download the checkpoint first")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConversionError(f"--dtype: expected float32, float16 or bfloat16, got {self.dtype}")
+        size = self.max_shard_bytes
+        if size is not None and (type(size) is not int or size < 1):
+            raise ConversionError(f"max_shard_bytes: expected a positive int or None, got {size!r}")
+        _check_destination(self.dst, list(folders.values()))
+
+    def write(self, config: LlavaStfConfig, entries: Entries, processor, generation: dict, report: Report) -> Report:
+        """Write everything beside `dst`, then rename; returns the report.
+
+        `entries`: under the model's names; `processor`: None without a tokenizer.
+        """
+        dtype = self.dtype or entries[EMBEDDINGS].dtype
+        dtype = dtype if dtype in DTYPES else torch.float32
+        config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
+        config.architectures = [LlavaStfForConditionalGeneration.__name__]
+        with blamed_on("SRC: generation_config.json", "correct the file or remove it"):
+            GenerationConfig(**generation)
+        size = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
+        needed, free = size + SMALL_FILES, shutil.disk_usage(self.dst.parent).free
+        if free < needed:
+            raise ConversionError(
+                f"DST: expected {needed / 1e9:.2f} GB free at {self.dst.parent}, got {free / 1e9:.2f} GB; "
+                "free some or choose another disk"
+            )
+        with whole_folder(self.dst) as folder:
+            hidden = not (self.progress and sys.stderr.isatty())
+            with tqdm(total=size, unit="B", unit_scale=True, disable=hidden) as bar:
+                _write_weights(folder, entries, dtype, self.max_shard_bytes or MAX_SHARD_BYTES, bar.update)
+            config.save_pretrained(folder)
+            _write_json(folder / "generation_config.json", generation)
+            if processor is not None:
+                processor.save_pretrained(folder)
+            if self.auto_map:
+                write_auto_map(folder)
+            card = model_card(config, report, processor=processor is not None, auto_map=self.auto_map)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+            _write_json(folder / REPORT_FILE, report.as_dict())
+        kind = str(dtype).removeprefix("torch.")
+        report.notes.append(f"{self.dst}: {len(entries)} tensors, {size / 1e9:.2f} GB, {kind}")
+        return report
 
 
-def check_options(
-    src: Path,
-    dst: Path,
-    dtype: torch.dtype | None,
-    max_shard_bytes: int | None,
-    others: Mapping[str, Path | None],
+def generation_settings(folders: Sequence[Path], text: PreTrainedConfig) -> dict:
+    """generation_config.json, without flags that greedy search ignores and transformers refuses; else token ids."""
+    file = next((path for folder in folders if (path := folder / "generation_config.json").is_file()), None)
+    content = read_json(file) if file else {}
+    ignored = () if content.get("do_sample") else ("temperature", "top_p", "top_k")
+    ids = {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return ids | {name: value for name, value in content.items() if name not in ignored}
+
+
+@contextlib.contextmanager
+def whole_folder(dst: Path) -> Iterator[Path]:
+    """A new folder beside `dst` to write into; it becomes `dst` when the block ends, and vanishes when it fails.
+
+    What a killed run has left is named, and not touched: it may be that of a run at work.
+    """
+    for left in sorted(dst.parent.glob(f".{glob.escape(dst.name)}.*.partial")):
+        _log.warning("convert: %s was left by another run; remove it unless that one is still at work", left)
+    partial = dst.parent / f".{dst.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        partial.mkdir()
+        yield partial
+        for path in [*sorted(partial.rglob("*")), partial]:
+            _sync(path)
+        _check_destination(dst, [])  # somebody else may have been faster
+        partial.rename(dst)
+        _sync(dst.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConversionError(
+            f"DST: could not write {dst}: {reason}; nothing is left there, make room or choose another"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_destination(dst: Path, sources: Sequence[Path]) -> None:
+    """ConversionError unless `dst` can be made: it is not there, its parent is, and it lies in no source."""
+    if os.path.lexists(dst):
+        raise ConversionError(
+            f"DST: expected a path where nothing is, got {dst}, which exists; choose another or move it"
+        )
+    if not dst.parent.is_dir():
+        raise ConversionError(f"DST: expected its parent to be a folder, got {dst.parent}, which is not; make it first")
+    place = dst.parent.resolve() / dst.name
+    for source in sources:
+        if place.is_relative_to(source.resolve()):
+            raise ConversionError(f"DST: expected a place outside {source}, which is only read, got {dst}")
+
+
+def _write_weights(
+    folder: Path, entries: Entries, dtype: torch.dtype, max_bytes: int, advance: Callable[[int], object]
 ) -> None:
-    """ConversionError for what can be refused before anything is read; `others`: further folders, by option."""
-    for name, folder in {"SRC": src, **others}.items():
-        if folder is not None and not folder.is_dir():
-            raise ConversionError(f"{name}: expected a local folder, got {folder}; download the checkpoint first")
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise ConversionError(f"--dtype: expected float32, float16 or bfloat16, got {dtype}")
-    if max_shard_bytes is not None and (type(max_shard_bytes) is not int or max_shard_bytes < 1):
-        raise ConversionError(f"max_shard_bytes: expected a positive int or None, got {max_shard_bytes!r}")
-    check_destination(dst, [src, *(folder for folder in others.values() if folder is not None)])
+    """`entries` as `dtype` in files of at most `max_bytes`; only a tensor that alone is larger makes a larger file."""
+    sizes = {name: math.prod(entry.shape) * dtype.itemsize for name, entry in entries.items()}
+    split = split_state_dict_into_shards_factory(
+        {name: sizes[name] + len(name.encode()) + HEADER_BYTES for name in entries},
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes - HEADER_BYTES,
+    )
+    for file, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            tensors[name] = _cast(name, entries[name], dtype)
+            advance(sizes[name])
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # save_file leaves a temporary file's 0600
+    if split.is_sharded:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_folder(dst: Path, conversion: Conversion, max_shard_bytes: int | None, progress: bool) -> Report:
-    """Write everything beside `dst`, then rename; returns the report."""
-    config, report = conversion.config, conversion.report
-    dtype = conversion.dtype if conversion.dtype in DTYPE_NAMES else torch.float32
-    config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
-    config.architectures = [LlavaStfForConditionalGeneration.__name__]
-    with blamed_on("SRC: generation_config.json", "correct the file or remove it"):
-        GenerationConfig(**conversion.generation)
-    outputs = [Output(name, entry.shape, entry.read) for name, entry in conversion.entries.items()]
-    size = sum(output.numel for output in outputs) * dtype.itemsize
-    check_space(dst, size + SMALL_FILES)
-    with whole_folder(dst) as folder:
-        with tqdm(total=size, unit="B", unit_scale=True, disable=not (progress and sys.stderr.isatty())) as bar:
-            write_shards(folder, outputs, dtype, max_shard_bytes or MAX_SHARD_BYTES, bar.update)
-        config.save_pretrained(folder)
-        _write_json(folder / "generation_config.json", conversion.generation)
-        processor = conversion.processor
-        if processor is not None:
-            processor.save_pretrained(folder)
-        if conversion.auto_map:
-            write_auto_map(folder)
-        has = {"processor": processor is not None, "auto_map": conversion.auto_map}
-        card = model_card(config, conversion.source, report, **has)
-        (folder / CARD_FILE).write_text(card, encoding="utf-8")
-        _write_json(folder / REPORT_FILE, report.as_dict())
-    report.notes.append(f"{dst}: {len(outputs)} tensors, {size / 1e9:.2f} GB, {str(dtype).removeprefix('torch.')}")
-    return report
+def _cast(name: str, entry: Entry, dtype: torch.dtype) -> Tensor:
+    tensor = entry.read()
+    if tuple(tensor.shape) != entry.shape:
+        raise ConversionError(f"{name}: expected shape {entry.shape}, got {tuple(tensor.shape)}")
+    # A copy: two names of one tensor are refused by save_file.
+    cast = torch.empty(entry.shape, dtype=dtype).copy_(tensor)
+    if dtype == torch.float16 and tensor.dtype != dtype and not cast.isfinite().all() and tensor.isfinite().all():
+        raise ConversionError(
+            f"--dtype: {name} has values up to {tensor.abs().max().item():.3g}, which float16 cannot hold; "
+            "use bfloat16 or float32"
+        )
+    return cast
 
 
 def _write_json(path: Path, content: dict) -> None:

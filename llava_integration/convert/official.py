@@ -7,200 +7,266 @@
     model.{embed_tokens,layers,norm}.*             -> model.language_model.*
     lm_head.*                                      -> lm_head.*
 
-Also from the pretrain form (mm_projector.bin and a base) and from LoRA adapters (and their base).
+Blocks, window and widths are not in config.json; the shapes of the projector's tensors say them:
+
+    mm_projector_crosslayer.0 [H1, M*C]   .2 [C, H1]        MBTF; absent in a model with STF alone
+    mm_projector.0            [H2, r*r*C] .2 [D, H2]        STF, channel-major
 """
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from torch import Tensor
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 from stf_kernels import channel_to_patch_major
 
-from ..configuration import LlavaStfConfig, vision_grid
-from ..modeling import LlavaStfForConditionalGeneration
-from .buffers import computed
-from .card import Source
-from .checkpoint import Entries, Entry, read_json
-from .errors import ConversionError, blamed_on
-from .folder import Conversion, check_options, write_folder
-from .geometry import RELAID_OUT, Geometry, block_layers, derive, projector_name
-from .language import text_config
-from .parts import read_parts
-from .plan import match, on_meta, rename, shapes_of
-from .processor import image_processor, make_processor, read_image_settings, read_tokenizer
-from .report import Report
-from .template import VICUNA_V1
-from .tied import settle
+from ..core.config import published_blocks, resolve_layers, vision_grid
+from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
+from .base import read_parts
+from .checkpoint import EMBEDDINGS, HEAD, Entries, Entry, match, on_meta, rename, settle_head
+from .folder import Target, generation_settings
+from .processor import VICUNA_V1, Vocabulary, make_processor, read_image_settings, read_tokenizer, settle_vocabulary
+from .report import CONFIG, ConversionError, Report, blamed_on, passed_on
 from .tower import PREFIX as TOWER
-from .tower import Tower, find_tower, tower_name
-from .vocabulary import EMBEDDINGS, add_tokens, resize, without_tokenizer
+from .tower import find_tower, tower_name
 
+PROJECTOR = "model.multi_modal_projector."
+PROJECTOR_NAME = re.compile(r"^(?:.*\.)?(mm_projector(?:_crosslayer)?)\.([02])\.(weight|bias)$")
+CHILDREN = {"mm_projector_crosslayer": "mbtf", "mm_projector": "stf"}
+LINEARS = {"0": "linear_1", "2": "linear_2"}
+CHANNEL_MAJOR = PROJECTOR + "stf.linear_1.weight"
 LANGUAGE = re.compile(r"^model\.(?=(?:embed_tokens|layers|norm)\.)")
+PUBLISHED_SELECT = -2
+EXPECTED = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False}
+LANGUAGE_MODELS = ("llava_llama", "llava", "llama", "llava_mistral", "mistral")
+ROPE_FIELDS = ("rope_theta", "rope_scaling")  # of files before transformers 5
+NOT_FIELDS = ("model_type", "transformers_version", "architectures", "dtype", "_name_or_path")
 
 
 def convert_official(
     src: str | Path,
     dst: str | Path,
     *,
-    dtype: torch.dtype | None = None,
     blocks: list[int] | None = None,
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
-    auto_map: bool = False,
-    max_shard_bytes: int | None = None,
-    progress: bool = False,
+    **target: Any,
 ) -> Report:
     """Convert the official checkpoint in `src` to the new folder `dst`.
 
     Args:
-        dtype: float32, float16 or bfloat16; default: the embeddings' own.
         blocks: layers of the tower in concatenation order, where the checkpoint is not the published one.
         base: folder of the language model, for the pretrain form and for LoRA.
         vision_tower: folder of the CLIP or SigLIP model, where config.json does not name a local one.
-        auto_map: write the code that trust_remote_code=True takes; without stf_kernels it runs in plain torch.
-        max_shard_bytes: upper limit of a file, 5 GB by default.
-        progress: show a bar on a terminal.
+        dtype, auto_map, max_shard_bytes, progress: as in `Target`.
 
     Raises ConversionError, one line; then there is nothing at `dst`.
     """
-    src, dst = Path(src), Path(dst)
+    src, to = Path(src), Target(Path(dst), **target)
     base, tower_folder = (None if path is None else Path(path) for path in (base, vision_tower))
-    check_options(src, dst, dtype, max_shard_bytes, {"--base": base, "--vision-tower": tower_folder})
-    report = Report()
-    parts = read_parts(src, base)
+    to.check(**{"SRC": src, "--base": base, "--vision-tower": tower_folder})
+    parts = read_parts(src, base, projector_name)
     tower = find_tower(parts.config.get("mm_vision_tower"), src, tower_folder)
+    report = Report("official", src, parts.form, tower.name)
     _check_config(parts.config, tower.config)
 
-    entries, sources = rename(parts.entries, _name)
+    entries = rename(parts.entries, _model_name)
+    # First: a foreign checkpoint is told before its tower is missed.
+    count, width, geometry = derive(entries, tower.config.hidden_size)
     if not any(name.startswith(TOWER) for name in entries):
-        geometry = derive(entries, tower.config.hidden_size)  # a foreign checkpoint is told before its tower is missed
-        weights = tower.weights()
-        entries |= weights
-        sources |= {name: f"{tower.name}: {name.removeprefix(TOWER)}" for name in weights}
-    else:
-        geometry = derive(entries, tower.config.hidden_size)
-    tied = settle(entries, sources, bool(parts.config.get("tie_word_embeddings")), report)
-    if EMBEDDINGS not in entries or len(entries[EMBEDDINGS].shape) != 2:
-        got = f"shape {list(entries[EMBEDDINGS].shape)}" if EMBEDDINGS in entries else "none"
-        raise ConversionError(
-            f"SRC: model.embed_tokens.weight: expected a matrix [tokens, width], got {got}; complete the checkpoint"
-        )
-    rows = entries[EMBEDDINGS].shape[0]
-
+        entries |= tower.weights()
+    tied = settle_head(entries, bool(parts.config.get("tie_word_embeddings")), report)
     tokenizer = read_tokenizer(parts.folders, report)
-    vocabulary = without_tokenizer(rows) if tokenizer is None else add_tokens(tokenizer, rows)
-    text = text_config(parts.config, vocabulary.rows)
-    text.pad_token_id, text.tie_word_embeddings = vocabulary.pad_token_id, tied
-    _has_head(tower.config, entries)
-    config = _config(geometry, tower, text, parts.config, blocks, vocabulary.image_token_id)
+    vocabulary = settle_vocabulary(tokenizer, _rows(entries))
+    text = _text_config(parts.config, vocabulary, tied)
+    if tower.config.model_type == "siglip_vision_model":  # its pooling head is not in every checkpoint; nobody reads it
+        tower.config.vision_use_head = any(name.startswith(TOWER + "head.") for name in entries)
+    if width != text.hidden_size:
+        raise ConversionError(
+            f"SRC: mm_projector.2.weight: expected {text.hidden_size} rows, the language model's width, "
+            f"got {width}; it belongs to another language model"
+        )
+    selected, grid = parts.config.get("mm_vision_select_layer"), vision_grid(tower.config)
+    layers = block_layers(count, tower.config.num_hidden_layers, selected, blocks)
+    with passed_on("SRC: "):
+        config = LlavaStfConfig(
+            vision_config=tower.config,
+            text_config=text,
+            image_token_index=vocabulary.image_token_id,
+            projector_hidden_act="gelu",
+            tie_word_embeddings=tied,
+            vision_feature_layer=layers,
+            spatial_merge_truncate=any(side % geometry["spatial_merge_size"] for side in grid),
+            **geometry,
+        )
     if config.spatial_merge_truncate:
-        report.notes.append(f"the last rows and columns of the {vision_grid(tower.config)} grid are dropped, as there")
+        report.notes.append(f"the last rows and columns of the {grid} grid are dropped, as there")
 
-    entries = resize(entries, vocabulary.rows)
-    if RELAID_OUT in entries:
-        entries[RELAID_OUT] = _relaid_out(entries[RELAID_OUT], geometry.merge_size)
-    with blamed_on("SRC: config.json", "get the file again"):
-        model = on_meta(lambda: LlavaStfForConditionalGeneration(config))
-    matched = match(shapes_of(model), entries, sources, computed, report)
+    for name in (EMBEDDINGS, HEAD):
+        if name in entries and entries[name].shape:
+            entries[name] = _resized(entries[name], vocabulary.rows)
+    if config.spatial_merge_size > 1:  # in a window of one token both orders are the same
+        order = entries[CHANNEL_MAJOR]
+        relay = lambda: channel_to_patch_major(order.read(), config.spatial_merge_size)  # noqa: E731
+        entries[CHANNEL_MAJOR] = replace(order, read=relay, how="relaid out")
+    matched = match(on_meta(lambda: LlavaStfForConditionalGeneration(config)), entries, report)
 
-    pad = parts.config.get("image_aspect_ratio") == "pad"
-    settings = read_image_settings([*parts.folders, *([tower.folder] if tower.folder else [])], report)
     processor = None
     if tokenizer is not None:
-        images = image_processor(tower.config, settings, pad)
-        processor = make_processor(images, tokenizer, config, VICUNA_V1)
-    return write_folder(
-        dst,
-        Conversion(
-            config=config,
-            entries=matched,
-            dtype=dtype or matched[EMBEDDINGS].dtype,
-            processor=processor,
-            generation=_generation(parts.folders, text),
-            source=Source("official", src, parts.form, tower.name),
-            report=report,
-            auto_map=auto_map,
-        ),
-        max_shard_bytes,
-        progress,
-    )
+        folders = [*parts.folders, tower.folder] if tower.folder else parts.folders
+        settings = read_image_settings(folders, report)
+        settings["do_pad"] = parts.config.get("image_aspect_ratio") == "pad"
+        processor = make_processor(settings, tokenizer, config, VICUNA_V1)
+    generation = generation_settings(parts.folders, text) | {"pad_token_id": text.pad_token_id}
+    return to.write(config, matched, processor, generation, report)
 
 
-def _name(name: str) -> str | None:
+def projector_name(name: str) -> str | None:
+    """model.mm_projector.0.weight -> model.multi_modal_projector.stf.linear_1.weight; None for anything else."""
+    found = PROJECTOR_NAME.match(name)
+    return found and f"{PROJECTOR}{CHILDREN[found[1]]}.{LINEARS[found[2]]}.{found[3]}"
+
+
+def _model_name(name: str) -> str | None:
     if name.startswith("model.vision_tower."):
         return tower_name(name)
     return projector_name(name) or (LANGUAGE.sub("model.language_model.", name) if LANGUAGE.match(name) else None)
 
 
 def _check_config(content: dict, vision: PreTrainedConfig) -> None:
-    expected = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False}
-    for name, value in expected.items():
+    for name, value in EXPECTED.items():
         if content.get(name, value) != value:
-            raise ConversionError(f"SRC: config.json: {name}: expected {value!r}, got {content[name]!r}, another model")
+            raise ConversionError(f"{CONFIG}: {name}: expected {value!r}, got {content[name]!r}, another model")
     if "anyres" in str(content.get("image_aspect_ratio")):
         raise ConversionError(
-            f"SRC: config.json: image_aspect_ratio: expected 'pad' or 'square', got {content['image_aspect_ratio']!r}; "
+            f"{CONFIG}: image_aspect_ratio: expected 'pad' or 'square', got {content['image_aspect_ratio']!r}; "
             "images cut in tiles are another model"
         )
     if content.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
         raise ConversionError(
-            f"SRC: config.json: mm_hidden_size: expected {vision.hidden_size} of the vision tower, got "
+            f"{CONFIG}: mm_hidden_size: expected {vision.hidden_size} of the vision tower, got "
             f"{content['mm_hidden_size']}; name the right one with --vision-tower DIR"
         )
 
 
-def _has_head(vision: PreTrainedConfig, entries: Entries) -> None:
-    """SigLIP's pooling head is not part of every checkpoint, and no LLaVA reads it."""
-    if vision.model_type == "siglip_vision_model":
-        vision.vision_use_head = any(name.startswith(TOWER + "head.") for name in entries)
-
-
-def _config(
-    geometry: Geometry, tower: Tower, text: PreTrainedConfig, content: dict, blocks: list[int] | None, image_token: int
-) -> LlavaStfConfig:
-    vision = tower.config
-    layers = block_layers(geometry, vision.num_hidden_layers, content.get("mm_vision_select_layer"), blocks)
-    if geometry.width != text.hidden_size:
+def derive(entries: Entries, channels: int) -> tuple[int, int, dict]:
+    """Blocks, output width and fields of LlavaStfConfig by the projector in `entries`; `channels`: of the tower."""
+    stf_1, stf_2 = (_matrix(entries, f"stf.linear_{i}.weight") for i in (1, 2))
+    mbtf_1, mbtf_2 = (_matrix(entries, f"mbtf.linear_{i}.weight") for i in (1, 2))
+    if stf_1 is None or stf_2 is None:
         raise ConversionError(
-            f"SRC: mm_projector.2.weight: expected {text.hidden_size} rows, the language model's width, "
-            f"got {geometry.width}; it belongs to another language model"
+            "SRC: expected an official LLaVA-STF checkpoint with mm_projector.{0,2}.weight and "
+            f"mm_projector_crosslayer.{{0,2}}.weight, got tensors such as {', '.join(list(entries)[:3])}; a LLaVA-1.5 "
+            "folder of transformers is converted with `llava`"
         )
-    height, width = vision_grid(vision)
-    try:
-        return LlavaStfConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=image_token,
-            projector_hidden_act="gelu",
-            multimodal_projector_bias=geometry.bias,
-            tie_word_embeddings=text.tie_word_embeddings,
-            vision_feature_layer=layers,
-            spatial_merge_size=geometry.merge_size,
-            spatial_merge_truncate=bool(height % geometry.merge_size or width % geometry.merge_size),
-            use_mbtf=geometry.mbtf_hidden is not None,
-            mbtf_hidden_size=geometry.mbtf_hidden,
-            stf_hidden_size=geometry.stf_hidden,
+    if (mbtf_1 is None) != (mbtf_2 is None):
+        raise ConversionError("SRC: expected both of mm_projector_crosslayer.{0,2}.weight, got one; it is truncated")
+    if mbtf_1 is None and stf_1[1] == channels:
+        raise ConversionError(
+            "SRC: mm_projector reads single tokens and there is no mm_projector_crosslayer, so this is LLaVA-1.5, not "
+            "LLaVA-STF; convert its transformers version with `llava`"
         )
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"SRC: {error}") from error
+    area = _multiple(stf_1[1], channels, "mm_projector.0.weight")
+    merge_size = math.isqrt(area)
+    if merge_size**2 != area:
+        raise ConversionError(f"SRC: mm_projector.0.weight: expected a square window of tokens, got {area} tokens")
+    blocks = 1 if mbtf_1 is None else _multiple(mbtf_1[1], channels, "mm_projector_crosslayer.0.weight")
+    return (
+        blocks,
+        stf_2[0],
+        {
+            "spatial_merge_size": merge_size,
+            "use_mbtf": mbtf_1 is not None,
+            "mbtf_hidden_size": mbtf_1 and mbtf_1[0],
+            "stf_hidden_size": stf_1[0],
+            "multimodal_projector_bias": any(name.startswith(PROJECTOR) and name.endswith(".bias") for name in entries),
+        },
+    )
 
 
-def _relaid_out(entry: Entry, merge_size: int) -> Entry:
-    if merge_size == 1:
-        return entry  # both orders are the same
-    return replace(entry, read=lambda: channel_to_patch_major(entry.read(), merge_size), how="relaid out")
+def _matrix(entries: Entries, name: str) -> tuple[int, ...] | None:
+    entry = entries.get(PROJECTOR + name)
+    if entry is not None and len(entry.shape) != 2:
+        raise ConversionError(f"SRC: {PROJECTOR + name}: expected a matrix, got shape {list(entry.shape)}")
+    return None if entry is None else entry.shape
 
 
-def _generation(folders: list[Path], text: PreTrainedConfig) -> dict:
-    """Sampling as the checkpoint sets it; flags that greedy search would ignore are refused by transformers."""
-    file = next((path for folder in folders if (path := folder / "generation_config.json").is_file()), None)
-    content = read_json(file) if file else {}
-    names = ["bos_token_id", "eos_token_id"]
-    if content.get("do_sample"):
-        names += ["do_sample", "temperature", "top_p", "top_k"]
-    kept = {name: content[name] for name in names if content.get(name) is not None}
-    ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}
-    return ids | kept | {"pad_token_id": text.pad_token_id}
+def _multiple(columns: int, channels: int, name: str) -> int:
+    if columns % channels:
+        raise ConversionError(
+            f"SRC: {name}: expected columns in multiples of the vision tower's {channels} channels, got {columns}; "
+            "name the right tower with --vision-tower DIR"
+        )
+    return columns // channels
+
+
+def block_layers(count: int, layers: int, selected: object, given: list[int] | None) -> list[int]:
+    """The tower's layers in concatenation order: as given, as config.json lists them, or by the published rule."""
+    if given is not None:
+        with passed_on():
+            blocks = resolve_layers(given, layers, "--blocks")
+        if len(blocks) != count:
+            raise ConversionError(
+                f"--blocks: expected {count} layers, as many as mm_projector_crosslayer.0.weight reads, got {given}"
+            )
+        return blocks
+    if isinstance(selected, list) and len(selected) == count:
+        with passed_on():
+            return resolve_layers(selected, layers, f"{CONFIG}: mm_vision_select_layer")
+    selected = PUBLISHED_SELECT if selected is None else selected
+    if count == 1 and isinstance(selected, int):
+        return [selected]
+    published = published_blocks(layers + 1 + PUBLISHED_SELECT)
+    if selected == PUBLISHED_SELECT and len(published) == count:
+        return published
+    raise ConversionError(
+        f"--blocks: the checkpoint does not name its {count} blocks of a tower of {layers} layers, and the "
+        f"rule of the published model, {published} behind layer {PUBLISHED_SELECT}, does not give them; name them, "
+        "e.g. --blocks 5,3,1 with the first of the concatenation first"
+    )
+
+
+def _rows(entries: Entries) -> int:
+    if EMBEDDINGS not in entries or len(entries[EMBEDDINGS].shape) != 2:
+        got = f"shape {list(entries[EMBEDDINGS].shape)}" if EMBEDDINGS in entries else "none"
+        raise ConversionError(
+            f"SRC: model.embed_tokens.weight: expected a matrix [tokens, width], got {got}; complete the checkpoint"
+        )
+    return entries[EMBEDDINGS].shape[0]
+
+
+def _text_config(content: dict, vocabulary: Vocabulary, tied: bool) -> PreTrainedConfig:
+    """`content`: config.json, in which vision and training fields lie beside those of the language model."""
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in LANGUAGE_MODELS or "text_config" in content:
+        hints = {
+            "llava": "; a LLaVA-1.5 folder of transformers is converted with `llava`",
+            "llava_stf": "; this folder is converted already",
+        }
+        raise ConversionError(f"{CONFIG}: expected model_type llava_llama, got {kind!r}{hints.get(str(kind), '')}")
+    make = MistralConfig if kind.endswith("mistral") else LlamaConfig
+    known = make().to_dict().keys() - set(NOT_FIELDS) | set(ROPE_FIELDS)
+    fields = {name: value for name, value in content.items() if name in known and value is not None}
+    with blamed_on(CONFIG):
+        text = make(**fields | {"vocab_size": vocabulary.rows})
+    text.pad_token_id, text.tie_word_embeddings = vocabulary.pad_token_id, tied
+    return text
+
+
+def _resized(entry: Entry, rows: int) -> Entry:
+    """New rows are the mean of the old ones: their logit is the average logit, so they never win by accident."""
+    old, *rest = entry.shape
+    if old >= rows:
+        return entry
+
+    def read() -> Tensor:
+        weight = entry.read()
+        mean = weight.mean(0, dtype=torch.float32).to(weight.dtype)
+        return torch.cat([weight, mean.expand(rows - old, *rest)])
+
+    return replace(entry, shape=(rows, *rest), read=read, how="resized")

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     LlamaTokenizer,
@@ -15,20 +16,43 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-from ..configuration import LlavaStfConfig
+from ..llava_stf import LlavaStfConfig
 from ..processing import LlavaStfProcessor
 from .checkpoint import read_json
-from .errors import ConversionError, blamed_on
-from .report import Report
-from .sentencepiece import read_llama_tokenizer
-from .vocabulary import IMAGE_TOKEN
+from .report import ConversionError, Report, blamed_on, passed_on
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 SPECIAL_TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 SETTINGS_FILE = "preprocessor_config.json"
-SETTINGS = ("do_center_crop", "do_normalize", "do_rescale", "do_resize", "do_convert_rgb", "image_mean", "image_std",
-            "resample", "rescale_factor", "size", "crop_size")  # fmt: skip
+SETTINGS = ["do_normalize", "do_rescale", "do_resize", "do_convert_rgb", "image_mean", "image_std", "resample"]
+SETTINGS += ["rescale_factor", "size"]
+CROP_SETTINGS = ["do_center_crop", "crop_size"]
 SIGLIP_NORMALIZATION = [0.5, 0.5, 0.5]
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+ROWS_MULTIPLE = 64  # 32000 rows of embeddings become 32064, as in transformers' LLaVA checkpoints
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# The prompt that LLaVA-1.5 and LLaVA-STF were trained on; images of a message go in front of its text, one per line:
+#     SYSTEM USER: <image>\nquestion ASSISTANT: answer</s>USER: question ASSISTANT:
+VICUNA_V1 = (
+    "{%- macro words(content) -%}"
+    "{%- if content is string -%}{{- content -}}{%- else -%}"
+    "{%- for part in content if part['type'] in ('image', 'video') -%}{{- '<image>\\n' -}}{%- endfor -%}"
+    "{%- for part in content if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"
+    "{%- endif -%}{%- endmacro -%}"
+    "{%- if messages[0]['role'] != 'system' -%}{{- " + repr(SYSTEM) + " + ' ' -}}{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{- words(message['content']) + ' ' -}}"
+    "{%- elif message['role'] == 'user' -%}{{- 'USER: ' + words(message['content']) + ' ' -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- 'ASSISTANT: ' + words(message['content']) + (eos_token or '</s>') -}}"
+    "{%- else -%}{{- raise_exception('roles are system, user and assistant, got ' + message['role']) -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
+)
 
 
 def read_tokenizer(folders: Sequence[Path], report: Report) -> PreTrainedTokenizerBase | None:
@@ -40,36 +64,110 @@ def read_tokenizer(folders: Sequence[Path], report: Report) -> PreTrainedTokeniz
         )
         return None
     if not (folder / "tokenizer.json").is_file():
-        with blamed_on(f"{folder}: tokenizer_config.json or added_tokens.json", "get the files again"):
-            return _tried(separate(read_llama_tokenizer(folder)))
-    errors = []
-    for kind in (AutoTokenizer, PreTrainedTokenizerFast):
+        return read_sentencepiece(folder)
+    try:
         try:
-            return _tried(separate(kind.from_pretrained(folder, local_files_only=True)))
-        except Exception as error:  # the tokenizers library raises bare Exception
-            errors.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
-    raise ConversionError(f"{folder / 'tokenizer.json'}: expected a tokenizer, got {errors[0]}; get the files again")
+            return _tried(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        except Exception:  # a model_type that transformers does not know; the tokenizers library raises bare Exception
+            return _tried(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
+    except Exception as error:
+        raise ConversionError(
+            f"{folder / 'tokenizer.json'}: expected a tokenizer, got {error}; get the files again"
+        ) from error
+
+
+def read_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of tokenizer.model, with the settings and added tokens of the JSON files beside it."""
+    file = folder / "tokenizer.model"
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2 as sentencepiece
+    except ImportError as error:
+        raise ConversionError(
+            f"{file}: reading it takes the packages sentencepiece and protobuf, got {error}; "
+            "pip install 'stf-kernels[convert]', or put a tokenizer.json beside it"
+        ) from error
+    try:
+        model = sentencepiece.ModelProto.FromString(file.read_bytes())
+        problem = None if model.pieces else "no pieces"
+        if model.trainer_spec.model_type != sentencepiece.TrainerSpec.BPE:
+            problem = problem or "a model of another kind"
+    except DecodeError as error:
+        problem = str(error)
+    if problem:
+        raise ConversionError(f"{file}: expected a byte-pair model of sentencepiece, got {problem}; get the file again")
+    with blamed_on(f"{folder}: tokenizer_config.json or added_tokens.json", "get the files again"):
+        tokenizer = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
+        _check_added_tokens(tokenizer, folder)
+        return _tried(tokenizer)
+
+
+def _check_added_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Embeddings behind the pieces are found by id: a tokenizer that numbers its tokens otherwise reads wrong rows."""
+    added = read_json(folder / "added_tokens.json", missing_ok=True)
+    settings = read_json(folder / "tokenizer_config.json", missing_ok=True)
+    for index, token in (settings.get("added_tokens_decoder") or {}).items():
+        added.setdefault(token["content"] if isinstance(token, dict) else token, int(index))
+    for token, index in sorted(added.items(), key=lambda item: item[1]):
+        if (got := tokenizer.convert_tokens_to_ids(token)) != index:
+            raise ConversionError(
+                f"{folder}: added token {token!r}: expected id {got}, the next one, got {index}; get the files again"
+            )
 
 
 def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    tokenizer.encode(IMAGE_TOKEN)  # settings of a wrong type break it only now
-    return tokenizer
-
-
-def separate(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """`tokenizer` such that the text behind an image starts as a text of its own, which LLaVA was trained on.
 
     LLaVA encodes the pieces between its images one by one, and a Llama tokenizer puts a word boundary before each. In
     one pass it does so only with `legacy`, which LlamaTokenizer forgets when it is saved twice: so tokenizer.json
     has to say it, which only the generic class reads whole.
     """
-    if not isinstance(tokenizer, LlamaTokenizer):
-        return tokenizer
-    backend = tokenizer.backend_tokenizer
-    if backend.normalizer is None and hasattr(backend.pre_tokenizer, "prepend_scheme"):
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=False)
-    kept = {name: getattr(tokenizer, name) for name in (*SPECIAL_TOKENS, "model_max_length", "padding_side")}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **kept)
+    if isinstance(tokenizer, LlamaTokenizer):
+        backend = tokenizer.backend_tokenizer
+        if backend.normalizer is None and hasattr(backend.pre_tokenizer, "prepend_scheme"):
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=False)
+        kept = {name: getattr(tokenizer, name) for name in (*SPECIAL_TOKENS, "model_max_length", "padding_side")}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **kept)
+    tokenizer.encode(IMAGE_TOKEN)  # settings of a wrong type break it only now
+    return tokenizer
+
+
+class Vocabulary(NamedTuple):
+    rows: int  # what the embeddings need
+    image_token_id: int
+    pad_token_id: int
+
+
+def settle_vocabulary(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> Vocabulary:
+    """Give `tokenizer` an image and a padding token, in place; `rows`: embeddings that the checkpoint has.
+
+    Without a tokenizer the ids are those that transformers' LLaVA checkpoints have: behind the last row.
+    """
+    if tokenizer is None:
+        return Vocabulary(_padded(rows + 2), rows, rows + 1)
+    present = tokenizer.get_vocab()
+    last = max((index for token, index in present.items() if token not in (IMAGE_TOKEN, PAD_TOKEN)), default=-1)
+    if last >= rows:
+        raise ConversionError(
+            f"tokenizer: expected ids below {rows}, the rows of the checkpoint's embeddings, got {last}; there is no "
+            f"room for {IMAGE_TOKEN}: give SRC the tokenizer it was trained with"
+        )
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.unk_token:
+        # The unknown token as padding, as LLaVA has it, would mask unknown words in training.
+        tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, normalized=False, special=True)})
+    image, pad = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.pad_token_id
+    if (ids := tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False)) != [image]:
+        raise ConversionError(
+            f"tokenizer: expected {IMAGE_TOKEN} to be one token after adding it, got {ids}; give SRC a tokenizer that "
+            "takes new tokens"
+        )
+    needed = max(image, pad, last) + 1
+    return Vocabulary(_padded(needed) if needed > rows else rows, image, pad)
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
 def read_image_settings(folders: Sequence[Path], report: Report) -> dict:
@@ -77,30 +175,26 @@ def read_image_settings(folders: Sequence[Path], report: Report) -> dict:
     for folder in folders:
         if (folder / SETTINGS_FILE).is_file():
             return read_json(folder / SETTINGS_FILE)
-        if (folder / "processor_config.json").is_file():
-            found = read_json(folder / "processor_config.json").get("image_processor")
-            if isinstance(found, dict):
-                return found
+        found = read_json(folder / "processor_config.json", missing_ok=True).get("image_processor")
+        if isinstance(found, dict):
+            return found
     report.notes.append(f"no {SETTINGS_FILE}: the image processor is built from the vision tower's image size")
     return {}
 
 
-def image_processor(vision: PreTrainedConfig, settings: dict, pad: bool) -> object:
-    """The PIL image processor, which needs no torchvision, for images of the tower's size; `pad`: to a square first."""
-    side = vision.image_size
+def image_processor(vision: PreTrainedConfig, settings: dict) -> object:
+    """The PIL image processor, which needs no torchvision, for images of the tower's size."""
+    side, pad = vision.image_size, bool(settings.get("do_pad"))
     square = {"height": side, "width": side}
     siglip = vision.model_type == "siglip_vision_model"
-    options = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
-    if siglip:
-        options = {"size": square, "image_mean": SIGLIP_NORMALIZATION, "image_std": SIGLIP_NORMALIZATION} | options
-        options["do_center_crop"] = False
-    else:
-        options = {"size": {"shortest_edge": side}, "crop_size": square} | options
     kind = SiglipImageProcessorPil if siglip and not pad else LlavaImageProcessorPil
-    if kind is SiglipImageProcessorPil:
-        options = {name: value for name, value in options.items() if name not in ("crop_size", "do_center_crop")}
-    else:
-        options["do_pad"] = pad
+    names = SETTINGS if kind is SiglipImageProcessorPil else SETTINGS + CROP_SETTINGS
+    options = {"size": {"shortest_edge": side}, "crop_size": square, "do_pad": pad}
+    if siglip:
+        options = {"size": square, "image_mean": SIGLIP_NORMALIZATION, "image_std": SIGLIP_NORMALIZATION}
+    options |= {name: settings[name] for name in names if settings.get(name) is not None}
+    if siglip and pad:
+        options |= {"do_pad": True, "do_center_crop": False}
     with blamed_on(SETTINGS_FILE, "correct the file or remove it, and the processor is built from the tower"):
         made = kind(**options)
         shape = tuple(made(Image.new("RGB", (2 * side, side)), return_tensors="pt")["pixel_values"].shape[-2:])
@@ -113,18 +207,14 @@ def image_processor(vision: PreTrainedConfig, settings: dict, pad: bool) -> obje
 
 
 def make_processor(
-    images: object,
-    tokenizer: PreTrainedTokenizerBase,
-    config: LlavaStfConfig,
-    template: str | None,
-    image_token: str = IMAGE_TOKEN,
+    settings: dict, tokenizer, config: LlavaStfConfig, template: str | None, image_token: str = IMAGE_TOKEN
 ) -> LlavaStfProcessor:
     """The processor of a model of `config`; ConversionError when the tokenizer has no room for the image token."""
     # What generation needs; a trainer sets its own. Only what is among init_kwargs is saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    try:
+    with passed_on():
         processor = LlavaStfProcessor(
-            images,
+            image_processor(config.vision_config, settings),
             tokenizer,
             patch_size=config.vision_config.patch_size,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -132,8 +222,6 @@ def make_processor(
             image_token=image_token,
             spatial_merge_size=config.spatial_merge_size,
         )
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
     rows = config.text_config.vocab_size
     if processor.image_token_id != config.image_token_index or len(tokenizer) > rows:
         raise ConversionError(

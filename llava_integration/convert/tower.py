@@ -1,13 +1,13 @@
 """The vision tower: geometry from a local folder or a known name, weights from the checkpoint or that folder."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 
-from .checkpoint import Entries, Entry, open_weights, read_json, weights_file
-from .errors import ConversionError, blamed_on
+from .checkpoint import Entries, open_weights, read_json, weights_file
+from .report import CONFIG, ConversionError, blamed_on
 
 CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
 CLIP_LARGE = {
@@ -18,10 +18,7 @@ CLIP_LARGE = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-KNOWN = {
-    "clip-vit-large-patch14-336": CLIP_LARGE | {"image_size": 336},
-    "clip-vit-large-patch14": CLIP_LARGE | {"image_size": 224},
-}
+KNOWN = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224}  # pixels a side
 PREFIX = "model.vision_tower."
 
 
@@ -41,13 +38,11 @@ class Tower:
                 "name a local folder that has them with --vision-tower DIR"
             )
         entries = open_weights(self.folder, "--vision-tower")
-        has_prefix = any(name.startswith("vision_model.") for name in entries)
+        inner = "vision_model." if any(name.startswith("vision_model.") for name in entries) else ""
         return {
-            PREFIX + name.removeprefix("vision_model."): Entry(
-                entry.shape, entry.dtype, entry.read, f"{self.folder.name}/{entry.origin}"
-            )
+            PREFIX + name.removeprefix(inner): replace(entry, name=f"{self.name}: {name}")
             for name, entry in entries.items()
-            if not has_prefix or name.startswith("vision_model.")
+            if name.startswith(inner)
         }
 
 
@@ -64,19 +59,18 @@ def find_tower(named: str | None, src: Path, option: Path | None) -> Tower:
         return Tower(read_config(option), option, option.name)
     if not named or not isinstance(named, str):
         raise ConversionError(
-            f"SRC: config.json: mm_vision_tower: expected a name, got {named!r}; name a local folder with "
-            "--vision-tower DIR"
+            f"{CONFIG}: mm_vision_tower: expected a name, got {named!r}; name a local folder with --vision-tower DIR"
         )
     for folder in (Path(named), src / named, src.parent / named):
         if (folder / "config.json").is_file():
             return Tower(read_config(folder), folder, folder.name)
-    known = KNOWN.get(Path(named).name)
-    if known is None:
+    name = Path(named).name
+    if name not in KNOWN:
         raise ConversionError(
             f"SRC: mm_vision_tower in config.json is {named!r}, neither a local folder nor one of "
             f"{', '.join(KNOWN)}; name a local folder with --vision-tower DIR"
         )
-    return Tower(CLIPVisionConfig(**known), None, Path(named).name)
+    return Tower(CLIPVisionConfig(image_size=KNOWN[name], **CLIP_LARGE), None, name)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -88,11 +82,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
         content, kind = content.get("vision_config") or {}, f"{kind}_vision_model"
     if not isinstance(kind, str) or kind not in CONFIGS:
         raise ConversionError(f"{file}: expected the vision tower of CLIP or SigLIP, got {kind!r}")
-    with blamed_on(str(file), "get the file again"):
-        fields = {name: value for name, value in content.items() if name in CONFIGS[kind]().to_dict()}
-        fields.pop("transformers_version", None)
-        fields.pop("model_type", None)
-        config = CONFIGS[kind](**fields)
+    with blamed_on(str(file)):
+        config = CONFIGS[kind].from_dict({name: content[name] for name in content if name != "_name_or_path"})
         if not 1 <= config.patch_size <= config.image_size:
             raise ValueError(f"patch_size {config.patch_size} for images of {config.image_size}")
     return config

@@ -10,9 +10,3 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def tiny():
-    """Arguments of the smallest prefill."""
-    return ["--preset", "tiny", "--device", "cpu", "--batch", "1"]

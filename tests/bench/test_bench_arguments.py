@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Exits with the program's own status, or 99 when torch was imported on the way to the error.
 RUN = """
 import sys
-from bench.prefill import main
+from bench.prefill.__main__ import main
 try:
     status = main(sys.argv[1:])
 except SystemExit as end:
@@ -23,32 +23,12 @@ sys.exit(99 if "torch" in sys.modules else status)
 """
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", RUN, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )  # fmt: skip
+def run(*arguments):
+    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "option", "words"),
-    [
-        (["--preset", "70b"], "--preset", "'70b'"),
-        (["--image", "absent.jpg"], "--image", "does not exist"),
-        (["--image", "README.md"], "--image", "cannot be read as an image"),
-        (["--json", "absent/folder/x.json"], "--json", "does not exist"),
-        (["--json", "bench"], "--json", "is a folder"),
-        (["--batch", "0"], "--batch", "at least 1"),
-        (["--batch", "two"], "--batch", "'two'"),
-        (["--rounds", "-1"], "--rounds", "at least 1"),
-        (["--images", "0"], "--images", "at least 1"),
-        (["--budget", "nan"], "--budget", "above 0"),
-        (["--modes", "fast"], "--modes", "'fast'"),
-        (["--model", "llava-hf/llava-1.5-7b-hf"], "--model", "config.json"),
-        (["--model", "absent", "--preset", "cpu"], "--model", "'absent'"),
-        (["--report", "absent/folder"], "--report", "does not exist"),
-    ],
-)
-def test_bad_input_is_named_before_anything_is_loaded(arguments, option, words):
+def refused(option, words, *arguments):
     done = run(*arguments)
     assert done.returncode == 2, done.stderr
     assert option in done.stderr
@@ -56,55 +36,63 @@ def test_bad_input_is_named_before_anything_is_loaded(arguments, option, words):
     assert "Traceback" not in done.stderr
 
 
-def test_a_checkpoint_of_another_model_is_found_before_anything_is_loaded(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    done = run("--model", str(tmp_path))
-    assert done.returncode == 2, done.stderr
-    assert "expected a checkpoint of model_type 'llava'" in done.stderr
-    (tmp_path / "config.json").write_text('{"model_type": "lla')
-    done = run("--model", str(tmp_path))
-    assert done.returncode == 2, done.stderr
-    assert "is not a JSON object" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "70b"], "'70b'"),
+        (["--image", "absent.jpg"], "does not exist"),
+        (["--image", "README.md"], "cannot be read as an image"),
+        (["--json", "bench"], "is a folder"),
+        (["--json", "/proc/prefill.json"], "cannot be written"),
+        (["--batch", "0"], "at least 1"),
+        (["--batch", "two"], "'two'"),
+        (["--rounds", "-1"], "at least 1"),
+        (["--budget", "nan"], "above 0"),
+        (["--modes", "fast"], "'fast'"),
+        (["--model", "absent", "--preset", "cpu"], "'absent'"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_loaded(arguments, words):
+    refused(arguments[0], words, *arguments)
 
 
-def test_a_checkpoint_without_weights_is_found_before_anything_is_loaded(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    done = run("--model", str(tmp_path))
-    assert done.returncode == 2, done.stderr
-    assert "holds no weights" in done.stderr
-
-
-def test_a_photograph_cut_short_is_found_before_anything_is_loaded(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ('{"model_type": "qwen2_vl"}', "expected a checkpoint of model_type 'llava'"),
+        ('{"model_type": "lla', "is not a JSON object"),
+        ('{"model_type": "llava"}', "holds no weights"),
+    ],
+)
+def test_half_a_file_or_checkpoint_is_found_before_anything_is_loaded(tmp_path, config, words):
+    (tmp_path / "config.json").write_text(config)
+    refused("--model", words, "--model", tmp_path)
     whole = (ROOT / "bench" / "assets" / "rocket.jpg").read_bytes()
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
-    done = run("--image", str(tmp_path / "half.jpg"))
-    assert done.returncode == 2, done.stderr
-    assert "--image" in done.stderr
+    refused("--image", "cannot be read", "--image", tmp_path / "half.jpg")
 
 
-def test_a_file_that_cannot_be_written_is_named():
-    done = run("--json", "/proc/prefill.json")
-    assert done.returncode == 2, done.stderr
-    assert "--json" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("module", ["prefill", "kernels", "report", "host", "gpu"])
+def test_every_command_answers_help_without_torch(module):
+    code = (
+        f"import sys, runpy\nsys.argv[1:] = ['--help']\ntry:\n runpy.run_module('bench.{module}', run_name='__main__')"
+    )
+    code += "\nfinally:\n assert not {'torch', 'transformers', 'jinja2'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m bench." in done.stdout
 
 
-@pytest.mark.parametrize("command", ["bench.roofline", "bench.report --compare FILE FILE"])
-def test_a_reader_that_leaves_is_no_error(command, tmp_path):
+def test_a_reader_that_leaves_and_an_interrupt_have_no_traceback(tmp_path):
     """`... | head -1`, here a pipe that nobody reads from the start."""
     file = tmp_path / "prefill.json"
     results.write(file, prefill_result())
-    arguments = command.replace("FILE", str(file)).split()
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60
-    )
+    command = [sys.executable, "-m", "bench.report", "--compare", str(file), str(file)]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
-
-
-def test_an_interrupt_among_the_imports_has_no_traceback():
-    code = "from bench import entry\ndef main(): raise KeyboardInterrupt\nentry.run(main)"
+    code = "from bench import command\ndef main(): raise KeyboardInterrupt\ncommand.run(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, "")

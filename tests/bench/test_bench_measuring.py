@@ -1,88 +1,39 @@
-"""If this fails, the stopwatch, the memory meter or the agreement check measures something else than it says."""
-
-import time
+"""If this fails, the stopwatch, the memory meter, the agreement check or a ratio says what it did not measure."""
 
 import pytest
 import torch
 from torch import nn
 
-from bench import agreement
-from bench.memory import highest_sum, peak_bytes, weight_bytes
-from bench.models import POOL, pool_tokens, randomise
-from bench.stages import STAGES, Stopwatch, cache_bytes, vision_entry, watched
+from bench import stats
+from bench.meters import FEATURES, Stopwatch, compare, highest_sum, peak_bytes
+from bench.prefill.models import POOL, build_stock, randomise
+from bench.prefill.presets import preset
+from bench.prefill.speedup import compare_rows, doubt, refusal, speedup_field
+from bench.prefill.stages import STAGES, stage_times, watched
 
 
-class Sleeper(nn.Module):
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.seconds = seconds
-
-    def forward(self, x):
-        time.sleep(self.seconds)
-        return x
-
-
-class Tower(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embeddings = Sleeper(0.02)
-
-    def forward(self, x):
-        return self.embeddings(x)
-
-
-class Fake(nn.Module):
-    """A model with LLaVA's skeleton, whose stages take known times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = nn.Module()
-        self.model.vision_tower = Tower()
-        self.model.multi_modal_projector = Sleeper(0.04)
-        self.model.language_model = Sleeper(0.08)
-
-    def forward(self, x):
-        time.sleep(0.01)
-        x = self.model.multi_modal_projector(self.model.vision_tower(x))
-        time.sleep(0.01)
-        return self.model.language_model(x)
-
-
-def test_each_stage_gets_its_own_time_and_the_sum_is_the_total():
-    model, watch = Fake(), Stopwatch("cpu")
-    watch.mark("start")
-    with watched(model, watch.mark):
-        model(1)
-    watch.mark("first_token")
-    watch.mark("end")
-    times = watch.stages()
-    asleep = {"vision_ms": 20, "projector_ms": 40, "insert_ms": 20, "prefill_ms": 80}
-    assert all(times[stage] >= least for stage, least in asleep.items())
-    assert (
-        times["projector_ms"] < 40 + times["total_ms"] - 160
-    )  # what a busy machine adds is not more than it adds in all
-    assert sum(times[stage] for stage in STAGES) == pytest.approx(times["total_ms"])
-
-
-def test_watching_leaves_the_model_as_it_was():
-    model = Fake()
-    original, projector = Sleeper.forward, model.model.multi_modal_projector
-    with watched(model, lambda name: None):
-        assert Sleeper.forward is not original
+def test_boundaries_are_met_in_their_order_and_leave_the_model_as_it_was():
+    model, met = build_stock(preset("tiny"), device="cpu", dtype=torch.float32), []
+    projector = model.model.multi_modal_projector
+    original = type(projector).forward
+    with watched(model, met.append):
         assert "forward" not in vars(projector)  # either would change the insertion path
         assert not projector._forward_hooks
-    assert Sleeper.forward is original
+        ids = torch.full((1, 16), model.config.image_token_id)
+        model(input_ids=ids, pixel_values=torch.zeros(1, 3, 56, 56))
+    assert met == ["vision", "projector", "insert", "prefill"]
+    assert type(projector).forward is original
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_a_boundary_that_is_never_met_is_an_error():
+def test_each_stage_gets_its_own_time_and_the_sum_is_the_total():
     watch = Stopwatch("cpu")
-    watch.mark("start")
-    watch.mark("end")
-    with pytest.raises(ValueError, match="projector"):
-        watch.stages()
-    with pytest.raises(ValueError, match="vision_tower"):
-        vision_entry(nn.Linear(1, 1))
+    watch.marks = {"start": 0.0, "vision": 1.0, "projector": 3.0, "insert": 7.0, "prefill": 15.0}
+    with pytest.raises(ValueError, match="first_token"):  # a boundary that is never met
+        stage_times(watch)
+    watch.marks |= {"first_token": 31.0, "end": 63.0}
+    assert list(stage_times(watch).values()) == [2e3, 4e3, 1e3 + 8e3, 16e3, 32e3, 63e3]
+    assert list(stage_times(watch)) == [*STAGES, "total_ms"]
 
 
 def test_peak_counts_scratch_that_is_gone_and_not_what_was_there():
@@ -94,50 +45,74 @@ def test_peak_counts_scratch_that_is_gone_and_not_what_was_there():
         del a
         return b.sum()
 
-    _, peak = peak_bytes(call, "cpu")
-    assert 12 << 20 <= peak < 13 << 20
+    assert 12 << 20 <= peak_bytes(call, "cpu")[1] < 13 << 20
     assert highest_sum([(2.0, -5), (1.0, 5), (3.0, 4)]) == 5
-
-
-def test_shared_weights_are_counted_once():
-    a, b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
-    assert weight_bytes(nn.ModuleList([a, b])) == 2 * 8 * 8 * 4
-    b.weight = a.weight
-    assert weight_bytes(nn.ModuleList([a, b])) == 8 * 8 * 4
 
 
 def test_agreement_bounds_rounding_and_nothing_more():
     x = torch.randn(64, 64)
-    assert agreement.compare("same", x, x, agreement.FEATURES).agrees
-    assert not agreement.compare("off", x * 1.001, x, agreement.FEATURES).agrees
-    assert agreement.compare("rounded", x.bfloat16(), x.bfloat16() * 1.001, agreement.FEATURES).agrees
-    assert not agreement.compare("shape", x[:1], x, agreement.FEATURES).agrees
     poisoned = x.clone()
     poisoned[0, 0] = float("nan")
-    assert not agreement.compare("nan", poisoned, x, agreement.FEATURES).agrees
-    assert not agreement.compare("inf", x / 0, x, agreement.FEATURES).agrees
+    bounds = FEATURES
+    assert compare("", x, x, bounds)["agrees"]
+    assert compare("", x.bfloat16(), x.bfloat16() * 1.001, bounds)["agrees"]
+    for other in (x * 1.001, x[:1], poisoned, x / 0):
+        assert not compare("", other, x, bounds)["agrees"]
 
 
 def test_random_weights_are_the_same_every_time_dense_and_never_aligned():
-    first, second = (nn.Sequential(nn.Linear(300, 200), nn.LayerNorm(200)) for _ in range(2))
+    first, second = nn.Linear(300, 200), nn.Linear(300, 200)
     for module in (first, second):
         randomise(module, 3)
-    assert torch.equal(first[0].weight, second[0].weight)
-    assert (first[0].weight != 0).float().mean() > 0.99
-    assert first[0].weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert not torch.equal(first[0].weight[0], first[0].weight[1])
-    assert (first[1].weight == 1).all()
+    assert torch.equal(first.weight, second.weight)
+    assert first.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert not torch.equal(first.weight[0], first.weight[1])
     assert all(POOL % divisor for divisor in range(2, 4097))  # a prime: no row length divides the pool
 
 
-def test_pooling_averages_windows_of_the_grid():
-    tokens = torch.arange(16.0).view(1, 16, 1)
-    assert pool_tokens(tokens, 4).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+def test_spread_ignores_scale_and_a_ratio_of_rounds_survives_drift():
+    assert stats.low_high([0.0, 10.0]) == pytest.approx((1.0, 9.0))
+    assert stats.low_high([7.0]) == (7.0, 7.0)
+    assert stats.spread_percent([100.0, 110.0, 90.0]) == pytest.approx(16.0)
+    baseline, ours = [10.0, 20.0, 40.0], [5.0, 10.0, 20.0]  # the machine slows down by 4x, the ratio does not move
+    assert stats.paired_ratio(baseline, ours) == {"ratio": 2.0, "low": 2.0, "high": 2.0}
+    with pytest.raises(ValueError):
+        stats.paired_ratio([1.0, 2.0], [1.0])
 
 
-def test_cache_bytes_are_those_of_keys_and_values():
-    from transformers import DynamicCache
+def row(model, projector, totals, mode="eager", batch=1, images=1):
+    place = {"model": model, "projector": projector, "mode": mode, "batch": batch, "text_tokens": 8, "images": images}
+    return place | {"total_ms": totals[0] if totals else None, "samples": {"total_ms": totals}}
 
-    cache = DynamicCache()
-    cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
-    assert cache_bytes(cache) == 2 * 24 * 4
+
+def test_rows_are_compared_with_their_own_batch_images_and_mode():
+    rows, stf, stock = [], "llava-stf/fused", "llava-1.5/mlp2x"
+    places = (
+        ({}, (10.0, 5.0)),
+        ({"batch": 8}, (80.0, 20.0)),
+        ({"mode": "graph"}, (8.0, 2.0)),
+        ({"images": 4}, (90.0, 30.0)),
+    )
+    for place, (theirs, ours) in places:
+        rows += [row("llava-1.5", "mlp2x", [theirs], **place), row("llava-stf", "fused", [ours], **place)]
+    assert speedup_field(compare_rows(rows)) == {
+        f"{stf} eager over {stock} eager, batch 1, text 8": 2.0,
+        f"{stf} eager over {stock} eager, batch 8, text 8": 4.0,
+        f"{stock} graph over {stock} eager, batch 1, text 8": 1.25,
+        f"{stf} graph over {stock} graph, batch 1, text 8": 4.0,
+        f"{stf} graph over {stock} eager, batch 1, text 8": 5.0,
+        f"{stf} eager over {stock} eager, batch 1, text 8, 4 images": 3.0,
+    }
+    assert compare_rows([row("llava-1.5", "mlp2x", [10.0]), row("llava-stf", "fused", [])]) == []  # it failed
+
+
+def test_noise_is_not_a_speed_up_and_a_refusal_names_what_differs():
+    baseline, doubts = row("llava-1.5", "mlp2x", [10.0, 12.0, 10.0, 10.0]), []
+    for totals in ([10.0, 10.0, 12.0, 10.0], [5.0, 5.0, 6.0, 5.0], [5.0, 5.0, 6.0]):
+        doubts.append(doubt(compare_rows([baseline, row("llava-stf", "fused", totals)])[0]))
+    assert "within its rounds' noise" in doubts[0]
+    assert doubts[1] is None
+    assert "fewer than 4 rounds cannot tell it from noise" in doubts[2]
+    good, bad = {"name": "features", "agrees": True}, {"name": "logits, fused", "agrees": False}
+    assert refusal([good]) is None
+    assert refusal([good, bad]).endswith("more than rounding: logits, fused")

@@ -185,13 +185,15 @@ def whole_tensors() -> dict[str, Tensor]:
     return {name: value.clone() for name, value in _whole().items()}
 
 
-def make_official(folder: Path, shards: int = 2, form: str = "bin", tokenizer: bool = True, **config) -> Path:
+def make_official(
+    folder: Path, shards: int = 2, form: str = "bin", tokenizer: bool = True, tensors: dict | None = None, **config
+) -> Path:
     """A whole official checkpoint at `folder`/official, its CLIP without weights at `folder`/tower."""
     src = folder / "official"
     src.mkdir()
     write_tower(folder / "tower", None, weights=False)
-    tensors = whole_tensors()
-    {"bin": write_bin, "safetensors": write_safetensors}[form](src, tensors, shards)
+    write = {"bin": write_bin, "safetensors": write_safetensors}[form]
+    write(src, whole_tensors() if tensors is None else tensors, shards)
     write_json(src / "config.json", official_config(**config))
     if tokenizer:
         make_tokenizer().save_pretrained(src)

@@ -58,11 +58,11 @@ def refused():
     """Converts what must end in one line that names what is wrong, nothing at DST or beside it, and SRC as it was."""
     from llava_integration.convert import ConversionError, convert_official
 
-    def check(match, src, dst, **options):
+    def check(match, src, dst, convert=convert_official, **options):
         before = ck.snapshot(src) if src.is_dir() else {}
         beside = set(dst.parent.iterdir())
         with pytest.raises(ConversionError, match=match) as caught:
-            convert_official(src, dst, **options)
+            convert(src, dst, **options)
         assert "\n" not in str(caught.value)
         assert set(dst.parent.iterdir()) == beside, "nothing at DST, nothing beside it"
         assert not src.is_dir() or ck.snapshot(src) == before

@@ -3,14 +3,27 @@
 import errno
 import json
 import os
+import resource
 import signal
 
 import pytest
 from transformers.utils import logging
 
-from llava_integration.convert import ConversionError, convert_official, writer
+from llava_integration.convert import ConversionError, convert_official, folder
 from llava_integration.convert.__main__ import main
 from tests.convert import checkpoints as ck
+from tests.support.processes import ROOT, python
+
+
+@pytest.fixture
+def at_every_file(monkeypatch):
+    """Calls a function after every file of weights."""
+
+    def install(then):
+        save = folder.save_file
+        monkeypatch.setattr(folder, "save_file", lambda *args, **options: (save(*args, **options), then()))
+
+    return install
 
 
 class TestDestination:
@@ -28,13 +41,8 @@ class TestDestination:
         if kind in ("file", "folder"):
             assert (dst if kind == "file" else dst / "mine").read_text() == "mine"
 
-    def test_appears_meanwhile(self, src, dst, monkeypatch):
-        def write(file, data):
-            dst.mkdir(exist_ok=True)
-            (dst / "mine").write_text("mine")
-            file.write(data)
-
-        monkeypatch.setattr(writer, "write", write)
+    def test_appears_meanwhile(self, src, dst, at_every_file):
+        at_every_file(lambda: (dst.mkdir(exist_ok=True), (dst / "mine").write_text("mine")))
         with pytest.raises(ConversionError, match="which exists"):
             convert_official(src, dst)
         assert ck.snapshot(dst) == {"mine": b"mine"}
@@ -51,18 +59,14 @@ class TestDestination:
 
 
 class TestDisk:
-    @pytest.mark.parametrize("after", [0, 30, 400])
-    def test_full_half_way(self, refused, src, dst, monkeypatch, after):
-        written = []
-
-        def write(file, data):
-            if len(written) == after:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            written.append(file.write(data))
-
-        monkeypatch.setattr(writer, "write", write)
-        refused(r"^DST: could not write .*: No space left on device; nothing is left there", src, dst)
-        assert len(written) == after
+    def test_full_half_way(self, refused, src, dst):
+        """A limit on the size of a file stands in for a disk that is full: the system refuses to write on."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            refused(r"^DST: could not write .*: .*File too large.*; nothing is left there", src, dst)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def test_too_small_from_the_start(self, refused, src, dst, monkeypatch):
         monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
@@ -74,6 +78,29 @@ class TestDisk:
 
         monkeypatch.setattr("llava_integration.convert.folder.model_card", fail)
         refused(r"No space left", src, dst)
+
+
+STARTING = """
+import sys
+given, sys.argv, sys.orig_argv = sys.argv, ["-m"], ["python", "-m", "llava_integration.convert"]
+import llava_integration
+assert "torch" not in sys.modules
+sys.argv = given
+from llava_integration import LlavaStfConfig, from_llava
+from transformers import AutoConfig
+assert type(AutoConfig.for_model("llava_stf")) is LlavaStfConfig
+assert not hasattr(llava_integration, "nothing")
+"""
+
+
+def test_help_needs_no_torch(tmp_path):
+    """It answers at once; what the package exports is there all the same when it is asked for."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
+    result = python("-m", "llava_integration.convert", "--help", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert result.returncode == 0, result.stderr
+    assert "official" in result.stdout
+    result = python("-c", STARTING)
+    assert result.returncode == 0, result.stderr
 
 
 class TestCommandLine:
@@ -109,18 +136,17 @@ class TestCommandLine:
         assert caught.value.code == 2
 
     @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-    def test_stopped_half_way(self, src, dst, monkeypatch, sent, code):
+    def test_stopped_half_way(self, src, dst, at_every_file, sent, code):
         """The folder beside DST goes then too."""
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
         beside = set(dst.parent.iterdir())
 
-        def write(file, data):
-            file.write(data)
+        def stop():
             assert set(dst.parent.iterdir()) != beside
             os.kill(os.getpid(), sent)
 
-        monkeypatch.setattr(writer, "write", write)
+        at_every_file(stop)
         try:
             got = main(["official", str(src), str(dst)])
         except SystemExit as error:

@@ -1,5 +1,7 @@
 """Small random LLaVAs, an in-memory processor and prompts for the tests of llava_integration."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +18,7 @@ from transformers import (
 
 import llava_integration as li
 import reference
-from llava_integration import modeling
+from llava_integration.core import projector
 
 WORDS = ["USER", "ASSISTANT", "what", "is", "in", "the", "picture", "a", "cat", "and", "dog", ":"]
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
@@ -25,45 +27,22 @@ VOCAB = 64
 PIXELS, PATCH = 56, 14  # a 4x4 grid
 
 
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": PIXELS}
+VISION |= {"patch_size": PATCH}
+TEXT = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+
+
 def clip_config(**changes):
-    options = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "image_size": PIXELS,
-        "patch_size": PATCH,
-        "projection_dim": 32,
-    }
-    return CLIPVisionConfig(**options | changes)
+    return CLIPVisionConfig(**{"num_hidden_layers": 6, "projection_dim": 32} | VISION | changes)
 
 
 def siglip_config(**changes):
-    options = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "image_size": PIXELS,
-        "patch_size": PATCH,
-    }
-    return SiglipVisionConfig(**options | changes)
+    return SiglipVisionConfig(**{"num_hidden_layers": 5} | VISION | changes)
 
 
 def text_config(**changes):
-    options = {
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCAB,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-        "max_position_embeddings": 512,
-    }
-    return LlamaConfig(**options | changes)
+    return LlamaConfig(**{"max_position_embeddings": 512} | TEXT | changes)
 
 
 def make_stock(dtype=torch.float64, vision=None, text=None, **changes):
@@ -101,7 +80,7 @@ def run(model, ids, pixels, mask=None, grad=False):
 
 def with_reference(model, monkeypatch):
     """The same model and weights with the projector of reference/."""
-    monkeypatch.setattr(modeling, "CompactTokenProjector", reference.CompactTokenProjector)
+    monkeypatch.setattr(projector, "CompactTokenProjector", reference.CompactTokenProjector)
     other = type(model)(model.config).eval().to(model.dtype)
     other.load_state_dict(model.state_dict())
     assert type(other.model.multi_modal_projector) is reference.CompactTokenProjector
@@ -136,23 +115,21 @@ def stf():
 @pytest.fixture
 def build():
     """The factories, for tests that choose their own sizes, and the calls of what they made."""
-
-    class Build:
-        stock = staticmethod(make_stock)
-        stf = staticmethod(make_stf)
-        clip = staticmethod(clip_config)
-        siglip = staticmethod(siglip_config)
-        text = staticmethod(text_config)
-        pixels = staticmethod(make_pixels)
-        prompt = staticmethod(make_prompt)
-        tokenizer = staticmethod(make_tokenizer)
-        image = staticmethod(make_image)
-        run = staticmethod(run)
-        generate = staticmethod(generate)
-        with_reference = staticmethod(with_reference)
-        image_token = IMAGE_TOKEN
-
-    return Build
+    return SimpleNamespace(
+        stock=make_stock,
+        stf=make_stf,
+        clip=clip_config,
+        siglip=siglip_config,
+        text=text_config,
+        pixels=make_pixels,
+        prompt=make_prompt,
+        tokenizer=make_tokenizer,
+        image=make_image,
+        run=run,
+        generate=generate,
+        with_reference=with_reference,
+        image_token=IMAGE_TOKEN,
+    )
 
 
 def make_pixels(images, dtype=torch.float64, size=PIXELS):

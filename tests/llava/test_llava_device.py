@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llava_integration as li
-from llava_integration import placement
+from llava_integration.core import insertion
 from stf_kernels import use_backend
 
 
@@ -46,11 +46,11 @@ class TestNoValueIsRead:
         """As the stock forward does, once; under capture not even that. Without a cache the language model reads."""
         stf, ids, pixels = on_meta
         counted = []
-        monkeypatch.setattr(placement, "torch_compilable_check", lambda *_: counted.append(1))
+        monkeypatch.setattr(insertion, "torch_compilable_check", lambda *_: counted.append(1))
         with torch.set_grad_enabled(grad):
             assert stf(input_ids=ids, pixel_values=pixels, use_cache=True).logits.shape == (2, 10, 64)
             assert counted == [1]
-            monkeypatch.setattr(placement, "is_captured", lambda: True)
+            monkeypatch.setattr(insertion, "is_captured", lambda: True)
             stf(input_ids=ids, pixel_values=pixels, use_cache=True)
             assert counted == [1]
 

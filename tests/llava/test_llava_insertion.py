@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llava_integration import modeling
-from llava_integration.placement import image_rows
+from llava_integration.core import model as core_model
+from llava_integration.core.insertion import image_rows
 
 
 class TestInsertion:
@@ -24,7 +24,7 @@ class TestInsertion:
         ids, mask = build.prompt([2, 0, 1])
         pixels, calls = build.pixels(3), self.spy(stf, monkeypatch)
         in_place, plain = build.run(stf, ids, pixels, mask), build.run(stf, ids, pixels, mask, grad=True)
-        assert calls == [True, False]
+        assert calls == [True] * 3 + [False] * 3
         assert torch.allclose(in_place.logits, plain.logits, rtol=0, atol=1e-12)
         assert torch.allclose(in_place.image_hidden_states, plain.image_hidden_states, rtol=0, atol=1e-12)
 
@@ -33,7 +33,7 @@ class TestInsertion:
         ids, mask = build.prompt([2, 0, 1])
         pixels = build.pixels(3)
         expected = build.run(stf, ids, pixels, mask).logits
-        monkeypatch.setattr(modeling, "image_rows", lambda mask, count: image_rows(mask, count) + 1)
+        monkeypatch.setattr(core_model, "image_rows", lambda mask, count: image_rows(mask, count) + 1)
         assert not torch.allclose(build.run(stf, ids, pixels, mask).logits, expected, atol=1e-6)
 
     def test_embedding_weights_are_not_written(self, build, stf):
@@ -41,25 +41,17 @@ class TestInsertion:
         build.run(stf, *((build.prompt([1])[0]), build.pixels(1)))
         assert torch.equal(stf.get_input_embeddings().weight, before)
 
-    @pytest.mark.parametrize("watcher", ["register_forward_hook", "register_forward_pre_hook"])
-    def test_hooks_see_the_projector_as_usual(self, build, stf, monkeypatch, watcher):
-        calls = self.spy(stf, monkeypatch)
-        getattr(stf.model.multi_modal_projector, watcher)(lambda *_: None)
-        build.run(stf, build.prompt([1])[0], build.pixels(1))
-        assert calls == [False]
-
-    def test_another_dtype_is_inserted_plainly(self, build, monkeypatch):
+    @pytest.mark.parametrize("why", ["register_forward_hook", "register_forward_pre_hook", "dtype", "autocast"])
+    def test_otherwise_insertion_is_plain(self, build, monkeypatch, why):
+        """A hook sees the projector as usual; another dtype, and autocast, would need a cast."""
         stf = build.stf(torch.float32)
         calls = self.spy(stf, monkeypatch)
-        stf.model.language_model.double()
-        stf.lm_head.double()
-        assert torch.isfinite(build.run(stf, build.prompt([1])[0], build.pixels(1, torch.float32)).logits).all()
-        assert calls == [False]
-
-    def test_autocast_is_inserted_plainly(self, build, monkeypatch):
-        stf = build.stf(torch.float32)
-        calls = self.spy(stf, monkeypatch)
-        with torch.autocast("cpu", torch.bfloat16):
+        if why == "dtype":
+            stf.model.language_model.double()
+            stf.lm_head.double()
+        elif why != "autocast":
+            getattr(stf.model.multi_modal_projector, why)(lambda *_: None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
             assert torch.isfinite(build.run(stf, build.prompt([1])[0], build.pixels(1, torch.float32)).logits).all()
         assert calls == [False]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reference
-from llava_integration import plain_projector
+from llava_integration.core import plain_projector
 
 GRIDS = [(1, (3, 5)), (2, (4, 6)), (3, (7, 8))]
 
@@ -16,7 +16,7 @@ GRIDS = [(1, (3, 5)), (2, (4, 6)), (3, (7, 8))]
 def test_equals_the_reference(activation, blocks, skip, mbtf, merge_size, grid, bias):
     options = {
         "merge_size": merge_size, "skip_tokens": skip, "mbtf": mbtf, "mbtf_hidden_dim": 24, "stf_hidden_dim": 40,
-        "activation": activation, "bias": bias, "truncate": True, "feature_order": "patch_major",
+        "activation": activation, "bias": bias, "truncate": True,
         "dtype": torch.float64,
     }  # fmt: skip
     ours, theirs = (p.CompactTokenProjector(blocks, 8, 12, **options) for p in (plain_projector, reference))
@@ -28,11 +28,3 @@ def test_equals_the_reference(activation, blocks, skip, mbtf, merge_size, grid, 
         out, rows = torch.zeros(40, 12, dtype=torch.float64), torch.randperm(40)[: expected.shape[:2].numel()]
         assert ours(states, grid, out=out, rows=rows) is out
         assert torch.equal(out[rows], got.flatten(0, 1))
-
-
-def test_another_element_order_is_refused():
-    options = {"merge_size": 2, "skip_tokens": 0, "mbtf": False, "mbtf_hidden_dim": 8, "stf_hidden_dim": 8}
-    with pytest.raises(ValueError, match="feature_order: expected 'patch_major', got 'channel_major'"):
-        plain_projector.CompactTokenProjector(
-            1, 8, 8, **options, activation="gelu", bias=True, truncate=False, feature_order="channel_major"
-        )

@@ -99,13 +99,6 @@ class TestVideo:
         assert counts(processor, inputs) == [12]
         assert inputs["pixel_values"].shape[0] == 3
 
-    def test_frames_encoded_together_equal_frames_one_by_one(self, build, stf, processor):
-        inputs = processor(videos=[build.image(i) for i in range(4)], text="<image> what is", return_tensors="pt")
-        pixels = inputs["pixel_values"].double()
-        together = stf.model.project_images(pixels)
-        assert torch.allclose(together, torch.cat([stf.model.project_images(p) for p in pixels.split(1)]), atol=1e-12)
-        assert torch.isfinite(stf(input_ids=inputs["input_ids"], pixel_values=pixels).logits).all()
-
     @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
     def test_generates(self, build, stf, processor, options):
         inputs = processor(

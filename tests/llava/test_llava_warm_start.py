@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import LlavaForConditionalGeneration
 
 import llava_integration as li
-from llava_integration.warm_start import default_blocks
+from llava_integration.core.config import default_blocks
 
 
 def pooled(tokens, side, merge_size):
@@ -30,8 +30,8 @@ def check_equals_pooled_stock(stock, stf, pixels, merge_size=2):
     assert (ours - expected).abs().max() < 1e-13 * expected.abs().max()
 
 
-@pytest.mark.parametrize("merge_size", [1, 2, 4])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "silu"])
+@pytest.mark.parametrize("merge_size", [1, 2, 4])
 def test_image_tokens_are_the_average_of_the_stock_tokens(build, merge_size, activation):
     stock = build.stock(projector_hidden_act=activation)
     stf = li.from_llava(stock, merge_size=merge_size)
@@ -39,49 +39,26 @@ def test_image_tokens_are_the_average_of_the_stock_tokens(build, merge_size, act
     check_equals_pooled_stock(stock, stf, build.pixels(3), merge_size)
 
 
-def test_without_projector_bias(build):
-    stock = build.stock(multimodal_projector_bias=False)
-    check_equals_pooled_stock(stock, li.from_llava(stock), build.pixels(2))
-
-
-def test_a_projector_wider_than_four_channels(build):
-    """13B: the stock projector is 5120 wide, not 4 * 1024, and STF needs r*r of that."""
-    stock = build.stock(text=build.text(hidden_size=80))
-    stf = li.from_llava(stock)
-    assert stf.config.stf_hidden_size == 4 * 80 != 16 * 32
-    check_equals_pooled_stock(stock, stf, build.pixels(2))
-
-
-@pytest.mark.parametrize("blocks", [[5], [1, 5, 3], [-1, -2]])
-def test_chosen_blocks_in_any_order(build, blocks):
-    stock = build.stock()
-    stf = li.from_llava(stock, blocks=blocks)
-    assert stf.config.vision_feature_layer == [block % 7 for block in blocks]
-    check_equals_pooled_stock(stock, stf, build.pixels(2))
-
-
-def test_another_selected_layer(build):
-    stock = build.stock(vision_feature_layer=4)
-    check_equals_pooled_stock(stock, li.from_llava(stock), build.pixels(2))
-
-
-def test_the_narrowest_exact_mbtf(build):
-    stock = build.stock()
-    stf = li.from_llava(stock, mbtf_hidden_size=64)
-    check_equals_pooled_stock(stock, stf, build.pixels(2))
-
-
-def test_truncated_grid_when_asked(build):
-    stock = build.stock(vision=build.clip(image_size=70))
-    stf = li.from_llava(stock, truncate=True)
-    check_equals_pooled_stock(stock, stf, build.pixels(2, size=70))
-
-
-def test_whole_model_runs_on_it(build, stock):
-    stf = li.from_llava(stock)
-    ids, mask = build.prompt([1, 2])
-    logits = stf(input_ids=ids, attention_mask=mask, pixel_values=build.pixels(3)).logits
-    assert torch.isfinite(logits).all()
+@pytest.mark.parametrize(
+    ("stock", "options", "expected"),
+    [
+        ({"multimodal_projector_bias": False}, {}, {}),
+        ({"text": {"hidden_size": 80}}, {}, {"stf_hidden_size": 4 * 80}),  # as 13B: r*r of the stock projector's width
+        ({"vision_feature_layer": 4}, {}, {"vision_feature_layer": [4, 3, 2, 1]}),
+        ({}, {"blocks": [5]}, {"vision_feature_layer": [5]}),
+        ({}, {"blocks": [1, 5, 3]}, {"vision_feature_layer": [1, 5, 3]}),
+        ({}, {"blocks": [-1, -2]}, {"vision_feature_layer": [6, 5]}),
+        ({}, {"mbtf_hidden_size": 64}, {"mbtf_hidden_size": 64}),  # the narrowest that is exact
+        ({"vision": {"image_size": 70}}, {"truncate": True}, {"image_seq_length": 4}),
+    ],
+    ids=str,
+)
+def test_other_sizes(build, stock, options, expected):
+    parts = {"text": build.text(**stock.get("text", {})), "vision": build.clip(**stock.get("vision", {}))}
+    stock = build.stock(**stock | parts)
+    stf = li.from_llava(stock, **options)
+    assert {name: getattr(stf.config, name) for name in expected} == expected
+    check_equals_pooled_stock(stock, stf, build.pixels(2, size=stock.config.vision_config.image_size))
 
 
 def test_it_generates_with_the_stock_models_settings(build, stock):
@@ -200,8 +177,6 @@ def test_wrong_models_are_refused(build, stock, stf):
     stock.model.multi_modal_projector.linear_2 = torch.nn.Sequential(stock.model.multi_modal_projector.linear_2)
     with pytest.raises(TypeError, match=r"model: expected multi_modal_projector.linear_2 to be a plain nn.Linear"):
         li.from_llava(stock)
-    with pytest.raises(TypeError, match="merge_size: expected an int"):
-        li.from_llava(build.stock(), merge_size=2.0)
     with pytest.raises(TypeError, match="blocks: expected an int or a list of ints"):
         li.from_llava(build.stock(), blocks=["5"])
 

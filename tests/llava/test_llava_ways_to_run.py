@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llava_integration import vision_tower
+from llava_integration.core import model as core_model
+from llava_integration.core import tower
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -34,29 +35,23 @@ def test_gradient_checkpointing(build, stf):
 
 
 class TestChunks:
-    """On a CPU a video is encoded a few frames at a time: same tokens, in order, as all at once."""
+    """On a CPU a video is encoded frame by frame: same tokens, in order, as all at once."""
 
-    @pytest.mark.parametrize("frames", [1, 2, 3])
     @pytest.mark.parametrize("grad", [False, True])
-    def test_same_tokens(self, build, stf, monkeypatch, frames, grad):
+    def test_same_tokens(self, build, stf, monkeypatch, grad):
         ids, mask = build.prompt([2, 0, 3])
         pixels, batches = build.pixels(5), []
-        expected = build.run(stf, ids, pixels, mask, grad=grad)
-        monkeypatch.setattr(vision_tower, "CPU_ACTIVATION_BYTES", frames * 17 * 48 * 8)
         stf.model.vision_tower.embeddings.register_forward_hook(lambda m, args, out: batches.append(len(out)))
         got = build.run(stf, ids, pixels, mask, grad=grad)
-        assert batches == [frames] * (5 // frames) + [5 % frames] * (5 % frames > 0)
+        assert batches == [1] * 5
+        monkeypatch.setattr(core_model, "image_chunks", lambda _, pixel_values: (pixel_values,))
+        expected = build.run(stf, ids, pixels, mask, grad=grad)
+        assert batches[5:] == [5]
         assert torch.allclose(got.logits, expected.logits, rtol=0, atol=1e-12)
         assert torch.allclose(got.image_hidden_states, expected.image_hidden_states, rtol=0, atol=1e-12)
 
-    def test_at_least_one_frame(self, build, stf, monkeypatch):
-        monkeypatch.setattr(vision_tower, "CPU_ACTIVATION_BYTES", 1)
-        assert [len(part) for part in vision_tower.image_chunks(stf.model.vision_tower, build.pixels(3))] == [1, 1, 1]
-
-    def test_offloaded_weights_are_loaded_once(self, build, stf, monkeypatch):
-        monkeypatch.setattr(vision_tower, "CPU_ACTIVATION_BYTES", 1)
-        tower = stf.model.vision_tower.to("meta")
-        assert [len(part) for part in vision_tower.image_chunks(tower, build.pixels(3))] == [3]
+    def test_offloaded_weights_are_loaded_once(self, build, stf):
+        assert [len(part) for part in tower.image_chunks(stf.model.vision_tower.to("meta"), build.pixels(3))] == [3]
 
 
 def test_low_rank_adapters_on_the_projector(build):
@@ -94,9 +89,8 @@ def test_tower_and_projector_compile_without_a_graph_break(build):
             assert torch.allclose(project(pixels), stf.model.project_images(pixels), atol=1e-5)
 
 
-def test_the_whole_forward_compiles_to_two_graphs_without_a_break(build, monkeypatch):
+def test_the_whole_forward_compiles_to_two_graphs_without_a_break(build):
     """One for the first batch size, one for all others: no loop over chunks of images in the graph."""
-    monkeypatch.setattr(vision_tower, "CPU_ACTIVATION_BYTES", 1)
     text, vision = build.text(num_hidden_layers=1), build.clip(num_hidden_layers=1)
     stf = build.stf(torch.float32, vision=vision, text=text, vision_feature_layer=[1, 0])
     graphs = []

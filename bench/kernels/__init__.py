@@ -1,0 +1,1 @@
+"""`python -m bench.kernels`: every product of the projector and the chain, ours against its rivals, on a GPU."""

@@ -1,0 +1,143 @@
+"""Steps in their order: operands, float64, agreement, time; one row for every provider.
+
+us is of the call captured as a CUDA graph, us_eager of the call as it is, on an idle device; before either the L2 is
+flushed (stf_kernels/tune/timing.py). On a CPU only us_eager remains, with warm caches.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stf_kernels.tune.timing import Flush, capture, replay
+
+from .. import results, roofline
+from ..command import Progress
+from ..meters import MB, Stopwatch, peak_bytes, relative_error, synchronize
+from ..stats import spread_percent
+from .problems import LLAVA, PRODUCTS, SMALL, Operands, merge
+from .providers import PROVIDERS, Provider, of_stage
+
+
+class Run:
+    """Measures into `result`."""
+
+    def __init__(self, steps: list[Any], device: str, *, small: bool, seconds: float) -> None:
+        self.steps, self.device, self.until = steps, device, time.monotonic() + seconds
+        self.sizes, self.flush = SMALL if small else LLAVA, Flush(device)
+        torch.backends.cudnn.benchmark = True  # the convolution rival gets its best algorithm
+        self.ceilings = roofline.measure_ceilings(device, side=512 if small else None)
+        self.result = results.describe("kernels", device) | {
+            "sizes": "small" if small else "llava-1.5-7b",
+            "ceilings": asdict(self.ceilings),
+            "rows": [],
+            "not_measured": [],
+        }
+
+    def measure(self) -> Iterator[Any]:
+        """Yields after every step."""
+        left, notes = self.result["not_measured"], self.result["notes"]
+        with Progress(len(self.steps)) as bar:
+            for step in self.steps:
+                if time.monotonic() > self.until:
+                    left.append(str(step))
+                    continue
+                bar.step(str(step))
+                try:
+                    with torch.set_grad_enabled(step.run != "forward"):
+                        left += self.rows_of(step)
+                except torch.OutOfMemoryError:
+                    notes.append(f"does not fit into memory: {step}")
+                if self.device == "cuda":
+                    torch.cuda.empty_cache()
+                yield step
+        if left:
+            notes.append(f"out of time: {len(left)} not measured, first: {left[0]}; --budget SECONDS raises it")
+        self.result["complete"] = not notes
+
+    def rows_of(self, step: Any) -> list[str]:
+        """Append the rows of a step; what the budget did not reach is returned."""
+        trains = step.run != "forward"
+        operands = Operands(self.sizes, step.batch, device=self.device, dtype=getattr(torch, step.dtype))
+        operands.projector.requires_grad_(trains)
+        exact = operands.exact(step.stage, gradients=trains)
+
+        def call_of(provider: Provider) -> Callable[[], Tensor]:
+            call = provider.call(operands, step.stage)
+            return (lambda: operands.gradients(call)) if trains else call
+
+        allowed = 2 * self.error(call_of(PROVIDERS["eager"]), exact) + 1e-6
+        place = {"stage": step.stage, "pass": step.run, "batch": step.batch, "dtype": step.dtype}
+        place["floor_us"] = self.floor_us(**place)
+        for name, provider in of_stage(step.stage, slow=step.slow, trains=trains, gpu=self.device == "cuda").items():
+            # Kernels are compiled at their first call: one provider may take many times what the next one does.
+            if time.monotonic() > self.until:
+                return [f"{step}: {name} and what follows"]
+            merged = name.startswith("stf") and step.stage == "linear_merge"
+            bound = allowed + provider.extra_error * (2 if step.stage == "chain" else 1)
+            row = {**place, "provider": name, "failed": None, "rel_error": None, "allowed_error": bound}
+            row |= dict.fromkeys(("us", "us_eager", "peak_mb", "not_captured")) | {"samples": []}
+            try:
+                self.fill(row, call_of(provider), merge(exact, self.sizes) if merged else exact)
+            except Exception as failure:  # one provider that does not run here must not cost the others' rows
+                row["failed"] = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"
+            self.result["rows"].append(row)
+        return []
+
+    def fill(self, row: dict[str, Any], call: Callable[[], Tensor], exact: Tensor) -> None:
+        error = self.error(call, exact)
+        row["rel_error"] = error if math.isfinite(error) else None
+        if error <= row["allowed_error"]:
+            row |= time_call(call, self.device, self.flush, seconds=0.1)
+            row["peak_mb"] = peak_bytes(call, self.device)[1] / MB
+        else:
+            row["failed"] = f"wrong: error {error:.1e} against float64, allowed {row['allowed_error']:.1e}"
+
+    def error(self, call: Callable[[], Tensor], exact: Tensor) -> float:
+        """Over memory that holds NaN: what is not written shows."""
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.full((exact.numel(),), float("nan"), dtype=dtype, device=self.device)
+        return relative_error(call(), exact)
+
+    def floor_us(self, stage: str, batch: int, dtype: str, **run: str) -> float:
+        """Backward adds dW of every product, and dX of all but the first: the tower is frozen."""
+        total = 0.0
+        for part in PRODUCTS if stage == "chain" else (stage,):
+            count = 1 if run["pass"] == "forward" else 2 if part == "concat" else 3
+            work = self.sizes.work(part, batch, 4 if dtype == "float32" else 2)
+            total += 1e6 * count * self.ceilings.seconds(work)
+        return total
+
+
+def time_call(call: Callable[[], Any], device: str, flush: Flush, *, seconds: float) -> dict[str, Any]:
+    """Microseconds, 5 to 100 repeats each way within about `seconds`; what cannot be captured says why."""
+    for _ in range(3):
+        call()
+    times, repeats = {"us": None, "samples": [], "not_captured": None}, 10
+    if device.startswith("cuda"):
+        try:
+            graph = capture(call)
+        except RuntimeError as error:
+            times["not_captured"] = f"not captured: {(str(error).splitlines() or [''])[0][:200]}"
+        else:
+            begin = time.perf_counter()
+            replay(graph, flush, 5)
+            repeats = min(100, max(5, int(5 * seconds / 2 / (time.perf_counter() - begin))))
+            samples = replay(graph, flush, repeats)
+            times |= {"us": median(samples), "samples": samples, "spread_percent": spread_percent(samples)}
+    return {**times, "us_eager": median(_eager(call, device, flush) for _ in range(repeats))}
+
+
+def _eager(call: Callable[[], Any], device: str, flush: Flush) -> float:
+    watch = Stopwatch(device)
+    flush()
+    synchronize(device)
+    watch.mark("start")
+    call()
+    watch.mark("end")
+    return 1e3 * watch.between("start", "end")

@@ -1,0 +1,53 @@
+"""The kernel table as text, for the terminal and for the page: losses as they are."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..command import number, table
+
+
+def ratios(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float | None, float | None]]:
+    """Each row with its time, captured where it could be, and how many times faster than eager it is."""
+
+    def key(row: dict[str, Any]) -> tuple:
+        return row["pass"], row["stage"], row["batch"], row["dtype"]
+
+    eager = {key(row): row["us"] or row["us_eager"] for row in rows if row["provider"] == "eager"}
+    for row in rows:
+        own, base = row["us"] or row["us_eager"], eager.get(key(row))
+        yield row, own, base / own if own and base else None
+
+
+def cells(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Column -> what it says, for every row."""
+    found = []
+    for row, own, ratio in ratios(rows):
+        said = {name: str(row[name]) for name in ("stage", "provider", "pass", "dtype", "batch")}
+        said |= {"us": number(row["us"]), "us eager": number(row["us_eager"]), "floor us": number(row["floor_us"])}
+        said |= {"us / floor": number(own / row["floor_us"], 2) if own else "-"}
+        said |= {"vs eager": "-" if ratio is None else f"{ratio:.2f}x", "peak MB": number(row["peak_mb"])}
+        said |= {"error": "-" if row["rel_error"] is None else f"{row['rel_error']:.1e}"}
+        found.append(said | {"remark": row["failed"] or row.get("not_captured") or ""})
+    return found
+
+
+def standing(rows: list[dict[str, Any]]) -> list[str]:
+    """How the default path of the chain stands against eager and against the best of its rivals."""
+    said, timed = [], [(row, own) for row, own, _ in ratios(rows) if own and row["stage"] == "chain"]
+    for row, own in timed:
+        here = [(r["provider"], t) for r, t in timed if all(r[k] == row[k] for k in ("pass", "batch", "dtype"))]
+        rivals = {provider: time / own for provider, time in here if not provider.startswith("stf")}
+        if row["provider"] == "stf" and rivals:
+            best = min(rivals, key=rivals.__getitem__)
+            eager = f"{rivals['eager']:.2f}x over eager, " if "eager" in rivals else ""
+            where = f"chain {row['pass']}, batch {row['batch']}, {row['dtype']}"
+            said.append(f"{where}: {own:.1f} us, {eager}{rivals[best]:.2f}x over the best rival, {best}")
+    return said
+
+
+def report(result: dict[str, Any]) -> str:
+    shown = cells(result["rows"])
+    columns = list(next(iter(shown), {}))
+    head = "{device}   torch {torch}, triton {triton}, commit {commit:.12}".format(**result)
+    grid = table(columns, [list(row.values()) for row in shown], left=4)
+    return "\n".join([head, "", grid, *standing(result["rows"]), *(f"note: {note}" for note in result["notes"])])

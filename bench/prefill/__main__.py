@@ -1,0 +1,141 @@
+"""The main job: LLaVA-1.5 at 576 image tokens against LLaVA-STF at 144, stage by stage, from a photograph.
+
+How it measures is in bench/METHOD.md. Exit codes: 0 measured, 1 outputs that should agree do not (no speed-up is
+printed) or a row ended in an error, 2 bad input, 130 interrupted (the file keeps what was measured, as incomplete).
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import command
+from ..command import positive_float, positive_int
+from .presets import SIZES, CheckpointError, points, preset, preset_of, shortage
+
+PHOTOGRAPH = Path(__file__).parent.parent / "assets" / "rocket.jpg"
+FLAGS = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages for torch's CPU tensors; see METHOD.md
+NOISY = ("torchao", "torch.utils._pytree")  # transformers imports torchao where it is, which warns of what it lacks
+NAME = "bench.prefill"
+
+
+def photograph(text: str) -> Any:
+    """A decoded RGB image: a file that is no image, or half of one, is found now and not after the model is built."""
+    from PIL import Image
+
+    try:
+        with Image.open(text) as file:
+            return file.convert("RGB")
+    except FileNotFoundError:
+        raise argparse.ArgumentTypeError(f"{text!r} does not exist") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read as an image ({error})") from None
+
+
+def llava_folder(text: str) -> Path:
+    """A local checkpoint of LLaVA-1.5 in transformers' format."""
+    path = Path(text)
+    try:
+        model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except OSError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder with a readable config.json") from None
+    except (ValueError, AttributeError):
+        raise argparse.ArgumentTypeError(f"the config.json of {text!r} is not a JSON object") from None
+    if model_type != "llava":
+        raise argparse.ArgumentTypeError(f"expected a checkpoint of model_type 'llava', {text!r} has {model_type!r}")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise argparse.ArgumentTypeError(f"{text!r} holds no weights (*.safetensors or *.bin)")
+    return path
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="LLaVA-1.5 against LLaVA-STF, by stages.")
+    add, many = parser.add_argument, {"type": positive_int, "nargs": "+", "metavar": "N"}
+    add("--preset", choices=sorted(SIZES), help="sizes; default: 7b with a GPU, cpu without")
+    add("--model", type=llava_folder, metavar="FOLDER", help="a LLaVA-1.5 checkpoint instead of a preset")
+    add("--image", type=photograph, metavar="FILE", help="default: the photograph in bench/assets")
+    add("--batch", help="batch sizes", **many)
+    add("--text", help="text tokens around the images", **many)
+    add("--images", help="images, or frames, of a sequence", **many)
+    add("--json", type=command.writable_file, metavar="FILE", help="default: into .work/results/, with a page")
+    add("--full", action="store_true", help="every row and column, and on a GPU all modes")
+    add("--modes", nargs="+", choices=("eager", "graph", "compile"), help="default: eager; on a GPU also graph")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--rounds", type=positive_int, metavar="N", help="exactly N rounds instead of as many as fit")
+    add("--budget", type=positive_float, metavar="SECONDS", help="no round begins that would end later")
+    args = parser.parse_args(argv)
+    if args.model and args.preset:
+        parser.error("argument --model: give either --model or --preset, not both")
+    args.image = args.image or photograph(str(PHOTOGRAPH))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    began = time.monotonic()
+    args = parse(argv)
+    for name, value in FLAGS.items():
+        os.environ.setdefault(name, value)  # torch reads them when it is imported
+    print("importing torch and transformers", file=sys.stderr)
+    import torch
+
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        return command.bad_input(NAME, "--device: 'cuda' was asked for and torch sees no GPU; use --device cpu")
+    try:
+        default = "7b" if has_gpu and args.device != "cpu" else "cpu"
+        args.preset = preset_of(args.model) if args.model else preset(args.preset or default)
+        device = args.device if args.device != "auto" else "cuda" if has_gpu and args.preset.name != "cpu" else "cpu"
+        if "graph" in (args.modes or ()) and device == "cpu":
+            return command.bad_input(NAME, "--modes: 'graph' needs a GPU; on a CPU use eager or compile")
+        item, wanted = 2 if device == "cuda" else 4, points(args, args.preset)
+        need, smallest = min((args.preset.activation_bytes(point, item), point) for point in wanted)
+        if short := shortage(need + args.preset.weight_bytes(item), device):
+            what = f"{'--model' if args.model else '--preset'}: {args.preset.name!r} at batch {smallest.batch}"
+            advice = f"does not fit on {device}, {short}; use a smaller preset or a larger device"
+            return command.bad_input(NAME, f"{what} {advice}")
+        return measure(args, device, began)
+    except CheckpointError as error:
+        return command.bad_input(NAME, f"--model: {error}")
+
+
+def measure(args: argparse.Namespace, device: str, began: float) -> int:
+    """Run, write the file and the page, print the table -> exit code."""
+    from .. import results
+    from .run import BROKEN, Run
+    from .table import report
+
+    gpu = device == "cuda"
+    args.modes = args.modes or (["eager", "graph", *["compile"] * args.full] if gpu else ["eager"])
+    # On a CPU torch.compile builds C++ for every layer of tower and language model: a minute a row, even of a toy.
+    patience = 420.0 if gpu else 600.0 if "compile" in args.modes else 300.0 if args.full else 100.0
+    path = args.json or results.results_folder(device) / "prefill.json"
+    flags = {name: os.environ.get(name) for name in FLAGS}
+    run = Run(args, device, began + (args.budget or patience), path, flags)
+    try:
+        run.measure()
+    except KeyboardInterrupt:
+        if run.result["rows"]:
+            run.save()
+            print(f"\ninterrupted; {path} keeps what was measured", file=sys.stderr)
+        return 130
+    written, note, result = [path], None, run.result
+    if args.json is None:
+        from ..report.page import write_report
+
+        page, note = write_report([path], path.parent)
+        written.append(page)
+    print("\n".join(filter(None, ("", report(result, full=args.full), note))))
+    print(f"\n{'  '.join(map(str, written))}   ({time.monotonic() - began:.0f} s)")
+    # torch.compile is a mode where it works.
+    broken = any(BROKEN in (row["failed"] or "") and row["mode"] != "compile" for row in result["rows"])
+    return int(bool(result["refused"]) or broken)
+
+
+if __name__ == "__main__":
+    command.run(main)

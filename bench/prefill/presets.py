@@ -1,0 +1,132 @@
+"""The sizes that are measured, and the memory they need.
+
+cpu   the real vision tower and projector, and two layers of a language model of 7B width: every ratio is a real one
+7b    LLaVA-1.5-7B          13b   LLaVA-1.5-13B          tiny   a toy for tests; its times mean nothing
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)  # LLaVA-STF's, of a tower of 24 layers, deepest first
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336}
+CLIP_TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "image_size": 56}
+# name -> width, MLP width, layers, heads and vocabulary of the language model, the tower, batch sizes, text tokens
+SIZES = {
+    "cpu": ((4096, 11008, 2, 32, 32064), CLIP_L, (1,), 40),
+    "7b": ((4096, 11008, 32, 32, 32064), CLIP_L, (1, 8), 64),
+    "13b": ((5120, 13824, 40, 40, 32064), CLIP_L, (1, 8), 64),
+    "tiny": ((64, 96, 2, 4, 512), CLIP_TINY, (1,), 8),
+}
+TEXT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+class Point(NamedTuple):
+    """One size that every row is measured at; `images` are those of one sequence."""
+
+    batch: int
+    text_tokens: int
+    images: int = 1
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, text {self.text_tokens}" + f", {self.images} images" * (self.images > 1)
+
+
+class Preset(NamedTuple):
+    """A LLaVA-1.5 as transformers describes it, and what is measured unless the user says otherwise."""
+
+    name: str
+    config: Any
+    batches: tuple[int, ...] = (1,)
+    text_tokens: int = 64
+
+    @property
+    def grid(self) -> int:
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+
+    def image_tokens(self, merge_size: int) -> int:
+        return (self.grid // merge_size) ** 2
+
+    @property
+    def attention_widths(self) -> tuple[int, int]:
+        """Of all queries of a token, and of all its keys."""
+        text = self.config.text_config
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return text.num_attention_heads * width, (text.num_key_value_heads or text.num_attention_heads) * width
+
+    def weight_bytes(self, item: int) -> int:
+        """Of all rows, which share tower and language model; LLaVA-STF's projector as the exact warm start needs it."""
+        import torch
+        from transformers import LlavaForConditionalGeneration
+
+        with torch.device("meta"):
+            stock = sum(p.numel() for p in LlavaForConditionalGeneration(self.config).parameters())
+        c, d = self.config.vision_config.hidden_size, self.config.text_config.hidden_size
+        return item * (stock + 4 * len(BLOCKS) * c * c + 4 * c * c + 16 * c * d + 4 * d * d)
+
+    def activation_bytes(self, point: Point, item: int) -> int:
+        """What a prompt adds to the weights: its cache, and a few buffers as wide as the widest that live at once."""
+        text, vision = self.config.text_config, self.config.vision_config
+        tokens = point.batch * (point.images * self.image_tokens(1) + point.text_tokens)
+        # The stock model keeps every hidden state of its tower.
+        every_state = vision.num_hidden_layers * vision.hidden_size
+        widest = max(3 * text.intermediate_size, 16 * vision.hidden_size, every_state)
+        return 2 * item * tokens * (text.num_hidden_layers * self.attention_widths[1] + widest)
+
+
+class CheckpointError(ValueError):
+    """A folder that is no checkpoint of LLaVA-1.5, or half of one."""
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
+
+
+def preset(name: str, **text_options: int) -> Preset:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    text, tower, batches, text_tokens = SIZES[name]
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(num_hidden_layers=24, patch_size=14, **tower),
+        text_config=LlamaConfig(**dict(zip(TEXT_FIELDS, text, strict=True)), **text_options),
+        image_token_id=text[-1] - 8,
+        image_seq_length=(tower["image_size"] // 14) ** 2,
+        attn_implementation="sdpa",
+    )
+    return Preset(name, config, batches, text_tokens)
+
+
+def preset_of(folder: Path) -> Preset:
+    """The sizes of a LLaVA-1.5 checkpoint, from its config.json."""
+    from transformers import LlavaConfig
+
+    name = f"the config.json of {str(folder)!r}"
+    try:
+        config = LlavaConfig.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"{name} cannot be used: {first_line(error)}") from error
+    vision, layer, strategy = config.vision_config, config.vision_feature_layer, config.vision_feature_select_strategy
+    if layer not in (-2, vision.num_hidden_layers - 1) or strategy != "default":
+        expected = "expected vision_feature_layer -2 and vision_feature_select_strategy 'default'"
+        raise CheckpointError(f"{name}: {expected}, got {layer} and {strategy!r}")
+    if vision.image_size // vision.patch_size % 2:
+        got = f"got an image of {vision.image_size} in patches of {vision.patch_size}"
+        raise CheckpointError(f"{name}: expected a grid that 2x2 windows divide, {got}")
+    return Preset(folder.name, config)
+
+
+def points(args: argparse.Namespace, preset: Preset) -> list[Point]:
+    """Every value of one option with every value of the others, in the order they are measured."""
+    values = args.batch or preset.batches, args.text or [preset.text_tokens], args.images or [1]
+    return list(itertools.starmap(Point, itertools.product(*values)))
+
+
+def shortage(need: int, device: str) -> str | None:
+    """What is needed and free, where the first is more."""
+    from ..meters import available_bytes
+
+    available = available_bytes(device)
+    if available is None or need <= available:
+        return None
+    return f"about {need / 2**30:.1f} GiB needed, {available / 2**30:.1f} GiB free"

@@ -1,0 +1,79 @@
+"""One HTML page from result files: no script, no network, the chart inside, readable printed and on a narrow screen.
+
+How it looks, in what order, and which columns it has is in page.html.j2.
+"""
+
+import base64
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..kernels import table as kernels
+from ..prefill import table as prefill
+from ..prefill.speedup import doubt, label, place, same_mode
+from ..results import read
+from ..stats import paired_ratio
+from . import charts
+
+
+def write_report(files: list[Path], out: Path) -> tuple[Path, str | None]:
+    """report.html and its charts -> (path of the page, what is missing from it)."""
+    results = [read(file) for file in files]
+    out.mkdir(parents=True, exist_ok=True)
+    note, sections = None if find_spec("matplotlib") else charts.NO_MATPLOTLIB, []
+    for index, (file, result) in enumerate(zip(files, results, strict=True)):
+        # The folder is the device's name in most runs; the rest of the path is nobody's business but the machine's.
+        name, image = "/".join(file.resolve().parts[-2:]) if len(files) > 1 else file.name, None
+        if result["kind"] == "prefill" and not note and (png := charts.stages(result)):
+            # Several runs: the second one's chart must not overwrite the first one's.
+            (out / (f"stages-{index + 1}.png" if len(files) > 1 else "stages.png")).write_bytes(png)
+            image = base64.b64encode(png).decode()
+        sections.append({"name": name, "result": result, "image": image, **shown(result)})
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    text = environment.get_template("page.html.j2").render(sections=sections, note=note, sentence=prefill.sentence)
+    path = out / "report.html"
+    path.write_text(text, encoding="utf-8")
+    return path, note
+
+
+def shown(result: dict[str, Any]) -> dict[str, Any]:
+    """The title, the sentences under it, and the rows as text."""
+    if result["kind"] == "prefill":
+        title, *verdict = headline(result)
+        return {"title": title, "verdict": verdict, "rows": prefill.cells(result)}
+    if result["kind"] == "kernels":
+        verdict = kernels.standing(result["rows"])
+        return {"title": "The projector's kernels", "verdict": verdict, "rows": kernels.cells(result["rows"])}
+    if result["kind"] == "host":
+        rows = [{name: v if name == "what" else f"{v:.2f}" for name, v in row.items()} for row in result["rows"]]
+        return {"title": "Host time of an eager call", "verdict": [], "rows": rows}
+    counts = f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped."
+    return {"title": "Tests on the device", "verdict": [counts, *result["failures"]], "rows": []}
+
+
+def headline(result: dict[str, Any]) -> list[str]:
+    """The verdict: how much sooner the first token comes, and what of it is the operators'."""
+    rows = {(label(row), place(row), row["mode"]): row for row in result["rows"] if row["total_ms"] is not None}
+    found = [c for c in same_mode(result["comparisons"]).values() if c["row"] == "llava-stf/fused"]
+    if not found:
+        return ["No speed-up of LLaVA-STF over LLaVA-1.5 was measured"]
+    # The first size that was measured, in the last mode: eager comes first.
+    c = [c for c in found if place(c) == place(found[0])][-1]
+    ours, theirs, plain = (
+        rows.get((name, place(c), c["mode"])) for name in (c["row"], c["baseline"], "llava-stf/reference")
+    )
+    how = f"{c['ratio']:.2f}x sooner" if c["ratio"] >= 1 else f"LATER, at {c['ratio']:.2f}x the speed,"
+    said = [
+        f"LLaVA-STF gives its first token {how} than LLaVA-1.5",
+        f"{ours['total_ms']:,.1f} ms instead of {theirs['total_ms']:,.1f}, with {ours['image_tokens']} image tokens "
+        f"instead of {theirs['image_tokens']}: {result['preset']} on {result['device']}, {c['mode']}, {place(c)}.",
+    ]
+    said += [f"This speed-up may be noise: {why}."] if (why := doubt(c)) else []
+    if plain:
+        samples = [row["samples"]["total_ms"] for row in (plain, ours)]
+        ratio = paired_ratio(*(values[: min(map(len, samples))] for values in samples))
+        spread = f"{ratio['ratio']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        said.append(f"Fused against plain PyTorch operators in the same model: {spread}. The rest is fewer tokens.")
+    return said

@@ -1,0 +1,152 @@
+"""Official checkpoints that need another one: LoRA adapters and a pretrained projector, with their base.
+
+    LoRA        adapter_config.json, adapter_model.*    W + scale * B A, in fp32, when the tensor is read
+                non_lora_trainables.bin                 other trained tensors, in place of the base's
+    pretrain    mm_projector.bin                        the projector alone
+
+scale = alpha / r, or alpha / sqrt(r) with use_rslora; r is the adapter's own, alpha may differ per module.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .checkpoint import Entries, Entry, open_file, open_weights, read_json, rename, weights_file
+from .report import ConversionError, blamed_on
+
+LORA_CONFIG, PRETRAIN_FILE = "adapter_config.json", "mm_projector.bin"
+LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+LORA_OTHERS_FILE = "non_lora_trainables.bin"
+# Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ move part of it into the factors.
+KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
+
+
+class Parts(NamedTuple):
+    """What SRC and its base hold together."""
+
+    entries: Entries
+    config: dict
+    folders: list[Path]  # in the order in which files are looked for
+    form: str
+
+
+def read_parts(src: Path, base: Path | None, projector_name: Callable[[str], str | None]) -> Parts:
+    """The tensors of SRC, merged into or laid over those of its base where it has one; ConversionError otherwise."""
+    if (src / LORA_CONFIG).is_file():
+        base = _base(src, base, read_json(src / LORA_CONFIG).get("base_model_name_or_path"), "a LoRA adapter")
+        entries = _merge_lora(src, rename(open_weights(base, "--base"), _plain))
+        return Parts(entries, _config(src, base), [src, base], "LoRA adapter merged into its base")
+    if weights_file(src) is None and (src / PRETRAIN_FILE).is_file():
+        base = _base(src, base, None, f"{PRETRAIN_FILE} alone")
+        projector = open_file(src / PRETRAIN_FILE)
+        if strange := [name for name in projector if projector_name(name) is None]:
+            raise ConversionError(
+                f"{src / PRETRAIN_FILE}: expected the tensors of mm_projector and mm_projector_crosslayer, "
+                f"got {', '.join(strange[:3])}"
+            )
+        # The base may be a LLaVA with a projector of its own: only the new one counts.
+        entries = rename(open_weights(base, "--base"), _plain)
+        entries = {name: entry for name, entry in entries.items() if not projector_name(name)}
+        return Parts(entries | projector, _config(src, base), [src, base], "projector of a pretraining, with its base")
+    entries = rename(open_weights(src), _plain)
+    if base is not None:
+        raise ConversionError("--base: SRC is a whole checkpoint, which takes no base; leave the option out")
+    return Parts(entries, _config(src), [src], "whole checkpoint")
+
+
+def _base(src: Path, given: Path | None, named: str | None, what: str) -> Path:
+    if given is not None:
+        return given
+    for folder in (Path(named), src / named) if named else ():
+        if folder.is_dir():
+            return folder
+    raise ConversionError(
+        f"--base: SRC is {what} and its base {f'{named} ' if named else ''}is not a local folder; "
+        "name the folder of the language model with --base DIR"
+    )
+
+
+def _config(*folders: Path) -> dict:
+    """config.json of the last folder, under that of the one before."""
+    contents = [read_json(folder / "config.json") for folder in folders if (folder / "config.json").is_file()]
+    if not contents:
+        raise ConversionError(f"SRC: expected config.json in {' or '.join(map(str, folders))}, found none")
+    return {name: value for content in reversed(contents) for name, value in content.items()}
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without the wrappers of PEFT, DeepSpeed and DataParallel."""
+    return re.sub(r"^(?:module\.)?(?:base_model\.model\.(?=model\.|lm_head\.))?(?:module\.)?", "", name)
+
+
+def _merge_lora(folder: Path, base: Entries) -> Entries:
+    """`base` with the adapter of `folder` merged and its other trained tensors in place of the base's."""
+    config = _lora_config(folder)
+    file = next((folder / name for name in LORA_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise ConversionError(f"SRC: expected {' or '.join(LORA_FILES)} beside {LORA_CONFIG}, found neither")
+    factors: dict[str, dict[str, Entry]] = {}
+    merged = dict(base)
+    for name, entry in open_file(file).items():
+        if found := FACTOR.match(_plain(name)):
+            factors.setdefault(found["module"], {})[found["side"]] = entry
+        elif "lora_" in name or _plain(name) not in base:
+            raise ConversionError(
+                f"{file}: {name} is neither a LoRA factor of a linear layer nor a tensor of the base; merge it with "
+                "PEFT first"
+            )
+        else:
+            merged[_plain(name)] = entry
+    for module, pair in factors.items():
+        merged[f"{module}.weight"] = _merged(module, pair, base, config, file)
+    if (folder / LORA_OTHERS_FILE).is_file():
+        merged |= rename(open_file(folder / LORA_OTHERS_FILE), _plain)
+    return merged
+
+
+def _lora_config(folder: Path) -> dict:
+    file = folder / LORA_CONFIG
+    config = read_json(file)
+    unsupported = [name for name in ("use_dora", "lora_bias") if config.get(name)]
+    if (start := config.get("init_lora_weights")) not in KEEP_THE_BASE:
+        unsupported.append(f"init_lora_weights {start!r}, which changes the base")
+    if config.get("peft_type") != "LORA" or unsupported:
+        got = ", ".join(unsupported) or f"peft_type {config.get('peft_type')!r}"
+        raise ConversionError(f"{file}: expected plain LoRA, got {got}; merge the adapter with PEFT first")
+    return config
+
+
+def _merged(module: str, pair: dict[str, Entry], base: Entries, config: dict, file: Path) -> Entry:
+    target = base.get(f"{module}.weight")
+    if target is None:
+        raise ConversionError(f"{file}: adapts {module}, which the base does not have; name the right one with --base")
+    if pair.keys() != {"A", "B"}:
+        raise ConversionError(f"{file}: expected lora_A and lora_B of {module}, got lora_{next(iter(pair))} only")
+    first, second = pair["A"], pair["B"]
+    if first.shape[0] != second.shape[1] or (second.shape[0], first.shape[1]) != target.shape:
+        raise ConversionError(
+            f"{file}: the factors of {module}, {list(first.shape)} and {list(second.shape)}, do not fit the base's "
+            f"{list(target.shape)}; name the right base with --base"
+        )
+    with blamed_on(f"SRC: {LORA_CONFIG}"):
+        scale = float(_scale(module, first.shape[0], config))
+
+    def read() -> Tensor:
+        delta = second.read().float() @ first.read().float()
+        return target.read().float().add(delta, alpha=scale).to(target.dtype)
+
+    return replace(target, read=read, origin=file.name, how="merged")
+
+
+def _scale(module: str, rank: int, config: dict) -> float:
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = value
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,20 @@
+"""Make transformers' Auto classes and its checkpoint loader know a family."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import PreTrainedConfig as Config
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+
+def register(config: type[Config], model: type, generator: type, processor: type, *, renames: dict[str, str]) -> None:
+    """Calling it again changes nothing.
+
+    `renames`: our model_type and model class -> those of the stock family. A class outside transformers inherits no
+    renames of tensors, and language_model.model.* of older checkpoints would be lost.
+    """
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto.register(config, generator, exist_ok=True)
+    AutoProcessor.register(config, processor, exist_ok=True)
+    for ours, theirs in renames.items():
+        register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)

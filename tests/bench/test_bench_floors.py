@@ -1,0 +1,51 @@
+"""If this fails, the floors that every ratio in the tables stands on are wrong."""
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.kernels.problems import LLAVA, PRODUCTS
+from bench.prefill import models, stages
+from bench.prefill.floors import prefill_work
+from bench.prefill.presets import Point, preset
+from bench.roofline import Ceilings, linear
+
+aten = torch.ops.aten
+
+
+def test_the_projector_is_82_gflop_an_image():
+    whole = sum(LLAVA.work(product, 1, 2).flops for product in PRODUCTS)
+    assert whole == pytest.approx(82.1e9, rel=1e-3)
+    work = prefill_work(preset("7b"), "llava-stf", Point(1, 64), 2)
+    assert sum(piece.flops for piece in work["projector_ms"]) == whole
+    known = Ceilings(790e12, 4.3e12, "measured on such a card")
+    assert 1e6 * sum(map(known.seconds, work["projector_ms"])) == pytest.approx(120, rel=0.02)
+
+
+def test_a_product_moves_each_operand_once_and_the_slower_of_two_ceilings_counts():
+    work = linear(2, 3, 5, 2)
+    assert (work.flops, work.bytes) == (60.0, 2 * (6 + 15 + 10))
+    assert Ceilings(60.0, 31.0, "").seconds(work) == 2.0
+    assert Ceilings(2.0, 30.0, "a").raised(Ceilings(3.0, 20.0, "b")) == Ceilings(3.0, 30.0, "a")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 2}, {"head_dim": 32}], ids=str)
+@pytest.mark.parametrize("images", [1, 2])
+def test_the_products_are_those_that_torch_counts_in_a_run(options, images):
+    """FlopCounterMode over the model itself; attention, whose kernels it does not count on a CPU, by its formula."""
+    sizes, factory = preset("tiny", **options), {"device": "cpu", "dtype": torch.float32}
+    pixels = models.image_processor(sizes)(Image.new("RGB", (56, 56)), 2 * images)
+    for row in models.build_rows(models.build_stock(sizes, **factory), sizes, full=True):
+        inputs = models.build_inputs(sizes, pixels, Point(2, 5, images), row.image_tokens, **factory)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            output = row.module(**inputs, logits_to_keep=1)
+        counts = counter.get_flop_counts()["Global"]
+        counted = sum(counts.get(op, 0) for op in (aten.mm, aten.bmm, aten.addmm, aten.convolution))
+        tokens, length, layers = 4**2 + 1, images * row.image_tokens + 5, 24 - (row.model == models.SKIP)
+        attention = 4 * 2 * images * tokens**2 * 32 * layers + 2 * 2 * length**2 * sizes.attention_widths[0] * 2
+        work = prefill_work(sizes, row.model, Point(2, 5, images), 4)
+        ours = sum(piece.flops for pieces in work.values() for piece in pieces)
+        # transformers 5.17 multiplies angles of the rotary embedding as matrices, a few hundred operations
+        assert ours == pytest.approx(counted + attention, rel=1e-4), row.name
+        assert stages.cache_bytes(output.past_key_values) == 2 * 2 * 2 * length * sizes.attention_widths[1] * 4

@@ -1,0 +1,169 @@
+"""If this fails, time on a borrowed GPU is spent on a mistake that no GPU is needed to find, or a failure is lost."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import fake_cuda
+import pytest
+import torch
+from sample_results import kernels_result, prefill_result
+
+import llava_integration
+from bench import gpu, results
+from bench.prefill import models, run
+from bench.prefill.__main__ import main
+from bench.prefill.speedup import label
+from bench.roofline import Ceilings
+
+JUNIT = '<s><testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><skipped/></testcase></s>'
+
+
+@pytest.fixture(scope="module")
+def pretended(tmp_path_factory):
+    """A prefill as on a GPU: eager, captured and compiled, all rows, in bf16 and with device events."""
+    path = tmp_path_factory.mktemp("gpu") / "prefill.json"
+    with pytest.MonkeyPatch.context() as patch:
+        fake_cuda.install(patch)
+        build = models.build_stock
+        patch.setattr(models, "build_stock", lambda sizes, *, device, **rest: build(sizes, device="cpu", **rest))
+        patch.setattr(results, "clock_mhz", iter((345.0, 1980.0, 1755.0, 1830.0)).__next__)
+        patch.setattr(run, "measure_ceilings", lambda *_: Ceilings(1e14, 1e12, "pretended"))
+        patch.setattr(torch, "compile", lambda function, **_: function)  # a minute of C++ for each row, here
+        runner, towers = llava_integration.PrefillRunner, []
+
+        def spy(*arguments, full_tower, **options):
+            towers.append(full_tower)
+            return runner(*arguments, full_tower=full_tower, **options)
+
+        patch.setattr(llava_integration, "PrefillRunner", spy)
+        with fake_cuda.OnCpu():
+            arguments = ["--preset", "tiny", "--device", "cuda", "--full", "--rounds", "1", "--images", "2"]
+            status = main([*arguments, "--json", str(path)])
+        events = list(fake_cuda.Event.made)
+    return status, results.read(path), events, towers
+
+
+def test_every_mode_is_measured_and_compared_as_on_a_gpu(pretended):
+    status, result, events, towers = pretended
+    assert (status, result["device"], result["dtype"]) == (0, "Pretended GPU", "bfloat16")
+    assert [row["mode"] for row in result["rows"]] == ["eager"] * 5 + ["graph"] * 5 + ["compile"] * 5
+    for row in result["rows"]:
+        assert row["failed"] is None
+        assert row["image_tokens"] == 2 * (16 if row["projector"] == "mlp2x" and "pool" not in row["model"] else 4)
+        staged = [row[f"{stage}_ms"] is not None for stage in ("vision", "projector", "insert", "prefill")]
+        assert staged == [row["mode"] != "compile"] * 4  # the boundaries would break a compiled graph
+        assert row["total_ms"] > 0
+        assert row["peak_mb"] == pytest.approx(row["weights_mb"] + 2048)  # 3 GiB at the peak, 1 GiB before
+    kv = {(label(row), row["mode"]): row["kv_mb"] for row in result["rows"]}
+    assert all(kv[name, "eager"] == kv[name, "graph"] for name, _ in kv)
+    assert result["clock_mhz"] == 345.0  # idle
+    assert result["clocks_mhz"] == [1980.0, 1755.0, 1830.0]  # behind the work of every group
+    # Only the events inside a graph are external: four boundaries of each call that is watched.
+    external = [options for options in events if options.get("external")]
+    assert len(external) % 4 == 0
+    assert 0 < len(external) < len(events)
+    assert towers == [True, False, True, True, True]  # captured, too, only one row skips the unread layer
+    found = {(c["row"], c["mode"], c["baseline_mode"]) for c in result["comparisons"]}
+    assert {("llava-stf/fused", "graph", "graph"), ("llava-stf/fused", "graph", "eager")} <= found
+    across = [check["name"].split(",")[0] for check in result["checks"] if "against its eager run" in check["name"]]
+    assert across.count("logits") == 10
+    assert across.count("image features") == 5  # those of a compiled run cannot be watched
+    assert all(check["agrees"] for check in result["checks"])
+
+
+@pytest.fixture
+def parts(monkeypatch, tmp_path):
+    """bench.gpu whose processes write their files at once; `statuses` says how each ends, `commands` what was run."""
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("STF_COMMIT", "c0ffee")
+    statuses, commands = {}, []
+    texts = {"prefill": json.dumps(prefill_result()), "kernels": json.dumps(kernels_result())}
+
+    def pretend(command, seconds):
+        name = command[2].removeprefix("bench.")
+        commands.append((command, seconds))
+        if name == "pytest":
+            name = command[-1]
+            path = next(a.split("=", 1)[1] for a in command if a.startswith("--junitxml="))
+        else:
+            path = command[command.index("--json") + 1]
+        if statuses.get(name) != "nothing":
+            Path(path).write_text(texts.get(name, JUNIT.replace("<failure/>", "")))
+        return statuses.get(name, 0)
+
+    monkeypatch.setattr(gpu, "run_limited", pretend)
+    return statuses, commands, tmp_path / "out" / "pretended-gpu"
+
+
+def test_every_part_leaves_its_file_under_out(parts, capsys):
+    _, commands, folder = parts
+    assert gpu.main([]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["kernels.json", "prefill.json", "tests.json"]
+    tests = results.read(folder / "tests.json")  # of the device and of the rest
+    assert (tests["commit"], tests["passed"], tests["skipped"], tests["complete"]) == ("c0ffee", 4, 2, True)
+    assert capsys.readouterr().out.count("passed  ") == 3
+    assert all(command[:2] == [sys.executable, "-m"] for command, _ in commands)  # nothing that a bare machine lacks
+    for command, seconds in commands[-2:]:  # a program is told to end before it is stopped
+        assert float(command[command.index("--budget") + 1]) < seconds
+    assert sum(gpu.SECONDS.values()) < 560  # of ten minutes
+
+
+@pytest.mark.parametrize("part", ["tests/gpu", "tests", "kernels", "prefill"])
+def test_a_part_that_fails_is_said_and_the_others_still_run(parts, part, capsys):
+    parts[0][part] = 3
+    assert gpu.main([]) == 1
+    assert len(list(parts[2].iterdir())) == 3
+    failed = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  FAILED")]
+    assert failed == [part.split("/")[0]]
+
+
+def test_an_error_of_this_program_or_an_old_file_does_not_pass_for_a_run(parts, monkeypatch, capsys):
+    results.write(parts[2] / "kernels.json", kernels_result())
+    parts[0]["kernels"] = "nothing"  # was written
+    monkeypatch.setattr(gpu, "run_pytest", lambda *_: 1 / 0)
+    assert gpu.main([]) == 1
+    printed = capsys.readouterr().out
+    assert "ZeroDivisionError" in printed
+    assert "cannot be read (No such file or directory); exit status nothing" in printed
+    assert (parts[2] / "prefill.json").is_file()
+
+
+def test_counts_and_failures_come_from_the_report_of_pytest(tmp_path, capfd):
+    suite = tmp_path / "test_suite.py"
+    suite.write_text("import pytest\n@pytest.mark.parametrize('i', range(7))\ndef test_one(i):\n    assert i != 5\n")
+    found = gpu.run_pytest([str(suite)], tmp_path, 60.0)
+    assert [found[key] for key in ("passed", "failed", "skipped", "status")] == [6, 1, 0, 1]
+    assert found["failures"] == ["test_suite::test_one[5]"]
+    suite.write_text("def test_one():\n    __import__('os')._exit(3)\n")
+    assert gpu.run_pytest([str(suite), "-p", "no:xdist"], tmp_path, 60.0)["failures"]
+    assert not list(tmp_path.glob("*.xml"))
+    assert "tests/operators/test_drawn_shapes.py" in gpu.tests_that_need(
+        ["hypothesis"]
+    )  # left out where that is missing
+    assert gpu.tests_that_need([]) == []
+
+
+def test_a_part_that_hangs_is_stopped_with_what_it_has_started(tmp_path, capfd):
+    code = (
+        "import subprocess, sys, time\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
+    command = [sys.executable, "-c", f"{code}\nprint(child.pid, flush=True)\ntime.sleep(60)"]
+    assert gpu.run_limited(command, 3.0) is None
+    stat = Path(f"/proc/{capfd.readouterr().out.split()[-1]}/stat")
+    until = time.monotonic() + 5
+    while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    assert gpu.run_limited([sys.executable, "-c", "raise SystemExit(3)"], 30.0) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_the_commands_say_so(capsys):
+    from bench.kernels.__main__ import main as kernels
+
+    assert gpu.main([]) == 2
+    assert kernels([]) == 2
+    assert capsys.readouterr().err.count("GPU") >= 2
