@@ -17,10 +17,9 @@ from stf_kernels.aot.cases import Case, cases, launch_of
 from stf_kernels.aot.check import examine, violations
 from stf_kernels.aot.codegen import _SASS_BRANCH, _SASS_LABEL, TARGETS, Code, Pointer, compile_for, innermost_math_loop
 from stf_kernels.configs import GemmConfig
+from stf_kernels.configs.model import tiles
 from stf_kernels.kernels.activations import _activation_bwd_kernel
-from stf_kernels.kernels.segmented_linear import _segmented_linear_fwd_kernel
 from stf_kernels.ops import launch
-from stf_kernels.ops.segments import Stage
 
 CONFIG = GemmConfig(128, 128, 64, num_warps=8)
 CONCAT = Case("sm_90", "concat", "bfloat16", CONFIG)
@@ -66,26 +65,22 @@ def test_every_form_of_kernel_compiles(what):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "words"),
+    ("arguments", "words"),
     [
-        (["--defaults"], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET"),
-        (["--target", "sm_75"], {}, "sm_75"),
-        (["--jobs", "0"], {}, "--jobs: expected at least 1, got 0"),
+        (["--target", "sm_75"], "sm_75"),
+        (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        (["interpreted"], "TRITON_INTERPRET is set"),
+        (["no triton"], "pip install triton"),
     ],
 )
-def test_what_is_refused(monkeypatch, capsys, arguments, environment, words):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_what_is_refused(monkeypatch, capsys, arguments, words):
+    if arguments == ["interpreted"]:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if arguments == ["no triton"]:
+        monkeypatch.setattr(command, "has_triton", lambda: False)
     with pytest.raises(SystemExit, match="2"):
-        command.main(arguments)
+        command.main(arguments if arguments[0].startswith("--") else ["--defaults"])
     assert words in capsys.readouterr().err
-
-
-def test_without_triton_it_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(command, "has_triton", lambda: False)
-    with pytest.raises(SystemExit, match="2"):
-        command.main(["--defaults"])
-    assert "pip install triton" in capsys.readouterr().err
 
 
 def trapped(trap: str) -> Code:
@@ -142,7 +137,7 @@ def test_spills_and_shared_memory_are_read_from_the_compiler(arch, config, wrong
 
 
 def test_plain_fp32_has_no_tensor_core():
-    line, found, record = examine(replace(CONCAT, dtype="float32", config=GemmConfig(64, 64, 16)))
+    line, found, record = examine(replace(CONCAT, dtype="float32", config=tiles("sm_90", 4)[-1]))
     assert not found
     assert "tensor-core   0" in line
     assert record["loop"]["tensor_cycles"] is None
@@ -155,46 +150,27 @@ def test_what_does_not_compile_is_a_violation():
     assert record is None
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"N": 1, "M": 1, "tokens": 1, "grid_w": 1, "grid_h": 1, "y_stride": 1, "w_stride_n": 1},
-        {"x_strides_t": (1,), "x_strides_b": (1,)},
-        {"w_stride_n": 2**33},
-        {"bias_ptr": None, "HAS_BIAS": False},
-    ],
-    ids=str,
-)
-def test_specialisations_of_degenerate_sizes_compile(changes):
-    """The JIT turns an integer of 1 into a constant and a large one into int64: the kernel must take both."""
-    case = Case("sm_90", "linear_merge", "bfloat16", GemmConfig(16, 16, 16, num_stages=2))
-    arguments = {**launch_of(case)[1], **changes}
-    compile_for("sm_90", _segmented_linear_fwd_kernel, arguments, num_warps=4, num_stages=2)
+ONES = dict.fromkeys(("M", "N", "tokens", "grid_h", "grid_w", "y_stride", "w_stride_n"), 1)
+HALF = Pointer("fp16")
+UNUSUAL = {
+    # The JIT turns an integer of 1 into a constant and a large one into int64: the kernel must take both.
+    "sizes of one": ONES | {"x_strides_t": (1,), "x_strides_b": (1,)},
+    "a far stride": {"w_stride_n": 2**33},
+    "no bias": {"bias_ptr": None, "HAS_BIAS": False},
+    # What the interpreter takes, the compiler must.
+    "a tail of C, strides of each block": {
+        "block_ptrs": (HALF,) * 3, "NUM_BLOCKS": 3, "C": 100, "ACTIVATION": "silu", "UNIFORM_STRIDES": False,
+        "x_strides_b": (16000, 16001, 16002), "x_strides_t": (100, 101, 102),
+    },
+    "nine segments": {"block_ptrs": (HALF,), "NUM_BLOCKS": 1, "C": 40, "MERGE_IN": 3, "ACTIVATION": "gelu_tanh"},
+    "many blocks": {"block_ptrs": (HALF,) * 32, "NUM_BLOCKS": 32, "C": 64},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("stage", "num_blocks", "c", "uniform"),
-    [
-        (Stage("silu"), 3, 100, False),
-        (Stage("gelu_tanh", merge_in=3, grid=(9, 9)), 1, 40, True),
-        (Stage(), 32, 64, True),
-    ],
-)
-def test_unusual_shapes_compile(stage, num_blocks, c, uniform):
-    """Tails of C, strides of every block on their own, many blocks: what the interpreter takes, the compiler must."""
-    case = Case("sm_80", "concat_train", "float16", GemmConfig(32, 32, 32))
-    pitches = 1 if uniform else num_blocks
-    arguments = launch_of(case)[1] | {
-        "block_ptrs": (Pointer("fp16"),) * num_blocks,
-        "x_strides_b": tuple(range(16000, 16000 + pitches)),
-        "x_strides_t": tuple(range(100, 100 + pitches)),
-        "NUM_BLOCKS": num_blocks,
-        "C": c,
-        "MERGE_IN": stage.merge_in,
-        "UNIFORM_STRIDES": uniform,
-        "ACTIVATION": stage.activation or "none",
-    }
-    assert compile_for("sm_80", _segmented_linear_fwd_kernel, arguments, num_warps=4, num_stages=3).tensor_core
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_unusual_specialisations_compile(what):
+    kernel, arguments = launch_of(Case("sm_80", "concat_train", "float16", GemmConfig(32, 32, 32)))
+    assert compile_for("sm_80", kernel, arguments | UNUSUAL[what], num_warps=4, num_stages=3).tensor_core
 
 
 @pytest.mark.parametrize("arch", TARGETS)

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 
 from stf_kernels.kernels.activations import activate, activation_derivative
+from stf_kernels.ops.launch import fast_activation
 
 pytestmark = pytest.mark.gpu
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["fast", "exact"])
 FUNCTIONS = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -22,22 +24,23 @@ FUNCTIONS = {
 
 @triton.jit
 def _both(x_ptr, y_ptr, dy_ptr, N, ACTIVATION: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr):
-    """y = act(x), dy = act'(x), all fp32: what is rounded to 16 bits only afterwards."""
+    """y = act(x), dy = act'(x), all fp32: as for results of that dtype, which are rounded only afterwards."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < N, other=0.0)
     tl.store(y_ptr + i, activate(x, ACTIVATION, FAST), mask=i < N)
     tl.store(dy_ptr + i, activation_derivative(x, ACTIVATION, FAST), mask=i < N)
 
 
-def both(x, name, fast):
+def both(x, name, dtype):
     y, dy = torch.empty_like(x), torch.empty_like(x)
-    _both[(triton.cdiv(x.numel(), 1024),)](x, y, dy, x.numel(), ACTIVATION=name, FAST=fast, BLOCK=1024)
+    options = {"ACTIVATION": name, "FAST": fast_activation(dtype), "BLOCK": 1024}
+    _both[(triton.cdiv(x.numel(), 1024),)](x, y, dy, x.numel(), **options)
     return y.double(), dy.double()
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
+@DTYPES
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_error_before_rounding_over_the_whole_range(name, fast):
+def test_error_before_rounding_over_the_whole_range(name, dtype):
     """Every finite bf16 number, and a fine line where the functions bend: 1e-6, relative where x is above one.
 
     Slopes twice that: tanh GELU's multiplies the sigmoid's error by up to ten.
@@ -48,14 +51,14 @@ def test_error_before_rounding_over_the_whole_range(name, fast):
     wide = x.double().requires_grad_()
     expected = FUNCTIONS[name](wide)
     slope = torch.autograd.grad(expected.sum(), wide)[0]
-    for found, exact, most in zip(both(x, name, fast), (expected.detach(), slope), (1e-6, 2e-6), strict=True):
+    for found, exact, most in zip(both(x, name, dtype), (expected.detach(), slope), (1e-6, 2e-6), strict=True):
         error = (found - exact).abs() / wide.detach().abs().clamp(min=1)
         assert error.max().item() <= most, (name, x[error.argmax()].item())
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
+@DTYPES
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_infinities_nan_and_the_largest_numbers(name, fast):
+def test_infinities_nan_and_the_largest_numbers(name, dtype):
     x = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e30, -1e30, 3e38, -3e38], device="cuda")
     expected = FUNCTIONS[name](x.double())
-    torch.testing.assert_close(both(x, name, fast)[0], expected, equal_nan=True, rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(both(x, name, dtype)[0], expected, equal_nan=True, rtol=1e-6, atol=1e-30)

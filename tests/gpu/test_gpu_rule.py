@@ -91,33 +91,6 @@ def test_small_batches(batch):
         compare_modules(modules, blocks, torch.bfloat16, gradients=True)
 
 
-def test_every_configuration_of_the_heuristic():
-    """Each tile shape that may serve this GPU, split K included, at a size with tails."""
-    from support.rule import assert_within_rule
-
-    from stf_kernels.ops.launch import run_stage
-    from stf_kernels.ops.segments import Stage
-    from stf_kernels.configs import GemmConfig
-    from stf_kernels.configs.model import tiles
-    from stf_kernels.configs import device_identity
-
-    _, arch = device_identity(torch.cuda.current_device())
-    for dtype in (torch.bfloat16, torch.float32):
-        blocks = [torch.randn(3, 77, 200, device=CUDA).to(dtype) for _ in range(3)]
-        weight, bias = torch.randn(300, 600, device=CUDA).to(dtype) / 25, torch.randn(300, device=CUDA).to(dtype)
-        joined = torch.cat(blocks, -1)
-        same = torch.nn.functional.linear(joined, weight, bias)
-        exact = torch.nn.functional.linear(joined.double(), weight.double(), bias.double())
-        for config in (
-            *tiles(arch, dtype.itemsize),
-            GemmConfig(64, 64, 32, split_k=3),
-            GemmConfig(16, 64, 32, split_k=8),
-        ):
-            for _ in range(2):  # split K leaves its counters at zero
-                y, _ = run_stage(blocks, weight, bias, Stage(), config)
-                assert_within_rule(f"{config} {dtype}", y, same, exact)
-
-
 def test_tf32_is_used_only_where_torch_allows_it():
     operands = concat_operands(4, 2, 100, 256, 256, device=CUDA)
     ours, theirs = concat_pair(4)

@@ -7,6 +7,9 @@ import torch
 
 import reference
 import stf_kernels
+from stf_kernels.configs import GemmConfig
+from stf_kernels.ops.launch import run_stage
+from stf_kernels.ops.segments import Stage
 
 pytestmark = pytest.mark.gpu
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "auto"])
@@ -94,40 +97,33 @@ def test_graph_of_a_training_step(backend):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-@BACKENDS
-def test_two_streams_at_once(backend):
-    """What is shared between launches (workspace, counters) must not be shared between streams."""
-    cases = [build(batch=1), build(batch=3)]
-    streams = [torch.cuda.Stream() for _ in cases]
-    with stf_kernels.use_backend(backend), torch.no_grad():
-        expected = [module(blocks) for module, blocks in cases]
-        torch.cuda.synchronize()
-        found = [[], []]
-        for _ in range(50):
-            for i, (module, blocks) in enumerate(cases):
-                with torch.cuda.stream(streams[i]):
-                    found[i].append(module(blocks))
-        torch.cuda.synchronize()
-    for outputs, exact in zip(found, expected, strict=True):
-        assert all(torch.equal(y, exact) for y in outputs)
-
-
-def test_split_k_on_two_streams():
-    from stf_kernels.ops.launch import run_stage
-    from stf_kernels.ops.segments import Stage
-    from stf_kernels.configs import GemmConfig
-
+def split_k():
+    """A call that shares K out: 256 features of one image."""
+    x, weight = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((1, 144, 4096), (256, 4096)))
     config = GemmConfig(64, 64, 64, split_k=8)
-    weight = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16) / 64
-    inputs = [torch.randn(1, 144, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    expected = [run_stage([x], weight, None, Stage("gelu"), config)[0] for x in inputs]
-    streams, found = [torch.cuda.Stream() for _ in inputs], [[], []]
-    torch.cuda.synchronize()
-    for _ in range(100):
-        for i, x in enumerate(inputs):
-            with torch.cuda.stream(streams[i]):
-                found[i].append(run_stage([x], weight, None, Stage("gelu"), config)[0])
-    torch.cuda.synchronize()
+    return lambda: run_stage([x], weight / 64, None, Stage("gelu"), config)[0]
+
+
+def projector(batch):
+    module, blocks = build(batch=batch)
+    return lambda: module(blocks)
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "pair", [lambda: (projector(1), projector(3)), lambda: (split_k(), split_k())], ids=["chain", "k"]
+)
+def test_two_streams_at_once(backend, pair):
+    """What a launch allocates (results, parts, counters) must not be another stream's."""
+    calls, found, streams = pair(), [[], []], [torch.cuda.Stream() for _ in range(2)]
+    with stf_kernels.use_backend(backend), torch.no_grad():
+        expected = [call() for call in calls]
+        torch.cuda.synchronize()
+        for _ in range(100):
+            for call, stream, outputs in zip(calls, streams, found, strict=True):
+                with torch.cuda.stream(stream):
+                    outputs.append(call())
+        torch.cuda.synchronize()
     for outputs, exact in zip(found, expected, strict=True):
         assert all(torch.equal(y, exact) for y in outputs)
 
@@ -154,7 +150,7 @@ def test_no_host_synchronisation(no_sync, grad, backend):
 
 
 @BACKENDS
-def test_scatter(backend):
+def test_indexed_rows(backend):
     module, blocks = build()
     module.requires_grad_(False)
     rows = torch.randperm(60, device="cuda")[:32]
@@ -167,7 +163,7 @@ def test_scatter(backend):
     assert bool((wide == 7).all())
 
 
-def test_scatter_does_not_write_outside():
+def test_rows_outside_are_not_written():
     """On a GPU the values of rows are not read back, so the kernel guards."""
     module, blocks = build()
     module.requires_grad_(False)

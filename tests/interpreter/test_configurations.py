@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stages import compare, tower
+from support.stages import compare, tower
 
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
 from stf_kernels.configs.model import others, tiles

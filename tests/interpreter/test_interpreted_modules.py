@@ -1,8 +1,5 @@
 """If this fails, the chain of kernels (merged stores, dense reads, scatter) or its backward is wrong."""
 
-import traceback
-from pathlib import Path
-
 import pytest
 import torch
 from support.compare import compare_modules, twins
@@ -10,7 +7,6 @@ from support.rule import assert_within_rule
 
 import reference
 import stf_kernels
-from stf_kernels.ops import launch
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
@@ -89,45 +85,6 @@ def test_saved_tensors_that_come_back_in_another_layout():
         y = module(blocks)
     for mine, exact in zip(torch.autograd.grad(y.square().sum(), parameters), expected, strict=True):
         torch.testing.assert_close(mine, exact)
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Of each launch, the functions of stf_kernels that stood on the stack, outermost first."""
-    found = []
-
-    def note(function):
-        def noted(*arguments, **options):
-            stack = [frame for frame in traceback.extract_stack() if "stf_kernels" in Path(frame.filename).parts]
-            found.append([f"{Path(frame.filename).stem}.{frame.name}" for frame in stack])
-            return function(*arguments, **options)
-
-        return noted
-
-    monkeypatch.setitem(launch.ARGUMENTS, "pointer", note(launch.ARGUMENTS["pointer"]))
-    monkeypatch.setattr(launch, "run_activation_bwd", note(launch.run_activation_bwd))
-    return found
-
-
-@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-def test_the_path_to_a_launch_is_short_and_ends_in_a_kernel(launched, grad):
-    """Else every comparison here would be torch with torch, or the host would cost more than the GPU."""
-    module = stf_kernels.CompactTokenProjector(2, 8, 20)
-    blocks = [torch.randn(1, 16, 8) for _ in range(2)]
-    with torch.set_grad_enabled(grad):
-        y = module(blocks)
-    assert [path[0] for path in launched] == ["modules.forward"] * 4
-    assert [path[-1] for path in launched] == ["launch.run_stage"] * 4
-    assert max(map(len, launched)) <= 6, launched[0]
-    launched.clear()
-    with torch.set_grad_enabled(grad):
-        stf_kernels.concat_linear(blocks, torch.randn(5, 16, requires_grad=True))
-    assert launched[0][0] == "functional.concat_linear"
-    assert len(launched[0]) <= 5, launched[0]
-    launched.clear()
-    if grad:
-        y.sum().backward()
-        assert [path[-1] for path in launched] == ["backward._through_activation"] * 2
 
 
 def test_compiled_and_bad_input():

@@ -3,7 +3,7 @@ descriptor cannot name."""
 
 import pytest
 import torch
-from stages import compare, tower
+from support.stages import compare, tower
 
 from stf_kernels import configs
 from stf_kernels.configs import GemmConfig

@@ -5,8 +5,7 @@ Sizes stand around the tiles: rows of an image that end inside a step, features 
 
 import pytest
 import torch
-from stages import matrix, tower
-from support.rule import assert_within_rule
+from support.stages import compare_wgrad, tower
 
 import reference
 import stf_kernels
@@ -15,20 +14,9 @@ from stf_kernels.configs.model import tiles
 from stf_kernels.ops import weight_grad
 from stf_kernels.ops.segments import Stage
 
-CONFIGS = [
-    GemmConfig(16, 16, 16, group_m=1),
-    GemmConfig(64, 32, 16, group_m=2),
-    GemmConfig(32, 64, 64, group_m=8),
-]
+CONFIGS = [GemmConfig(16, 16, 16, group_m=1), GemmConfig(64, 32, 16, group_m=2), GemmConfig(32, 64, 64, group_m=8)]
 EVERY = pytest.mark.parametrize("config", CONFIGS, ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-
-
-def check(config, stage, blocks, n, g=None):
-    a, dtype = matrix(blocks, stage).flatten(0, 1), blocks[0].dtype
-    g = torch.randn(a.shape[0], n).to(dtype) if g is None else g
-    found = weight_grad.launch_wgrad(g, blocks, stage, config)
-    assert_within_rule(f"dW of {config}", found, g.t() @ a, g.double().t() @ a.double())
 
 
 @EVERY
@@ -38,7 +26,7 @@ def test_concatenated(config, dtype, tokens):
     """What stands before, between and behind the rows is infinite: none of it may enter, not even times zero."""
     memory = torch.full((3, 3, tokens + 5, 40), torch.inf)
     memory[:, :, 2:-3, :35] = torch.randn(3, 3, tokens, 35)
-    check(config, Stage(), [block[:, 2:-3, :35] for block in memory.to(dtype)], 45)
+    compare_wgrad(config, Stage(), [block[:, 2:-3, :35] for block in memory.to(dtype)], 45)
 
 
 @EVERY
@@ -46,7 +34,7 @@ def test_concatenated(config, dtype, tokens):
 @pytest.mark.parametrize("merge_size", [1, 2, 3])
 def test_merged_on_load(config, dtype, merge_size):
     grid = (2 * merge_size + merge_size // 2, 3 * merge_size + merge_size // 2)  # the last belong to no window
-    check(config, Stage(merge_in=merge_size, grid=grid), tower(1, 2, grid[0] * grid[1], 20, dtype), 37)
+    compare_wgrad(config, Stage(merge_in=merge_size, grid=grid), tower(1, 2, grid[0] * grid[1], 20, dtype), 37)
 
 
 SHIPPED = {config for arch in SHARED_MEMORY_LIMIT for size in (2, 4) for config in tiles(arch, size, wgrad=True)}
@@ -54,7 +42,7 @@ SHIPPED = {config for arch in SHARED_MEMORY_LIMIT for size in (2, 4) for config 
 
 @pytest.mark.parametrize("config", sorted(SHIPPED, key=str), ids=str)
 def test_every_shipped_tile(config):
-    check(config, Stage(), tower(2, 2, 50, 72, torch.float16), 136)
+    compare_wgrad(config, Stage(), tower(2, 2, 50, 72, torch.float16), 136)
 
 
 @EVERY
@@ -64,7 +52,7 @@ def test_strides_of_every_kind(config):
     blocks[2] = blocks[2].transpose(1, 2).contiguous().transpose(1, 2)  # copied: its last axis is not contiguous
     blocks[3] = blocks[3][:1].expand(2, -1, -1)
     for g in (torch.randn(33, 18).t(), torch.randn(1, 33).expand(18, 33), torch.randn(18, 50)[:, 7:40]):
-        check(config, Stage(), blocks, 33, g)
+        compare_wgrad(config, Stage(), blocks, 33, g)
 
 
 def test_nothing_to_sum_is_zero():

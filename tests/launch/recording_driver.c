@@ -1,5 +1,5 @@
 /* A CUDA driver that launches nothing and notes what it was asked to launch: the libcuda.so.1 of Triton's own JIT and
-   launcher (recording.py). A launch is appended to a log as a Launch and the bytes of its kernel's parameters. */
+   launcher (recording_driver.py). A launch goes to a log: a Launch, then the bytes of the kernel's parameters. */
 #include "cuda.h"
 #include <stdint.h>
 #include <string.h>
@@ -15,7 +15,7 @@ static size_t logged;
 static int major_, minor_, shared_, refuse_descriptors;
 static uintptr_t handle = 0x1000;
 
-/* What recording.py calls. */
+/* What recording_driver.py calls. */
 void recorder_device(int major, int minor, int shared) { major_ = major, minor_ = minor, shared_ = shared; }
 void recorder_refuse_descriptors(int refuse) { refuse_descriptors = refuse; }
 
@@ -34,7 +34,8 @@ size_t recorder_take(unsigned char *into) { /* and forget */
 
 /* What Triton's launcher calls. */
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **parameters, void **extra) {
-    Launch launch = {(uint64_t)f, (uint64_t)c->hStream, {c->gridDimX, c->gridDimY, c->gridDimZ}, c->blockDimX, c->sharedMemBytes};
+    Launch launch = {.function = (uint64_t)f, .stream = (uint64_t)c->hStream, .threads = c->blockDimX,
+                     .grid = {c->gridDimX, c->gridDimY, c->gridDimZ}, .shared = c->sharedMemBytes};
     for (unsigned i = 0; i < c->numAttrs; i++) launch.attributes |= 1u << c->attrs[i].id;
     if (logged > LOG_BYTES / 2) logged = 0; /* nobody reads: a benchmark */
     unsigned char *to = log_ + logged + sizeof launch;
@@ -82,17 +83,19 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
     return CUDA_SUCCESS;
 }
 
-CUresult cuModuleLoadData(CUmodule *m, const void *image) { return *m = (CUmodule)(handle += 16), CUDA_SUCCESS; }
-CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) { return *f = (CUfunction)(handle += 16), CUDA_SUCCESS; }
-CUresult cuPointerGetAttribute(void *to, CUpointer_attribute a, CUdeviceptr p) { return *(CUdeviceptr *)to = p, CUDA_SUCCESS; }
-CUresult cuGetErrorString(CUresult e, const char **text) { return *text = "invalid argument", CUDA_SUCCESS; }
-CUresult cuCtxGetCurrent(CUcontext *c) { return *c = (CUcontext)1, CUDA_SUCCESS; }
-CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { return *c = (CUcontext)1, CUDA_SUCCESS; }
-CUresult cuDeviceGet(CUdevice *d, int ordinal) { return *d = ordinal, CUDA_SUCCESS; }
-CUresult cuDriverGetVersion(int *version) { return *version = 13010, CUDA_SUCCESS; }
-CUresult cuCtxGetLimit(size_t *value, CUlimit l) { return *value = 1 << 20, CUDA_SUCCESS; }
-CUresult cuCtxSetLimit(CUlimit l, size_t value) { return CUDA_SUCCESS; }
-CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
-CUresult cuCtxSetCurrent(CUcontext c) { return CUDA_SUCCESS; }
-CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int value) { return CUDA_SUCCESS; }
-CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) { return CUDA_SUCCESS; }
+/* The rest is asked for and of no interest. */
+#define OK(assignment) { return assignment, CUDA_SUCCESS; }
+CUresult cuModuleLoadData(CUmodule *m, const void *image) OK(*m = (CUmodule)(handle += 16))
+CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) OK(*f = (CUfunction)(handle += 16))
+CUresult cuPointerGetAttribute(void *to, CUpointer_attribute a, CUdeviceptr p) OK(*(CUdeviceptr *)to = p)
+CUresult cuGetErrorString(CUresult e, const char **text) OK(*text = "invalid argument")
+CUresult cuCtxGetCurrent(CUcontext *c) OK(*c = (CUcontext)1)
+CUresult cuCtxSetCurrent(CUcontext c) OK(0)
+CUresult cuCtxGetLimit(size_t *value, CUlimit l) OK(*value = 1 << 20)
+CUresult cuCtxSetLimit(CUlimit l, size_t value) OK(0)
+CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) OK(*c = (CUcontext)1)
+CUresult cuDeviceGet(CUdevice *d, int ordinal) OK(*d = ordinal)
+CUresult cuDriverGetVersion(int *version) OK(*version = 13010)
+CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int value) OK(0)
+CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) OK(0)
+CUresult cuInit(unsigned flags) OK(0)

@@ -7,11 +7,7 @@ from torch import Tensor, nn
 import reference
 import stf_kernels
 
-ARGUMENTS = {
-    "MultiBlockTokenFusion": (3, 8),
-    "SpatialTokenFusion": (8, 20),
-    "CompactTokenProjector": (3, 8, 20),
-}
+ARGUMENTS = {"MultiBlockTokenFusion": (3, 8), "SpatialTokenFusion": (8, 20), "CompactTokenProjector": (3, 8, 20)}
 EACH_MODULE = pytest.mark.parametrize("name", ARGUMENTS)
 
 

@@ -104,10 +104,8 @@ def install(arch: str) -> Recorder:
     triton.runtime.driver.set_active(driver)
     triton.knobs.runtime.kernel_load_end_hook.add(recorder._loaded)
 
-    def on_the_gpu(choose):
-        return lambda device, *rest, **options: choose(torch.device("cuda", 0), *rest, **options)
-
+    choose, gpu = configs.choose, torch.device("cuda", 0)
     backend.triton_serves = lambda device: True
-    tma.is_hopper_or_later = lambda device: capability >= (9, 0)
-    configs.choose, configs.choose_wgrad = map(on_the_gpu, (configs.choose, configs.choose_wgrad))
+    tma.has_tma = lambda device: capability >= (9, 0)
+    configs.choose = lambda device, *what, **options: choose(gpu, *what, **options)
     return recorder

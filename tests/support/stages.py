@@ -1,0 +1,64 @@
+"""One stage, or its weight gradient, on the kernels beside the same in torch: operands, and the rule on the results."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reference.functional import activate, spatial_merge
+from stf_kernels.configs import GemmConfig
+from stf_kernels.ops.launch import run_stage
+from stf_kernels.ops.segments import Stage
+from stf_kernels.ops.weight_grad import launch_wgrad
+
+from .rule import assert_within_rule
+
+
+def tower(
+    count: int, batch: int, tokens: int, c: int, dtype=torch.float32, *, skip: int = 1, gap: int = 0, device="cpu"
+) -> list[Tensor]:
+    """Blocks as a tower gives them: slices of one allocation, `skip` leading tokens cut off by a view.
+
+    What is skipped is NaN and must not enter a sum; gap: elements between two blocks.
+    """
+    size = batch * (tokens + skip) * c
+    memory = torch.randn(count * (size + gap), device=device).to(dtype)
+    views = [memory[i * (size + gap) :][:size].view(batch, tokens + skip, c) for i in range(count)]
+    for view in views:
+        view[:, :skip] = float("nan")
+    return [view[:, skip:] for view in views]
+
+
+def matrix(blocks: list[Tensor], stage: Stage) -> Tensor:
+    """A, materialised: [B, rows of an image, K]."""
+    if stage.merge_in > 1:
+        return spatial_merge(blocks[0], stage.grid, stage.merge_in, "patch_major", True)
+    return torch.cat(blocks, -1)
+
+
+def compare(config: GemmConfig | None, stage: Stage, blocks: list[Tensor], n: int, *, save_pre: bool = True) -> Tensor:
+    """Run the stage with a weight and bias of its own, in the blocks' dtype -> y, the results held to the rule."""
+    x, k = blocks[0], stage.num_segments(blocks) * blocks[0].shape[-1]
+    weight, bias = (torch.randn(shape, device=x.device) for shape in ((n, k), (n,)))
+    weight, bias = (weight / k**0.5).to(x.dtype), bias.to(x.dtype)
+    y, pre = run_stage(blocks, weight, bias, stage, config, save_pre=save_pre)
+
+    def run(to: torch.dtype) -> tuple[Tensor, Tensor]:
+        flat = F.linear(matrix([block.to(to) for block in blocks], stage), weight.to(to), bias.to(to))
+        placed = activate(flat, stage.activation)
+        if stage.merge_out > 1:
+            placed = spatial_merge(placed, stage.grid, stage.merge_out, "patch_major", True)
+        return flat.flatten(0, 1), placed
+
+    (same_pre, same), (exact_pre, exact) = run(x.dtype), run(torch.float64)
+    assert_within_rule(f"pre-activation of {config}", pre, *((same_pre, exact_pre) if save_pre else (None, None)))
+    assert_within_rule(f"output of {config}", y, same, exact)
+    return y
+
+
+def compare_wgrad(config: GemmConfig, stage: Stage, blocks: list[Tensor], n: int, g: Tensor | None = None) -> Tensor:
+    """The weight gradient for g, [rows, n], of one's own or drawn -> dW, held to the rule."""
+    a = matrix(blocks, stage).flatten(0, 1)
+    g = torch.randn(a.shape[0], n, device=a.device).to(a.dtype) if g is None else g
+    found = launch_wgrad(g, blocks, stage, config)
+    assert_within_rule(f"dW of {config}", found, g.t() @ a, g.double().t() @ a.double())
+    return found
