@@ -10,6 +10,8 @@ All but the first are asserted of the specialisation that a launch on 16-byte al
 need only fit. gfx942 has no asynchronous copy.
 """
 
+from dataclasses import asdict
+
 from ..configs.model import ARCHITECTURES, SHARED_MEMORY_LIMIT
 from ..tune.problems import PROBLEMS
 from .cases import Case, launch_of
@@ -67,14 +69,8 @@ def record(case: Case, code) -> dict:
     tensor_cores = case.dtype != "float32" or case.tf32
     stalls = code.loop_stalls if case.arch in ("sm_90", "sm_100") else 0
     rate = ARCHITECTURES[case.arch].multiply_adds // (2 if case.tf32 else 1)
-    return {
-        "arch": case.arch,
-        "problem": case.problem,
-        "dtype": case.dtype,
-        "default": case.default,
+    return asdict(case) | {
         "config": str(config),
-        "aligned": case.aligned,
-        "tf32": case.tf32,
         "registers": code.registers,
         "spills": code.spilled,
         "shared": code.shared,

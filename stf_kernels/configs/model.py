@@ -19,7 +19,8 @@ from .config import GemmConfig
 class Architecture(NamedTuple):
     """Of one multiprocessor: bytes of shared memory that one program and all of them may take, multiply-adds a cycle of
     its tensor cores on 16-bit operands, its share of the bytes a cycle that memory and L2 deliver (published rates over
-    multiprocessors and boost clock), and multiprocessors of a common model, for who has none at hand."""
+    multiprocessors and boost clock), multiprocessors of a common model, for who has none at hand, and the instruction
+    of its tensor cores."""
 
     shared_limit: int
     shared_total: int
@@ -27,15 +28,16 @@ class Architecture(NamedTuple):
     memory: float
     l2: float
     multiprocessors: int
+    tensor_core: str
 
 
 ARCHITECTURES = {
-    "sm_80": Architecture(166_912, 167_936, 1024, 12.0, 35.0, 108),
-    "sm_89": Architecture(101_376, 102_400, 256, 2.9, 16.0, 128),
-    "sm_90": Architecture(232_448, 233_472, 2048, 15.0, 42.0, 132),
-    "sm_100": Architecture(232_448, 233_472, 4096, 29.0, 40.0, 148),
-    "sm_120": Architecture(101_376, 102_400, 256, 4.4, 16.0, 170),
-    "gfx942": Architecture(65_536, 65_536, 1024, 8.3, 50.0, 304),
+    "sm_80": Architecture(166_912, 167_936, 1024, 12.0, 35.0, 108, "HMMA"),
+    "sm_89": Architecture(101_376, 102_400, 256, 2.9, 16.0, 128, "HMMA"),
+    "sm_90": Architecture(232_448, 233_472, 2048, 15.0, 42.0, 132, "HGMMA"),
+    "sm_100": Architecture(232_448, 233_472, 4096, 29.0, 40.0, 148, "UTCHMMA"),
+    "sm_120": Architecture(101_376, 102_400, 256, 4.4, 16.0, 170, "HMMA"),
+    "gfx942": Architecture(65_536, 65_536, 1024, 8.3, 50.0, 304, "v_mfma"),
 }
 SHARED_MEMORY_LIMIT = {arch: limits.shared_limit for arch, limits in ARCHITECTURES.items()}
 _LATENCY = 1400  # cycles from a request to memory until its bytes are there

@@ -12,8 +12,8 @@ All take (blocks, weights, biases, activation, skip_tokens, merge_size, grid_h, 
 import torch
 
 from ..backend import resolve
-from .autograd import STATIC, TENSORS, ChainOperator, define, is_ordinary, is_recorded, without_autocast
-from .chain import Plan, chain_fwd
+from .autograd import STATIC, TENSORS, ChainOperator, define, is_ordinary, is_recorded
+from .chain import Plan, chain_fwd, without_autocast
 from .segments import Stage
 
 

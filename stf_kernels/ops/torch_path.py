@@ -81,13 +81,17 @@ def _activate_(x: Tensor, activation: str | None) -> Tensor:
     return torch.ops.aten.gelu_(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def activation_backward(dy: Tensor, pre: Tensor, activation: str, *, into: Tensor | None) -> Tensor:
-    """dy * act'(pre), written over `into` if given (dy itself may be)."""
-    out = torch.empty_like(dy) if into is None else into
+def run_activation_bwd(
+    dy: Tensor, pre: Tensor, activation: str, *, overwrite: bool, write_act: bool, sum_rows: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dy * act'(pre), act(pre) if write_act, column sums of the first if sum_rows; as launch.run_activation_bwd."""
+    out = dy if overwrite else torch.empty_like(dy)
     if activation == "silu":
-        return torch.ops.aten.silu_backward.grad_input(dy, pre, grad_input=out)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward.grad_input(dy, pre, approximate=approximate, grad_input=out)
+        torch.ops.aten.silu_backward.grad_input(dy, pre, grad_input=out)
+    else:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        torch.ops.aten.gelu_backward.grad_input(dy, pre, approximate=approximate, grad_input=out)
+    return out, activate(pre, activation) if write_act else None, out.sum(0) if sum_rows else None
 
 
 def differentiable_chain(

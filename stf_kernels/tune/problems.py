@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..configs import GemmConfig
+from ..ops import launch, weight_grad
 from ..ops.segments import Stage
 
 
@@ -50,6 +53,17 @@ class Problem:
         shape = batch, self.tokens * self.stage.merge_in**2 + skip, self.c
         blocks = [draw(*shape)[:, skip:] for _ in range(self.num_blocks)]
         return blocks, draw(self.n, self.k), draw(self.n)
+
+    def arguments(self, config: GemmConfig, blocks: list[Tensor], weight: Tensor, bias: Tensor) -> tuple:
+        """A launch on `operands` as launch.ARGUMENTS has it: (kernel, grid, tensors, sizes, constants)."""
+        x, m = blocks[0], blocks[0].shape[0] * self.tokens
+        if self.wgrad:
+            tensors = tuple(blocks), x.new_empty(m, self.n), x.new_empty(weight.shape)
+            return weight_grad.wgrad_arguments(config, tensors, self.stage)
+        y = x.new_empty((m, self.n) if self.index_rows else self.stage.out_shape(x.shape, self.n))
+        pre = x.new_empty(m, self.n) if self.save_pre else None
+        rows = torch.empty(m, dtype=torch.int64, device=x.device) if self.index_rows else None
+        return launch.ARGUMENTS[config.form](config, (tuple(blocks), weight, bias, y, pre, rows), self.stage)
 
 
 _GRID = (24, 24)

@@ -76,10 +76,14 @@ class TableFile:
         return (problem.kind, dtype, problem.n, problem.k, m) in map(self._place, self.entries)
 
     def add(self, entry: dict) -> None:
-        """In place of what the table says of the same problem; written beside and renamed."""
+        """In place of what the table says of the same problem."""
         self.entries = [other for other in self.entries if self._place(other) != self._place(entry)] + [entry]
-        table = {"version": TABLE_VERSION, **self._header, "entries": self.entries}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".json.partial")
-        beside.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, self._path)
+        write_json(self._path, {"version": TABLE_VERSION, **self._header, "entries": self.entries})
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Written beside and renamed: whoever reads finds the whole file, old or new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -9,14 +9,15 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from support.processes import python
 from trap_kernel import gemm_with_traps
 
 from stf_kernels.aot import __main__ as command
 from stf_kernels.aot.cases import Case, cases, launch_of
 from stf_kernels.aot.check import examine, violations
-from stf_kernels.aot.codegen import _SASS_BRANCH, _SASS_LABEL, TARGETS, Code, Pointer, compile_for, innermost_math_loop
-from stf_kernels.configs import GemmConfig
+from stf_kernels.aot.codegen import SASS, Code, compile_for, innermost_math_loop
+from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
 from stf_kernels.kernels.activations import _activation_bwd_kernel
 from stf_kernels.kernels.segmented_linear import _segmented_linear_fwd_kernel
 from stf_kernels.ops import launch
@@ -39,7 +40,7 @@ def test_every_default_configuration_compiles_for_every_gpu(tmp_path):
         assert case["loop"].keys() == loop
         assert case["default"]
     per_arch = Counter(case["arch"] for case in found["cases"])
-    assert per_arch.keys() == TARGETS.keys()
+    assert per_arch.keys() == SHARED_MEMORY_LIMIT.keys()
     assert min(per_arch.values()) >= 15
     assert {case["dtype"] for case in found["cases"]} == {"bfloat16", "float32"}
 
@@ -89,7 +90,7 @@ def test_without_triton_it_says_what_to_install(monkeypatch, capsys):
 
 
 def trapped(trap: str) -> Code:
-    pointer = Pointer("bf16")
+    pointer = torch.empty(16, dtype=torch.bfloat16, device="meta")
     return compile_for(
         "sm_90",
         gemm_with_traps,
@@ -142,7 +143,7 @@ def test_spills_and_shared_memory_are_read_from_the_compiler(arch, config, wrong
 
 
 def test_plain_fp32_has_no_tensor_core():
-    line, found, record = examine(replace(CONCAT, dtype="float32", config=GemmConfig(64, 64, 16)))
+    line, found, record = examine(replace(CONCAT, dtype="float32", config=GemmConfig(64, 64, 16, num_warps=8)))
     assert not found
     assert "tensor-core   0" in line
     assert record["loop"]["tensor_cycles"] is None
@@ -185,7 +186,7 @@ def test_unusual_shapes_compile(stage, num_blocks, c, uniform):
     case = Case("sm_80", "concat_train", "float16", GemmConfig(32, 32, 32))
     pitches = 1 if uniform else num_blocks
     arguments = launch_of(case)[1] | {
-        "block_ptrs": (Pointer("fp16"),) * num_blocks,
+        "block_ptrs": (torch.empty(16, dtype=torch.float16, device="meta"),) * num_blocks,
         "x_strides_b": tuple(range(16000, 16000 + pitches)),
         "x_strides_t": tuple(range(100, 100 + pitches)),
         "NUM_BLOCKS": num_blocks,
@@ -197,11 +198,11 @@ def test_unusual_shapes_compile(stage, num_blocks, c, uniform):
     assert compile_for("sm_80", _segmented_linear_fwd_kernel, arguments, num_warps=4, num_stages=3).tensor_core
 
 
-@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("arch", SHARED_MEMORY_LIMIT)
 def test_the_elementwise_backward_compiles_everywhere(arch):
-    pointer = Pointer("bf16")
+    pointer = torch.empty(16, dtype=torch.bfloat16, device="meta")
     arguments = dict.fromkeys(("dy_ptr", "pre_ptr", "dpre_ptr", "act_ptr"), pointer) | {
-        "partial_ptr": Pointer("fp32"),
+        "partial_ptr": torch.empty(16, device="meta"),
         "M": 1152,
         "N": 16384,
         "FAST_ACTIVATION": 1 if arch.startswith("gfx") else 2,
@@ -221,6 +222,6 @@ def test_the_elementwise_backward_compiles_everywhere(arch):
 def test_the_innermost_loop_is_the_shortest_that_multiplies():
     inner = [".L_x_1:", "LDGSTS", "HMMA.16816", "BRA `(.L_x_1)"]
     behind = ["BRA `(.L_x_0)", ".L_x_2:", "BRA `(.L_x_2)"]
-    found = innermost_math_loop([".L_x_0:", "LDG", *inner, *behind], _SASS_LABEL, _SASS_BRANCH)
+    found = innermost_math_loop([".L_x_0:", "LDG", *inner, *behind], SASS)
     assert found == (inner, behind)
-    assert innermost_math_loop(["HMMA.16816"], _SASS_LABEL, _SASS_BRANCH) == ([], [])
+    assert innermost_math_loop(["HMMA.16816"], SASS) == ([], [])
