@@ -35,11 +35,9 @@ def _switched(backend: str) -> Iterator[None]:
 
 
 def use_backend(backend: str):
-    """Context manager: run the operators of this thread on "auto", "triton" or "torch".
+    """Context manager: run the operators of this thread on "auto", "triton" or "torch"; ValueError for another name.
 
     A backward takes the backend of its forward, in whatever thread autograd runs it.
-
-    Raises ValueError for another name, at once rather than on entry.
     """
     check_choice("backend", backend, BACKENDS)
     return _switched(backend)

@@ -35,28 +35,25 @@ def examine(case: Case) -> tuple[str, list[str], dict | None]:
 
 def violations(case: Case, code) -> list[str]:
     """What is wrong with the compiled code, one sentence each; [] if nothing is."""
-    nvidia = case.arch.startswith("sm_")
-    found = []
+    nvidia, warpgroups = case.arch.startswith("sm_"), case.arch in ("sm_90", "sm_100")
     limit = SHARED_MEMORY_LIMIT[case.arch]
-    if code.shared > limit:
-        found.append(f"shared memory {code.shared} bytes, the limit of {case.arch} is {limit}")
-    if not case.aligned:
-        return found
-    if code.spilled:
-        found.append(f"{code.spilled} spilled")
-    if code.tensor_core == 0 and not (nvidia and case.dtype == "float32" and not case.tf32):
-        found.append("no tensor-core instruction")
-    # Only the few steps of a share of K may be unrolled and leave no loop.
-    if code.loop_instructions == 0 and case.config.split_k == 1:
-        found.append("no loop that multiplies is found, so its copies are not checked")
-    if nvidia and code.loop_async_copies == 0:
-        found.append("no asynchronous copy in the loop")
-    if nvidia and code.loop_plain_copies:
-        found.append(f"{code.loop_plain_copies} plain loads or stores in the loop")
-    # A weight gradient's loop is short of registers and loads its bounds again, each load for itself.
-    if case.arch in ("sm_90", "sm_100") and code.loop_constant_loads and not PROBLEMS[case.problem].wgrad:
-        found.append(f"{code.loop_constant_loads} loads of constants in the loop")
-    return found
+    wrong = {f"shared memory {code.shared} bytes, the limit of {case.arch} is {limit}": code.shared > limit}
+    if case.aligned:
+        ieee = nvidia and case.dtype == "float32" and not case.tf32
+        wrong |= {
+            f"{code.spilled} spilled": code.spilled,
+            "no tensor-core instruction": not code.tensor_core and not ieee,
+            # Only the few steps of a share of K may be unrolled and leave no loop.
+            "no loop that multiplies is found, so its copies are not checked": not code.loop_instructions
+            and case.config.split_k == 1,
+            "no asynchronous copy in the loop": nvidia and not code.loop_async_copies,
+            f"{code.loop_plain_copies} plain loads or stores in the loop": nvidia and code.loop_plain_copies,
+            # A weight gradient's loop is short of registers and loads its bounds again, each load for itself.
+            f"{code.loop_constant_loads} loads of constants in the loop": warpgroups
+            and code.loop_constant_loads
+            and not PROBLEMS[case.problem].wgrad,
+        }
+    return [sentence for sentence, holds in wrong.items() if holds]
 
 
 def record(case: Case, code) -> dict:

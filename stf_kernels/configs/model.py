@@ -9,7 +9,6 @@ the cheapest of many. To change a tile size, change it in the tables below.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -151,13 +150,6 @@ def cycles(config: GemmConfig, m: int, n: int, k: int, itemsize: int, arch: str,
     return max(compute, memory) + reduction
 
 
-def rank(
-    configs: Iterable[GemmConfig], m: int, n: int, k: int, itemsize: int, arch: str, multiprocessors: int
-) -> list[GemmConfig]:
-    """The cheapest first."""
-    return sorted(configs, key=lambda config: cycles(config, m, n, k, itemsize, arch, multiprocessors))
-
-
 def default_config(
     arch: str,
     itemsize: int,
@@ -170,8 +162,8 @@ def default_config(
     wgrad: bool = False,
 ) -> GemmConfig:
     """What serves for y [m, n] = A [m, k] @ W^T when no table matches, operands of `itemsize` bytes."""
-    multiprocessors = multiprocessors or ARCHITECTURES.get(arch, ARCHITECTURES["sm_89"]).multiprocessors
-    return rank(tiles(arch, itemsize, save_pre=save_pre, wgrad=wgrad), m, n, k, itemsize, arch, multiprocessors)[0]
+    size = itemsize, arch, multiprocessors or ARCHITECTURES.get(arch, ARCHITECTURES["sm_89"]).multiprocessors
+    return min(tiles(arch, itemsize, save_pre=save_pre, wgrad=wgrad), key=lambda config: cycles(config, m, n, k, *size))
 
 
 def smallest(itemsize: int) -> GemmConfig:

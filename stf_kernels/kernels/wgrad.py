@@ -77,10 +77,8 @@ def _segmented_wgrad_kernel(
         inside_t = t < tokens
         if WHOLE_STEPS and C % BLOCK_N == 0:
             x = tl.load(x_tile)
-        elif WHOLE_STEPS:
-            x = tl.load(x_tile, mask=inside_c, other=0.0)
         else:
-            x = tl.load(x_tile, mask=inside_t[:, None] & inside_c, other=0.0)
+            x = tl.load(x_tile, mask=inside_c if WHOLE_STEPS else inside_t[:, None] & inside_c, other=0.0)
         g = tl.load(g_tile, mask=inside_n if WHOLE_STEPS else inside_n & inside_t[None, :], other=0.0)
         if INTERPRETED:
             x = x.to(tl.float32)

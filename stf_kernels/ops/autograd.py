@@ -3,12 +3,11 @@
     name(blocks, weights, biases, activation, skip_tokens, merge_size, grid_h, grid_w, needs) -> [y, *saved]
 
 blocks, weights and biases are lists of tensors (no biases: none), the next five fix the stages. `needs` says of each
-tensor in that order whether its gradient will be asked for; empty is none. From the plan alone come the
-implementation, its fake and its autograd formula.
+tensor in that order whether its gradient will be asked for; empty is none.
 
 Through the dispatcher a call costs tens of microseconds on the host; outside torch.compile and without tensor
 subclasses it goes straight to the chain, or to a plain autograd.Function where a gradient is wanted. Under
-torch.func's transforms and forward-mode differentiation plain torch computes, inside torch.compile too.
+torch.func's transforms and forward-mode differentiation plain torch computes.
 """
 
 import functools
@@ -39,7 +38,7 @@ def define(name: str, arguments: str, returns: str, function: Callable, fake: Ca
 
 
 class ChainOperator:
-    """One operator: call it with (blocks, weights, biases, *static) -> y; plan maps the static arguments to a Plan."""
+    """(blocks, weights, biases, *static) -> y; plan maps the static arguments to a Plan."""
 
     def __init__(self, name: str, plan: Callable[..., Plan]) -> None:
         self.plan = functools.cache(plan)

@@ -2,9 +2,9 @@
 
     db = sum_rows g      dW_s = g^T @ X_s, each segment into its columns of dW      dX_s = g @ W_s
 
-dW and dX run in the library GEMM (cuBLAS, MKL): they are plain matrix products once the segment is named. The first
-stage's dW, whose X are the caller's own blocks, has a file of its own, weight_grad.py. Where Triton runs, one
-elementwise kernel reads a pre-activation once and writes act'(pre) * dX, act(pre) and the column sums.
+dW and dX run in the library GEMM (cuBLAS, MKL); for the first stage's dW, whose X are the caller's own blocks, see
+weight_grad.py. Where Triton runs, one elementwise kernel reads a pre-activation once and writes act'(pre) * dX,
+act(pre) and the column sums.
 """
 
 from collections.abc import Sequence

@@ -2,10 +2,8 @@
 
 Kept at most, beside the caller's own blocks and weights: of each stage with an activation its pre-activation, of each
 other stage but the last its output. An activation's output is never kept: the backward reads the pre-activation once
-and writes both act'(pre) * dy and act(pre) from it. For the projector of LLaVA-1.5 in 16 bit that is, per image,
-576*4096 + 144*4096 + 144*16384 elements = 10.6 MB; plain PyTorch also keeps the concatenation (9.4 MB), both
-activations' outputs (9.4 MB) and, in place of the fused output, its unfolded copy. What no wanted gradient reads is
-not kept: where only the last layer trains, h's pre-activation alone, 4.7 MB (`Needs.keeps` in backward.py).
+and writes both act'(pre) * dy and act(pre) from it. For the projector of LLaVA-1.5 in 16 bit that is 10.6 MB an image;
+plain PyTorch also keeps the concatenation and both activations' outputs, 9.4 MB each.
 """
 
 from collections.abc import Sequence

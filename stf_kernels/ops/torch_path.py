@@ -16,6 +16,7 @@ from torch import Tensor
 from .segments import Stage, merge_windows
 
 WIDE = (torch.float32, torch.float64)
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def run_stage(
@@ -35,7 +36,7 @@ def run_stage(
     n = weight.shape[0]
     y = _linear(blocks, weight, bias, stage)
     pre = y if save_pre else None
-    y = activate(y, stage.activation) if save_pre else _activate_(y, stage.activation)
+    y = activate(y, stage.activation, inplace=not save_pre)
     if stage.merge_out > 1:
         return merge_windows(y.view(*blocks[0].shape[:2], n), stage.grid, stage.merge_out), pre
     if out is not None:
@@ -63,22 +64,13 @@ def _linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage
     return y
 
 
-def activate(x: Tensor, activation: str | None) -> Tensor:
-    """The activation, as a new tensor."""
-    if activation == "gelu":
-        return F.gelu(x)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    return F.silu(x) if activation == "silu" else x
-
-
-def _activate_(x: Tensor, activation: str | None) -> Tensor:
-    """The activation in place."""
-    if activation == "silu":
-        return F.silu(x, inplace=True)
+def activate(x: Tensor, activation: str | None, *, inplace: bool = False) -> Tensor:
     if activation is None:
         return x
-    return torch.ops.aten.gelu_(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if activation == "silu":
+        return F.silu(x, inplace=inplace)
+    gelu = torch.ops.aten.gelu_ if inplace else F.gelu
+    return gelu(x, approximate=_APPROXIMATE[activation])
 
 
 def run_activation_bwd(
@@ -89,8 +81,7 @@ def run_activation_bwd(
     if activation == "silu":
         torch.ops.aten.silu_backward.grad_input(dy, pre, grad_input=out)
     else:
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
-        torch.ops.aten.gelu_backward.grad_input(dy, pre, approximate=approximate, grad_input=out)
+        torch.ops.aten.gelu_backward.grad_input(dy, pre, approximate=_APPROXIMATE[activation], grad_input=out)
     return out, activate(pre, activation) if write_act else None, out.sum(0) if sum_rows else None
 
 

@@ -1,7 +1,6 @@
-"""The offline search: which configuration is fastest for a problem on the GPU at hand, or whether plain torch is.
+"""Which configuration is fastest for a problem on the GPU at hand, or whether plain torch is.
 
-candidates.py says what is worth measuring, measure.py measures. The table is written anew with every entry, so that an
-interrupted search goes on where it stopped.
+The table is written anew with every entry, so that an interrupted search goes on where it stopped.
 """
 
 import json
