@@ -10,7 +10,6 @@ from ..configs.model import has_tma, others, tiles
 from ..configs.tables import DTYPES, does_not_suit, shipped_configs
 from ..tune.problems import PROBLEMS, Problem
 
-_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _FEW_TILES = ("linear_merge", "linear_scatter")  # where a search splits K first
 
 
@@ -28,10 +27,10 @@ class Case:
     one_image: bool = False  # its rows have one pitch, so a descriptor's box is the whole tile
 
     def __str__(self) -> str:
-        kind = "tf32" if self.tf32 else _SHORT[self.dtype]
+        kind = "tf32" if self.tf32 else self.dtype
         more = {" unaligned": not self.aligned, " one image": self.one_image}
         words = "".join(word for word, holds in more.items() if holds)
-        return f"{self.arch:7} {self.problem:14} {kind:4} {self.config!s:23}{words}"
+        return f"{self.arch:7} {self.problem:14} {kind:8} {self.config!s:23}{words}"
 
 
 def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:

@@ -6,8 +6,7 @@
     on NVIDIA, asynchronous copies and no plain load or store in the loop that multiplies
     on sm_90 and sm_100, no load of a constant there: it stands between the tensor cores' instructions
 
-All but the first are asserted of the specialisation that a launch on 16-byte aligned memory takes; the unaligned one
-need only fit. gfx942 has no asynchronous copy.
+The specialisation for memory that is not 16-byte aligned need only fit.
 """
 
 from dataclasses import asdict
@@ -59,8 +58,8 @@ def violations(case: Case, code) -> list[str]:
 def record(case: Case, code) -> dict:
     """A case as --json writes it. Cycles are of one K step of a program that has a multiprocessor to itself.
 
-    issue_cycles: one instruction a cycle and scheduler, of which there are four, for all warps. Where the tensor cores
-    run beside the warps (sm_90, sm_100), at least the stalls that the compiler wrote into the instructions of one warp.
+    issue_cycles: one instruction a cycle for each of four schedulers; where the tensor cores run beside the warps
+    (sm_90, sm_100), at least the stalls that the compiler wrote into the instructions of one warp.
     """
     config = case.config
     tensor_cores = case.dtype != "float32" or case.tf32

@@ -62,11 +62,6 @@ class GemmConfig:
         """Rows of y in a tile."""
         return self.block_m + self.tail_m
 
-    @property
-    def is_for_few_rows(self) -> bool:
-        """Made for an M whose tiles do not fill the GPU."""
-        return self.split_k > 1 or self.form == "swap_ab"
-
     def portable(self) -> "GemmConfig":
         """The nearest configuration of the portable kernel, in no more shared memory."""
         if self.form == "pointer":

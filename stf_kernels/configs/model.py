@@ -4,8 +4,8 @@
     a step = the slowest of tensor cores, shared memory, L2, and the issue of instructions
     at least = the bytes of A, W and y over what memory delivers while so many bytes of W are in flight
 
-It ranks configurations: the cheapest of an architecture's `tiles` serves when no table matches, and a search measures
-the cheapest of many. To change a tile size, change it in the tables below.
+The cheapest of an architecture's `tiles` serves when no table matches, and a search measures the cheapest of many. To
+change a tile size, change it in the tables below.
 """
 
 import math
@@ -88,10 +88,9 @@ def _family(arch: str) -> str:
 
 
 def tiles(arch: str, itemsize: int, *, save_pre: bool = False, wgrad: bool = False) -> tuple[GemmConfig, ...]:
-    """What may serve when no table matches, on an architecture ("sm_90", "gfx942", ...).
+    """What may serve when no table matches, without the largest tile where it spills.
 
-    save_pre: for an epilogue that stores the pre-activation too; the largest tile spills with it. wgrad: for the weight
-    gradient, where it does so in fp32 and on sm_89 and sm_120.
+    save_pre: for an epilogue that stores the pre-activation too. wgrad: for the weight gradient.
     """
     found = _HALF[_family(arch)] if itemsize == 2 else _FLOAT_AMD if arch.startswith("gfx") else _FLOAT
     spills = save_pre or (wgrad and (itemsize == 4 or _family(arch) == "sm_89"))
@@ -151,19 +150,11 @@ def cycles(config: GemmConfig, m: int, n: int, k: int, itemsize: int, arch: str,
 
 
 def default_config(
-    arch: str,
-    itemsize: int,
-    m: int,
-    n: int,
-    k: int,
-    *,
-    multiprocessors: int | None = None,
-    save_pre: bool = False,
-    wgrad: bool = False,
+    arch: str, itemsize: int, m: int, n: int, k: int, *, multiprocessors: int | None = None, **which: bool
 ) -> GemmConfig:
-    """What serves for y [m, n] = A [m, k] @ W^T when no table matches, operands of `itemsize` bytes."""
+    """What serves for y [m, n] = A [m, k] @ W^T when no table matches, itemsize bytes an element; which: as `tiles`."""
     size = itemsize, arch, multiprocessors or ARCHITECTURES.get(arch, ARCHITECTURES["sm_89"]).multiprocessors
-    return min(tiles(arch, itemsize, save_pre=save_pre, wgrad=wgrad), key=lambda config: cycles(config, m, n, k, *size))
+    return min(tiles(arch, itemsize, **which), key=lambda config: cycles(config, m, n, k, *size))
 
 
 def smallest(itemsize: int) -> GemmConfig:

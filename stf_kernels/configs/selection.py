@@ -57,8 +57,8 @@ def _choose(index: int, stage: str, dtype: torch.dtype, m: int, n: int, k: int) 
         if rows <= m_max:
             return config
     # Beyond the table: split K's workspace would grow with M, gigabytes for what a table of one image says.
-    if choices and not (choices[-1][1] is not None and choices[-1][1].is_for_few_rows):
-        return choices[-1][1]
+    if choices and (config is None or (config.split_k == 1 and config.form != "swap_ab")):
+        return config
     return None if wgrad else _default(index, dtype.itemsize, m, n, k, False, False)
 
 

@@ -43,9 +43,9 @@ def device_slug(name: str) -> str:
 def device_identity(index: int) -> tuple[str, str]:
     """(slug, architecture) of a GPU: ("nvidia-h200", "sm_90")."""
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip is not None:
-        return device_slug(properties.name), properties.gcnArchName.split(":")[0]
-    return device_slug(properties.name), f"sm_{properties.major}{properties.minor}"
+    amd = torch.version.hip is not None
+    arch = properties.gcnArchName.split(":")[0] if amd else f"sm_{properties.major}{properties.minor}"
+    return device_slug(properties.name), arch
 
 
 @functools.cache
@@ -129,14 +129,11 @@ def does_not_suit(config: GemmConfig, arch: str, stage: str, itemsize: int) -> s
 
 
 def shipped_configs(arch: str, dtype: str, *, wgrad: bool) -> list[GemmConfig]:
-    """Every configuration that a shipped table of an architecture names for a dtype (torch's name): of the weight
-    gradients, or of the other stages."""
-    found: dict[GemmConfig, None] = {}
-    for path in sorted(_FOLDER.glob("*.json")):
-        text = path.read_text(encoding="utf-8")
-        if json.loads(text).get("arch") != arch:
-            continue
-        for (stage, entry_dtype, _, _), choices in parse_table(text, arch).items():
+    """Every configuration that a shipped table of an architecture names for a dtype: of weight gradients, or others."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.json"))]
+    found: list[GemmConfig | None] = []
+    for table in (parse_table(text, arch) for text in texts if json.loads(text).get("arch") == arch):
+        for (stage, entry_dtype, _, _), choices in table.items():
             if entry_dtype == dtype and (stage in WGRAD_STAGES) == wgrad:
-                found.update((config, None) for _, config in choices if config is not None)
-    return list(found)
+                found += [config for _, config in choices]
+    return [config for config in dict.fromkeys(found) if config is not None]

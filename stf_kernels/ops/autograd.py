@@ -24,6 +24,7 @@ from .torch_path import differentiable_chain
 
 NAMESPACE = "stf_kernels"
 TENSORS = "Tensor[] blocks, Tensor[] weights, Tensor[] biases"
+KEPT = "Tensor?[] saved, Tensor?[] blocks, Tensor?[] weights, SymInt[] block, SymInt[] widths"
 STATIC = "str? activation, int skip_tokens, int merge_size, int grid_h, int grid_w"
 _ORDINARY = frozenset((Tensor, nn.Parameter))
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -45,14 +46,8 @@ class ChainOperator:
         self._kept = functools.cache(self._what_is_kept)  # the same in every step of a training
         self._traced_plan = plan  # torch.compile does not see through a cache
         self._forward_op = define(name, f"{TENSORS}, {STATIC}, bool[] needs", "Tensor[]", self._forward, self._fake)
-        self._backward_op = define(
-            f"{name}_bwd",
-            "Tensor grad, Tensor?[] saved, Tensor?[] blocks, Tensor?[] weights, SymInt[] block, SymInt[] widths, "
-            f"{STATIC}, str backend, bool[] needs",
-            "Tensor[]",
-            self._backward,
-            self._fake_backward,
-        )
+        arguments = f"Tensor grad, {KEPT}, {STATIC}, str backend, bool[] needs"
+        self._backward_op = define(f"{name}_bwd", arguments, "Tensor[]", self._backward, self._fake_backward)
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}", self._autograd_backward, setup_context=self._setup_context, lib=_library
         )

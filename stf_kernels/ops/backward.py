@@ -141,17 +141,10 @@ def _rows_of(dy: Tensor, stage: Stage) -> Tensor:
     return dy.flatten(0, 1)
 
 
-def _block_grads(
-    g: Tensor, shape: Sequence[int], weight: Tensor, stage: Stage, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """dX of each needed block. Windows tile the grid, so every row is written once: no atomics, no accumulation."""
-    c = shape[2]
-    if stage.merge_in == 1:
-        return [
-            torch.mm(g, weight[:, s * c : (s + 1) * c]).view(shape) if need else None for s, need in enumerate(needed)
-        ]
-    whole = all(side % stage.merge_in == 0 for side in stage.grid)
-    dx = g.new_empty(shape) if whole else g.new_zeros(shape)
-    for s, segment in enumerate(stage.segments([dx])):
-        segment.copy_(torch.mm(g, weight[:, s * c : (s + 1) * c]).view(segment.shape))
-    return [dx]
+def _block_grads(g: Tensor, shape: Sequence[int], weight: Tensor, stage: Stage, needs: Sequence[bool]) -> list:
+    """dX of each needed block: windows tile one, so every row is written once."""
+    if stage.merge_in > 1:
+        merged = torch.mm(g, weight).view(shape[0], stage.tokens(shape), weight.shape[1])
+        return [unmerge_windows(merged, stage.grid, stage.merge_in)]
+    parts = weight.tensor_split(len(needs), dim=1)
+    return [torch.mm(g, part).view(shape) if need else None for part, need in zip(parts, needs, strict=True)]

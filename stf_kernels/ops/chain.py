@@ -37,8 +37,7 @@ def chain_fwd(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Run the stages -> (output of the last, what is kept of each stage: None unless `keep` flags it).
 
-    path: "torch", "auto" or "triton", see backend.resolve. blocks: [B, T, C] each; biases may be empty. With out and
-    rows the last stage writes its row i to out[rows[i]].
+    path: see backend.resolve. biases may be empty. With out and rows the last stage writes its row i to out[rows[i]].
     """
     stages, skip = plan
     x: Sequence[Tensor] = [block[:, skip:] for block in blocks] if skip else blocks

@@ -247,10 +247,8 @@ ARGUMENTS = {"pointer": _pointer, "tma": _tma, "swap_ab": _swap_ab}
 def run_activation_bwd(
     dy: Tensor, pre: Tensor, activation: str, *, overwrite: bool, write_act: bool, sum_rows: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dy [M, N] contiguous, pre [M, N] -> (dpre, act(pre) or None, fp32 column sums of dpre [N] or None).
-
-    overwrite: dpre takes dy's memory.
-    """
+    """dy [M, N] contiguous, pre [M, N] -> (dpre, in dy's memory if overwrite, act(pre) or None, fp32 column sums of
+    dpre [N] or None)."""
     from ..kernels.activations import _activation_bwd_kernel
 
     pre = pre.contiguous()  # a saved-tensor hook may give back another layout than it was given

@@ -37,20 +37,13 @@ class Layout:
     pitch_image: int
     pitch_row: int
 
-    @property
-    def dense(self) -> bool:
-        return self.images == 1
-
     def box_rows(self, block_m: int) -> int:
         """The whole tile where rows have one pitch and TMA takes the box; else boxes that stay within an image."""
-        return block_m if self.dense and block_m & (block_m - 1) == 0 else _BOX_ROWS
+        return block_m if self.images == 1 and block_m & (block_m - 1) == 0 else _BOX_ROWS
 
 
 def layout_of(blocks: Sequence[Tensor], weight: Tensor, stage: Stage, config: GemmConfig) -> Layout:
-    """The layout that a configuration with descriptors needs; Refused where the operands do not have it.
-
-    blocks: [B, T, C] each, weight [N, K], last axes contiguous.
-    """
+    """The layout that a configuration with descriptors needs; Refused where the operands do not have it."""
     x = blocks[0]
     batch, tokens, c = x.shape
     first = 1 if batch == 1 else 0  # one image has no stride between images
@@ -66,9 +59,9 @@ def layout_of(blocks: Sequence[Tensor], weight: Tensor, stage: Stage, config: Ge
     near = max(ahead) < 2**31  # bytes: Triton counts the span of a descriptor in an int
     layout = Layout(base, unit, max(ahead) // unit + 1, batch, tokens, pitch_image, pitch_row)
     if config.form == "swap_ab":
-        fits = layout.dense and len(blocks) == 1
+        fits = batch == 1 and len(blocks) == 1
     else:
-        fits = (layout.dense or tokens % _BOX_ROWS == 0) and c % config.block_k == 0
+        fits = (batch == 1 or tokens % _BOX_ROWS == 0) and c % config.block_k == 0
     named = has_tma(x.device) and stage.merge_in == 1 and alike and aligned and near
     if not (named and fits and c and min(pitches) > 0):
         raise Refused(f"no descriptor names these operands of {config}")

@@ -29,10 +29,7 @@ def run_stage(
     out: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, pre-activation [rows, N] or None); y in the stage's output shape and no view, so that it may be changed.
-
-    With out [R, N] and rows [M] int64, row i is written to out[rows[i]], and y is out.
-    """
+    """As launch.run_stage; y is no view, so that it may be changed."""
     n = weight.shape[0]
     y = _linear(blocks, weight, bias, stage)
     pre = y if save_pre else None
@@ -55,12 +52,7 @@ def _linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage
     for s, segment in enumerate(stage.segments(blocks)):
         # flatten copies one segment where its rows have no common stride (a CLS-cropped batch), never all of them
         x, w = segment.flatten(0, -2), weight[:, s * c : (s + 1) * c]
-        if y is not None:
-            y.addmm_(x, w.t())
-        elif bias is None:
-            y = torch.mm(x, w.t())
-        else:
-            y = torch.addmm(bias, x, w.t())
+        y = F.linear(x, w, bias) if y is None else y.addmm_(x, w.t())
     return y
 
 
@@ -88,10 +80,7 @@ def run_activation_bwd(
 def differentiable_chain(
     stages: Sequence[Stage], blocks: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> Tensor:
-    """The chain's output in operations that torch differentiates, for torch.func's transforms and forward mode.
-
-    Per-sample gradients, Jacobians and Hessians come from torch's own rules; what a chain saves is not saved here.
-    """
+    """The chain's output in operations that torch differentiates, for torch.func's transforms and forward mode."""
     x = torch.cat(tuple(blocks), -1)
     for stage, weight, bias in zip(stages, weights, biases, strict=True):
         if stage.merge_in > 1:

@@ -1,7 +1,6 @@
 """The time of one way to compute a problem on the GPU at hand.
 
-All configurations of a problem are compiled first, on all cores at once. A measurement is a median over repetitions,
-each on a cold cache and replayed from a CUDA graph, so that the host's launch time counts for nobody (timing.py).
+A measurement is a median over repetitions, each on a cold cache and replayed from a CUDA graph (timing.py).
 """
 
 import os

@@ -12,20 +12,13 @@ from ..configs import GemmConfig
 from ..configs.tables import TABLE_VERSION, parse_table
 from .problems import Problem
 
+# Microseconds of a configuration, or of plain torch for None; None of one that does not run.
+Measure = Callable[[GemmConfig | None], float | None]
 TORCH_MARGIN = 0.98  # plain torch must be this much faster than the best kernel to be named
 
 
-def entry_for(
-    problem: Problem,
-    dtype: str,
-    m: int,
-    configs: list[GemmConfig],
-    measure: Callable[[GemmConfig | None], float | None],
-) -> dict:
-    """Measure plain torch and every configuration -> the table's entry, with the measurement that justifies it.
-
-    measure: microseconds of a configuration, or of plain torch for None; None of one that does not run.
-    """
+def entry_for(problem: Problem, dtype: str, m: int, configs: list[GemmConfig], measure: Measure) -> dict:
+    """Measure plain torch and every configuration -> the table's entry, with the measurement that justifies it."""
     rival = measure(None)
     runs = {config: us for config in configs if (us := measure(config)) is not None}
     if not runs:
