@@ -39,7 +39,7 @@ def define(name: str, arguments: str, returns: str, function: Callable, fake: Ca
 
 
 class ChainOperator:
-    """(blocks, weights, biases, *static) -> y; plan maps the static arguments to a Plan."""
+    """One operator: (blocks, weights, biases, *static) -> y. plan maps the static arguments to a Plan."""
 
     def __init__(self, name: str, plan: Callable[..., Plan]) -> None:
         self.plan = functools.cache(plan)

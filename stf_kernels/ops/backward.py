@@ -96,13 +96,16 @@ def chain_bwd(
 
     def through(i: int, dx: Tensor, pre: Tensor | None, *, own: bool = True, write_act: bool = False):
         """dL/d(output of stage i) -> (its g, its activation's output if write_act); its db where that is free."""
-        dx = _rows_of(dx, stages[i])
-        if stages[i].activation is None:
-            return dx, None
+        stage = stages[i]
+        if stage.merge_out > 1:
+            dx = unmerge_windows(dx, stage.grid, stage.merge_out)
+        g = dx.flatten(0, 1)  # rows in the order of the stage's GEMM
+        if stage.activation is None:
+            return g, None
         options = {"overwrite": own, "write_act": write_act, "sum_rows": wants.biases[i]}
         run = torch_path if path == "torch" else launch
-        dx, act, d_biases[i] = run.run_activation_bwd(dx.contiguous(), pre, stages[i].activation, **options)
-        return dx, act
+        g, act, d_biases[i] = run.run_activation_bwd(g.contiguous(), pre, stage.activation, **options)
+        return g, act
 
     with without_autocast(dy.device.type):  # of the region that the backward is called in
         g, _ = through(last, dy, saved.pop(), own=False)
@@ -132,13 +135,6 @@ def chain_bwd(
     if skip:
         d_blocks = [g if g is None else nn.functional.pad(g, (0, 0, skip, 0)) for g in d_blocks]
     return [*d_blocks, *d_weights, *(None if db is None else db.to(dy.dtype) for db in d_biases)]
-
-
-def _rows_of(dy: Tensor, stage: Stage) -> Tensor:
-    """Gradient of a stage's output -> [rows, N], rows in the order of its GEMM."""
-    if stage.merge_out > 1:
-        dy = unmerge_windows(dy, stage.grid, stage.merge_out)
-    return dy.flatten(0, 1)
 
 
 def _block_grads(g: Tensor, shape: Sequence[int], weight: Tensor, stage: Stage, needs: Sequence[bool]) -> list:
