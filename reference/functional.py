@@ -11,12 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-_ACTIVATIONS = {
-    None: lambda x: x,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
+_ACTIVATIONS = {None: lambda x: x, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
 # The merged feature axis, c = channel, (dy, dx) = offset inside the window.
 _MERGE_PATTERNS = {

@@ -5,7 +5,7 @@
     triton   Triton always; CPU tensors need TRITON_INTERPRET=1
     torch    plain torch always
 
-The environment variable STF_KERNELS_BACKEND is the default of `use_backend`.
+The environment variable STF_KERNELS_BACKEND is the default.
 """
 
 import functools
@@ -35,11 +35,9 @@ def _switched(backend: str) -> Iterator[None]:
 
 
 def use_backend(backend: str):
-    """Context manager: run the operators of this thread on "auto", "triton" or "torch".
+    """Context manager: run the operators of this thread on "auto", "triton" or "torch"; ValueError for another name.
 
     A backward takes the backend of its forward, in whatever thread autograd runs it.
-
-    Raises ValueError for another name, at once rather than on entry.
     """
     check_choice("backend", backend, BACKENDS)
     return _switched(backend)
@@ -87,11 +85,8 @@ def triton_serves(device: torch.device) -> bool:
 
 
 def resolve(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
-    """The path for operands of one device and dtype under a backend, by default the current one.
-
-    "torch"; "auto": Triton, and plain torch for the products where a table says so; "triton": Triton throughout.
-    ValueError or TypeError where "triton" was asked for and cannot be had.
-    """
+    """The path for operands of one device and dtype under a backend, by default the current one: "auto" only where
+    Triton serves; ValueError or TypeError where "triton" was asked for and cannot be had."""
     backend = backend or current_backend()
     if backend == "torch":
         return backend

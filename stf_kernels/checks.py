@@ -41,8 +41,8 @@ def check_parameter_dtype(dtype: object) -> None:
         raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype!r}")
 
 
-def check_tokens(name: str, x: object) -> None:
-    """A batch of token features: floating [B, T, C]."""
+def check_tokens(name: str, x: object, dim: int | None = None) -> None:
+    """A batch of token features: floating [B, T, C], C as given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor [B, T, C], got {type(x).__name__}")
     if x.ndim != 3:
@@ -50,6 +50,8 @@ def check_tokens(name: str, x: object) -> None:
     refuse_dtensor(name, x)
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected a dtype of float16, bfloat16, float32 or float64, got {x.dtype}")
+    if dim is not None and x.shape[2] != dim:
+        raise ValueError(f"{name}: expected {dim} channels (dim), got shape {tuple(x.shape)}")
 
 
 def check_blocks(blocks: object, num_blocks: int | None = None) -> None:
@@ -75,6 +77,13 @@ def check_blocks(blocks: object, num_blocks: int | None = None) -> None:
             )
 
 
+def check_module_blocks(blocks: Sequence[Tensor], num_blocks: int, dim: int, skip_tokens: int) -> None:
+    check_blocks(blocks, num_blocks)
+    if blocks[0].shape[2] != dim:
+        check_tokens("blocks[0]", blocks[0], dim)
+    check_skip(skip_tokens, blocks[0].shape[1])
+
+
 def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name} {other.dtype}, got dtype {tensor.dtype}")
@@ -85,13 +94,8 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
-def is_dtensor(tensor: object) -> bool:
-    """By name: importing torch.distributed.tensor costs every user what few need."""
-    return type(tensor).__name__ == "DTensor"
-
-
 def refuse_dtensor(name: str, tensor: object) -> None:
-    if is_dtensor(tensor):
+    if type(tensor).__name__ == "DTensor":  # by name: importing torch.distributed.tensor costs what few need
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor, which these kernels do not shard over; apply fully_shard "
             "to the projector or its children (they gather their parameters before forward), or pass full_tensor()"

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks
+from .ops import operators
 from .relayout import channel_to_patch_major
 
 
@@ -47,7 +48,7 @@ def concat_linear(
     k = len(blocks) * x.shape[2]
     checks.check_linear(weight, bias, k, f"{len(blocks)} blocks of {x.shape[2]} channels", "blocks", x)
     biases = [] if bias is None else [bias]
-    return ops.concat_linear(list(blocks), [weight], biases, activation, skip_tokens, 1, 0, 0)
+    return operators.concat_linear(list(blocks), [weight], biases, activation, skip_tokens, 1, 0, 0)
 
 
 def spatial_merge_linear(
@@ -67,10 +68,9 @@ def spatial_merge_linear(
     Args:
         x: [B, skip_tokens + H*W, C], tokens row-major over the grid; fp16, bf16, fp32, or fp64 on the torch path.
         weight: [N, r*r*C] in `feature_order`.
-        bias: [N] or None.
+        bias, activation: as for concat_linear.
         grid: (H, W) of the tokens before merging.
         merge_size: r, from 1 to 16.
-        activation: None, "gelu" (exact, erf), "gelu_tanh" or "silu".
         skip_tokens: leading tokens that are not part of the grid (1 for a CLS token).
         feature_order: order of the weight's columns, c the channel, (dy, dx) the place in the window:
             "patch_major" (dy*r + dx)*C + c, or "channel_major" c*r*r + dy*r + dx (F.unfold, the official weights).
@@ -101,7 +101,7 @@ def spatial_merge_linear(
     if feature_order == "channel_major":
         weight = channel_to_patch_major(weight, merge_size)
     biases = [] if bias is None else [bias]
-    return ops.spatial_merge_linear([x], [weight], biases, activation, skip_tokens, merge_size, height, width)
+    return operators.spatial_merge_linear([x], [weight], biases, activation, skip_tokens, merge_size, height, width)
 
 
 def under_autocast(x: Tensor, *groups: Sequence) -> Sequence[Sequence]:

@@ -4,19 +4,21 @@
     SpatialTokenFusion       linear_2(act(linear_1(merge_rxr(x))))
     CompactTokenProjector    stf(mbtf(blocks)): four GEMMs, no concatenation, no unfold
 
-Parameters are ordinary nn.Linear ones, linear_1.weight of a SpatialTokenFusion patch-major; channel_to_patch_major
-converts a channel-major one once. A layer that is no longer a plain nn.Linear is called as the module it is (linear.py
-says when); the layers beside it stay fused.
+Parameters are nn.Linear's, linear_1.weight of a SpatialTokenFusion patch-major (channel_to_patch_major converts one). A
+layer that is no longer a plain nn.Linear is called as the module it is (linear.py); the layers beside it stay fused.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, ops
+from . import checks
 from .functional import concat_linear, spatial_merge_linear, under_autocast
 from .linear import call_linear, is_untouched, parameters_of, parameters_of_all
+from .ops import operators
+from .ops.segments import merge_windows
 from .ops.torch_path import activate
 
 
@@ -37,9 +39,14 @@ class _TwoLayers(nn.Module):
     def layers(self) -> tuple[nn.Module, nn.Module]:
         return self._modules["linear_1"], self._modules["linear_2"]
 
-    def _linear_2(self, hidden: Tensor) -> Tensor:
-        found = parameters_of(self.linear_2)
-        return call_linear("linear_2", self.linear_2, hidden) if found is None else concat_linear([hidden], *found)
+    def one_by_one(self, fused: Callable[..., Tensor], operand: Callable[[], Tensor]) -> Tensor:
+        """Each layer read or called: linear_1 by fused(weight, bias, activation=...), or called on operand()."""
+        first, second = map(parameters_of, self.layers())
+        if first is not None:
+            hidden = fused(*first, activation=self.activation)
+        else:
+            hidden = activate(call_linear("linear_1", self.linear_1, operand()), self.activation)
+        return call_linear("linear_2", self.linear_2, hidden) if second is None else concat_linear([hidden], *second)
 
 
 class MultiBlockTokenFusion(_TwoLayers):
@@ -48,8 +55,7 @@ class MultiBlockTokenFusion(_TwoLayers):
     Args:
         num_blocks: M, from 1 to 32.
         dim: C, channels of a block.
-        hidden_dim: width of the hidden layer, 4*dim by default.
-        out_dim: width of the output, dim by default.
+        hidden_dim: width of the hidden layer, 4*dim by default.  out_dim: dim by default.
         activation: None, "gelu" (exact), "gelu_tanh" or "silu".
         bias: both layers have one.
         skip_tokens: leading tokens of every block that are not read (1 for a CLS token).
@@ -79,18 +85,13 @@ class MultiBlockTokenFusion(_TwoLayers):
         self.num_blocks, self.dim, self.skip_tokens = num_blocks, dim, skip_tokens
 
     def forward(self, blocks: Sequence[Tensor]) -> Tensor:
-        check_module_blocks(blocks, self.num_blocks, self.dim, self.skip_tokens)
+        checks.check_module_blocks(blocks, self.num_blocks, self.dim, self.skip_tokens)
         found = parameters_of_all(self.layers())
         if found is not None:
             operands = chain_operands(blocks, *found)
-            return ops.token_fusion_mlp(*operands, self.activation, self.skip_tokens, 1, 0, 0)
-        first = parameters_of(self.linear_1)
-        if first is not None:
-            hidden = concat_linear(blocks, *first, activation=self.activation, skip_tokens=self.skip_tokens)
-        else:
-            joined = torch.cat([block[:, self.skip_tokens :] for block in blocks], dim=-1)
-            hidden = activate(call_linear("linear_1", self.linear_1, joined), self.activation)
-        return self._linear_2(hidden)
+            return operators.token_fusion_mlp(*operands, self.activation, self.skip_tokens, 1, 0, 0)
+        fused = functools.partial(concat_linear, blocks, skip_tokens=self.skip_tokens)
+        return self.one_by_one(fused, lambda: torch.cat([block[:, self.skip_tokens :] for block in blocks], dim=-1))
 
     def extra_repr(self) -> str:
         return f"num_blocks={self.num_blocks}, activation={self.activation!r}, skip_tokens={self.skip_tokens}"
@@ -103,9 +104,7 @@ class SpatialTokenFusion(_TwoLayers):
         dim: C, channels of a token.
         out_dim: width of the output.
         merge_size: r, from 1 to 16.
-        hidden_dim: width of the hidden layer, 4*r*r*dim by default.
-        activation: None, "gelu" (exact), "gelu_tanh" or "silu".
-        bias: both layers have one.
+        hidden_dim: 4*r*r*dim by default.  activation, bias: as for MultiBlockTokenFusion.
         truncate: drop the last rows and columns of a grid that r does not divide; without it that is an error.
 
     Shape: [B, H*W, dim] -> [B, (H//r)*(W//r), out_dim].  Source: STF of arXiv 2506.07138.
@@ -134,21 +133,15 @@ class SpatialTokenFusion(_TwoLayers):
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """x [B, H*W, dim]; grid (H, W), or None for a square."""
-        checks.check_tokens("x", x)
-        check_width("x", x, self.dim)
+        checks.check_tokens("x", x, self.dim)
         grid = checks.resolve_grid(grid, x.shape[1], self.merge_size, self.truncate)
         found = parameters_of_all(self.layers())
         if found is not None:
             operands = chain_operands([x], *found, self.merge_size)
-            return ops.token_fusion_mlp(*operands, self.activation, 0, self.merge_size, *grid)
-        first = parameters_of(self.linear_1)
-        if first is not None:
-            options = {"merge_size": self.merge_size, "activation": self.activation, "truncate": self.truncate}
-            hidden = spatial_merge_linear(x, *first, grid=grid, **options)
-        else:
-            merged = ops.merge_windows(x, grid, self.merge_size)
-            hidden = activate(call_linear("linear_1", self.linear_1, merged), self.activation)
-        return self._linear_2(hidden)
+            return operators.token_fusion_mlp(*operands, self.activation, 0, self.merge_size, *grid)
+        options = {"grid": grid, "merge_size": self.merge_size, "truncate": self.truncate}
+        fused = functools.partial(spatial_merge_linear, x, **options)
+        return self.one_by_one(fused, lambda: merge_windows(x, grid, self.merge_size))
 
     def extra_repr(self) -> str:
         return f"merge_size={self.merge_size}, activation={self.activation!r}, truncate={self.truncate}"
@@ -167,10 +160,8 @@ class CompactTokenProjector(nn.Module):
         dim: C, channels of a block.
         out_dim: width of the output, the language model's.
         merge_size: r; 1 is MBTF with a per-token projector.
-        skip_tokens: leading tokens of every block that are not read (1 for a CLS token).
         mbtf: False, with num_blocks=1, leaves MBTF out: STF alone.
-        mbtf_hidden_dim: 4*dim by default.  stf_hidden_dim: 4*r*r*dim by default.
-        activation, bias, truncate: as for the children.
+        mbtf_hidden_dim, stf_hidden_dim, skip_tokens, activation, bias, truncate: the children's.
 
     Shape: M tensors [B, skip_tokens + H*W, dim] -> [B, (H//r)*(W//r), out_dim].  Source: arXiv 2506.07138.
     """
@@ -203,12 +194,11 @@ class CompactTokenProjector(nn.Module):
                 checks.check_int(name, width, 1)
         self.num_blocks, self.dim, self.out_dim, self.skip_tokens = num_blocks, dim, out_dim, skip_tokens
         shared = {"activation": activation, "bias": bias, "device": device, "dtype": dtype}
-        self.mbtf = (
-            MultiBlockTokenFusion(num_blocks, dim, mbtf_hidden_dim, skip_tokens=skip_tokens, **shared) if mbtf else None
-        )
-        self.stf = SpatialTokenFusion(
-            dim, out_dim, merge_size=merge_size, hidden_dim=stf_hidden_dim, truncate=truncate, **shared
-        )
+        self.mbtf = None
+        if mbtf:
+            self.mbtf = MultiBlockTokenFusion(num_blocks, dim, mbtf_hidden_dim, skip_tokens=skip_tokens, **shared)
+        shared |= {"merge_size": merge_size, "hidden_dim": stf_hidden_dim, "truncate": truncate}
+        self.stf = SpatialTokenFusion(dim, out_dim, **shared)
 
     def forward(
         self,
@@ -225,7 +215,7 @@ class CompactTokenProjector(nn.Module):
         inputs_embeds without another pass. Inference only. Rows must be distinct; on a GPU their values are not
         checked, and one outside `out` is not written.
         """
-        check_module_blocks(blocks, self.num_blocks, self.dim, self.skip_tokens)
+        checks.check_module_blocks(blocks, self.num_blocks, self.dim, self.skip_tokens)
         stf = self._modules["stf"]  # an attribute look-up of a child takes most of a microsecond
         r = stf.merge_size
         grid = checks.resolve_grid(grid, blocks[0].shape[1] - self.skip_tokens, r, stf.truncate)
@@ -238,8 +228,8 @@ class CompactTokenProjector(nn.Module):
             operands = chain_operands(blocks, *found, r)
             static = stf.activation, self.skip_tokens, r, *grid
             if out is None:
-                return ops.compact_token_projector(*operands, *static)
-            ops.compact_token_projector_out(*operands, *static, out, rows)
+                return operators.compact_token_projector(*operands, *static)
+            operators.compact_token_projector_out(*operands, *static, out, rows)
             return out
         x = blocks[0][:, self.skip_tokens :] if self.mbtf is None else self.mbtf(blocks)
         z = stf(x, grid)
@@ -261,17 +251,6 @@ class CompactTokenProjector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_blocks={self.num_blocks}, skip_tokens={self.skip_tokens}"
-
-
-def check_width(name: str, x: Tensor, dim: int) -> None:
-    if x.shape[-1] != dim:
-        raise ValueError(f"{name}: expected {dim} channels (dim), got shape {tuple(x.shape)}")
-
-
-def check_module_blocks(blocks: Sequence[Tensor], num_blocks: int, dim: int, skip_tokens: int) -> None:
-    checks.check_blocks(blocks, num_blocks)
-    check_width("blocks[0]", blocks[0], dim)
-    checks.check_skip(skip_tokens, blocks[0].shape[1])
 
 
 _LAYERS = {2: ("linear_1.", "linear_2."), 4: ("mbtf.linear_1.", "mbtf.linear_2.", "stf.linear_1.", "stf.linear_2.")}

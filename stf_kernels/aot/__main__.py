@@ -1,7 +1,6 @@
 """python -m stf_kernels.aot: compile every shipped configuration for GPUs that are not here, and check the code."""
 
 import argparse
-import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from ..backend import has_triton
 from ..configs import SHARED_MEMORY_LIMIT
+from ..tune.search import write_json
 from . import check
 from .cases import cases
 
@@ -39,19 +39,11 @@ def main(argv: list[str] | None = None) -> int:
             broken += bool(found)
             records += [record] if record else []
     if options.json:
-        write_json(options.json, records)
-    what = f"{len(todo)} cases, {', '.join(options.target)}"
-    print(f"{what}: {broken} with violations")
+        import triton
+
+        write_json(options.json, {"triton": triton.__version__, "cases": records})
+    print(f"{len(todo)} cases, {', '.join(options.target)}: {broken} with violations")
     return 1 if broken else 0
-
-
-def write_json(path: Path, records: list[dict]) -> None:
-    """{"triton", "cases": [...]}, written beside and renamed."""
-    import triton
-
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps({"triton": triton.__version__, "cases": records}, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 if __name__ == "__main__":

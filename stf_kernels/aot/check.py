@@ -6,9 +6,10 @@
     on NVIDIA, asynchronous copies and no plain load or store in the loop that multiplies
     on sm_90 and sm_100, no load of a constant there: it stands between the tensor cores' instructions
 
-All but the first are asserted of the specialisation that a launch on 16-byte aligned memory takes; the unaligned one
-need only fit. gfx942 has no asynchronous copy.
+The specialisation for memory that is not 16-byte aligned need only fit.
 """
+
+from dataclasses import asdict
 
 from ..configs.model import ARCHITECTURES, SHARED_MEMORY_LIMIT
 from ..tune.problems import PROBLEMS
@@ -33,48 +34,39 @@ def examine(case: Case) -> tuple[str, list[str], dict | None]:
 
 def violations(case: Case, code) -> list[str]:
     """What is wrong with the compiled code, one sentence each; [] if nothing is."""
-    nvidia = case.arch.startswith("sm_")
-    found = []
+    nvidia, warpgroups = case.arch.startswith("sm_"), case.arch in ("sm_90", "sm_100")
     limit = SHARED_MEMORY_LIMIT[case.arch]
-    if code.shared > limit:
-        found.append(f"shared memory {code.shared} bytes, the limit of {case.arch} is {limit}")
-    if not case.aligned:
-        return found
-    if code.spilled:
-        found.append(f"{code.spilled} spilled")
-    if code.tensor_core == 0 and not (nvidia and case.dtype == "float32" and not case.tf32):
-        found.append("no tensor-core instruction")
-    # Only the few steps of a share of K may be unrolled and leave no loop.
-    if code.loop_instructions == 0 and case.config.split_k == 1:
-        found.append("no loop that multiplies is found, so its copies are not checked")
-    if nvidia and code.loop_async_copies == 0:
-        found.append("no asynchronous copy in the loop")
-    if nvidia and code.loop_plain_copies:
-        found.append(f"{code.loop_plain_copies} plain loads or stores in the loop")
-    # A weight gradient's loop is short of registers and loads its bounds again, each load for itself.
-    if case.arch in ("sm_90", "sm_100") and code.loop_constant_loads and not PROBLEMS[case.problem].wgrad:
-        found.append(f"{code.loop_constant_loads} loads of constants in the loop")
-    return found
+    wrong = {f"shared memory {code.shared} bytes, the limit of {case.arch} is {limit}": code.shared > limit}
+    if case.aligned:
+        ieee = nvidia and case.dtype == "float32" and not case.tf32
+        wrong |= {
+            f"{code.spilled} spilled": code.spilled,
+            "no tensor-core instruction": not code.tensor_core and not ieee,
+            # Only the few steps of a share of K may be unrolled and leave no loop.
+            "no loop that multiplies is found, so its copies are not checked": not code.loop_instructions
+            and case.config.split_k == 1,
+            "no asynchronous copy in the loop": nvidia and not code.loop_async_copies,
+            f"{code.loop_plain_copies} plain loads or stores in the loop": nvidia and code.loop_plain_copies,
+            # A weight gradient's loop is short of registers and loads its bounds again, each load for itself.
+            f"{code.loop_constant_loads} loads of constants in the loop": warpgroups
+            and code.loop_constant_loads
+            and not PROBLEMS[case.problem].wgrad,
+        }
+    return [sentence for sentence, holds in wrong.items() if holds]
 
 
 def record(case: Case, code) -> dict:
     """A case as --json writes it. Cycles are of one K step of a program that has a multiprocessor to itself.
 
-    issue_cycles: one instruction a cycle and scheduler, of which there are four, for all warps. Where the tensor cores
-    run beside the warps (sm_90, sm_100), at least the stalls that the compiler wrote into the instructions of one warp.
+    issue_cycles: one instruction a cycle for each of four schedulers; where the tensor cores run beside the warps
+    (sm_90, sm_100), at least the stalls that the compiler wrote into the instructions of one warp.
     """
     config = case.config
     tensor_cores = case.dtype != "float32" or case.tf32
     stalls = code.loop_stalls if case.arch in ("sm_90", "sm_100") else 0
     rate = ARCHITECTURES[case.arch].multiply_adds // (2 if case.tf32 else 1)
-    return {
-        "arch": case.arch,
-        "problem": case.problem,
-        "dtype": case.dtype,
-        "default": case.default,
+    return asdict(case) | {
         "config": str(config),
-        "aligned": case.aligned,
-        "tf32": case.tf32,
         "registers": code.registers,
         "spills": code.spilled,
         "shared": code.shared,

@@ -14,9 +14,8 @@ class GemmConfig:
     depth of the software pipeline). split_k > 1 shares the K axis out among that many programs (kernels/split_k.py).
 
     form is the kernel: "pointer" runs anywhere (kernels/segmented_linear.py); "tma" fetches its tiles by the tensor
-    memory accelerator (kernels/tma.py) and takes multiples of 64 rows; "swap_ab" does too, with A and B swapped and
-    tail_m rows beside the block_m (kernels/swap_ab.py). Where a launch's operands do not suit the last two,
-    `portable` serves. pdl: a programmatic dependent launch, on NVIDIA GPUs from sm_90 on.
+    memory accelerator (kernels/tma.py); "swap_ab" does too, with A and B swapped and tail_m rows beside the block_m
+    (kernels/swap_ab.py). Where operands do not suit these, `portable` serves. pdl: a programmatic dependent launch.
     """
 
     block_m: int
@@ -33,21 +32,14 @@ class GemmConfig:
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ValueError(f"form: expected one of {list(FORMS)}, got {self.form!r}")
-        for name in ("block_m", "block_n", "block_k", "num_warps"):
+        for name in ("block_m", "block_n", "block_k", "num_warps", "group_m", "num_stages", "split_k"):
             value = getattr(self, name)
-            if _is_power_of_two(value):
-                continue
-            if not (name == "block_m" and self.form == "tma" and value == 192):
-                raise ValueError(f"{name}: expected a power of two, got {value!r}")
-        for name in ("block_m", "block_n", "block_k"):
-            if getattr(self, name) < 16:
-                raise ValueError(
-                    f"{name}: expected at least 16 (the smallest matrix product), got {getattr(self, name)}"
-                )
-        for name in ("group_m", "num_stages", "split_k"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+            powers = name not in ("group_m", "num_stages", "split_k")
+            three_boxes = name == "block_m" and self.form == "tma" and value == 192
+            if type(value) is not int or value < 1 or (powers and value & (value - 1) and not three_boxes):
+                raise ValueError(f"{name}: expected a {'power of two' if powers else 'positive int'}, got {value!r}")
+            if name.startswith("block") and value < 16:
+                raise ValueError(f"{name}: expected at least 16 (the smallest matrix product), got {value}")
         if self.form == "tma" and (self.block_m not in (64, 128, 192, 256) or self.split_k > 1):
             raise ValueError(f"form: tma takes a block_m of 64, 128, 192 or 256 and does not split K, got {self}")
         allowed = [t for t in (16, 32, 64, 128) if t <= self.block_m] if self.form == "swap_ab" else [0]
@@ -59,11 +51,7 @@ class GemmConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "GemmConfig":
         """Inverse of `to_dict`; ValueError names a field that is unknown or missing."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"config: unknown field {unknown[0]!r}, expected {sorted(known)}")
-        if missing := sorted({"block_m", "block_n", "block_k"} - set(values)):
-            raise ValueError(f"config: field {missing[0]!r} is missing")
+        check_fields("config", values, {"block_m", "block_n", "block_k"}, {field.name for field in fields(cls)})
         return cls(**values)
 
     def to_dict(self) -> dict:
@@ -74,11 +62,6 @@ class GemmConfig:
         """Rows of y in a tile."""
         return self.block_m + self.tail_m
 
-    @property
-    def is_for_few_rows(self) -> bool:
-        """Made for an M whose tiles do not fill the GPU."""
-        return self.split_k > 1 or self.form == "swap_ab"
-
     def portable(self) -> "GemmConfig":
         """The nearest configuration of the portable kernel, in no more shared memory."""
         if self.form == "pointer":
@@ -88,6 +71,11 @@ class GemmConfig:
     def shared_bytes(self, itemsize: int) -> int:
         """Bytes of shared memory that the pipelined operand tiles take, itemsize bytes an element."""
         return self.num_stages * self.block_k * (self.rows + self.block_n) * itemsize
+
+    def constants(self) -> dict[str, int]:
+        """The constexpr parameters that all kernels have."""
+        names = ("block_m", "block_n", "block_k", "group_m")
+        return {name.upper(): getattr(self, name) for name in names}
 
     def compiler_options(self) -> dict[str, int | bool]:
         """The keyword arguments of a launch that are not the kernel's own."""
@@ -103,5 +91,9 @@ class GemmConfig:
         return f"{tile} g{self.group_m} w{self.num_warps} s{self.num_stages}{split}{form}{pdl}"
 
 
-def _is_power_of_two(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0 and value & (value - 1) == 0
+def check_fields(where: str, values: dict, required: set[str], known: set[str] | None = None) -> None:
+    """ValueError names a field that is unknown (known: by default the required ones) or missing."""
+    if unknown := sorted(set(values) - (known or required)):
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}, expected {sorted(known or required)}")
+    if missing := sorted(required - set(values)):
+        raise ValueError(f"{where}: field {missing[0]!r} is missing")

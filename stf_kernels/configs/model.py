@@ -4,12 +4,11 @@
     a step = the slowest of tensor cores, shared memory, L2, and the issue of instructions
     at least = the bytes of A, W and y over what memory delivers while so many bytes of W are in flight
 
-It ranks configurations: the cheapest of an architecture's `tiles` serves when no table matches, and a search measures
-the cheapest of many. To change a tile size, change it in the tables below.
+The cheapest of an architecture's `tiles` serves when no table matches, and a search measures the cheapest of many. To
+change a tile size, change it in the tables below.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,7 +18,8 @@ from .config import GemmConfig
 class Architecture(NamedTuple):
     """Of one multiprocessor: bytes of shared memory that one program and all of them may take, multiply-adds a cycle of
     its tensor cores on 16-bit operands, its share of the bytes a cycle that memory and L2 deliver (published rates over
-    multiprocessors and boost clock), and multiprocessors of a common model, for who has none at hand."""
+    multiprocessors and boost clock), multiprocessors of a common model, for who has none at hand, and the instruction
+    of its tensor cores."""
 
     shared_limit: int
     shared_total: int
@@ -27,15 +27,16 @@ class Architecture(NamedTuple):
     memory: float
     l2: float
     multiprocessors: int
+    tensor_core: str
 
 
 ARCHITECTURES = {
-    "sm_80": Architecture(166_912, 167_936, 1024, 12.0, 35.0, 108),
-    "sm_89": Architecture(101_376, 102_400, 256, 2.9, 16.0, 128),
-    "sm_90": Architecture(232_448, 233_472, 2048, 15.0, 42.0, 132),
-    "sm_100": Architecture(232_448, 233_472, 4096, 29.0, 40.0, 148),
-    "sm_120": Architecture(101_376, 102_400, 256, 4.4, 16.0, 170),
-    "gfx942": Architecture(65_536, 65_536, 1024, 8.3, 50.0, 304),
+    "sm_80": Architecture(166_912, 167_936, 1024, 12.0, 35.0, 108, "HMMA"),
+    "sm_89": Architecture(101_376, 102_400, 256, 2.9, 16.0, 128, "HMMA"),
+    "sm_90": Architecture(232_448, 233_472, 2048, 15.0, 42.0, 132, "HGMMA"),
+    "sm_100": Architecture(232_448, 233_472, 4096, 29.0, 40.0, 148, "UTCHMMA"),
+    "sm_120": Architecture(101_376, 102_400, 256, 4.4, 16.0, 170, "HMMA"),
+    "gfx942": Architecture(65_536, 65_536, 1024, 8.3, 50.0, 304, "v_mfma"),
 }
 SHARED_MEMORY_LIMIT = {arch: limits.shared_limit for arch, limits in ARCHITECTURES.items()}
 _LATENCY = 1400  # cycles from a request to memory until its bytes are there
@@ -87,10 +88,9 @@ def _family(arch: str) -> str:
 
 
 def tiles(arch: str, itemsize: int, *, save_pre: bool = False, wgrad: bool = False) -> tuple[GemmConfig, ...]:
-    """What may serve when no table matches, on an architecture ("sm_90", "gfx942", ...).
+    """What may serve when no table matches, without the largest tile where it spills.
 
-    save_pre: for an epilogue that stores the pre-activation too; the largest tile spills with it. wgrad: for the weight
-    gradient, where it does so in fp32 and on sm_89 and sm_120.
+    save_pre: for an epilogue that stores the pre-activation too. wgrad: for the weight gradient.
     """
     found = _HALF[_family(arch)] if itemsize == 2 else _FLOAT_AMD if arch.startswith("gfx") else _FLOAT
     spills = save_pre or (wgrad and (itemsize == 4 or _family(arch) == "sm_89"))
@@ -149,27 +149,12 @@ def cycles(config: GemmConfig, m: int, n: int, k: int, itemsize: int, arch: str,
     return max(compute, memory) + reduction
 
 
-def rank(
-    configs: Iterable[GemmConfig], m: int, n: int, k: int, itemsize: int, arch: str, multiprocessors: int
-) -> list[GemmConfig]:
-    """The cheapest first."""
-    return sorted(configs, key=lambda config: cycles(config, m, n, k, itemsize, arch, multiprocessors))
-
-
 def default_config(
-    arch: str,
-    itemsize: int,
-    m: int,
-    n: int,
-    k: int,
-    *,
-    multiprocessors: int | None = None,
-    save_pre: bool = False,
-    wgrad: bool = False,
+    arch: str, itemsize: int, m: int, n: int, k: int, *, multiprocessors: int | None = None, **which: bool
 ) -> GemmConfig:
-    """What serves for y [m, n] = A [m, k] @ W^T when no table matches, operands of `itemsize` bytes."""
-    multiprocessors = multiprocessors or ARCHITECTURES.get(arch, ARCHITECTURES["sm_89"]).multiprocessors
-    return rank(tiles(arch, itemsize, save_pre=save_pre, wgrad=wgrad), m, n, k, itemsize, arch, multiprocessors)[0]
+    """What serves for y [m, n] = A [m, k] @ W^T when no table matches, itemsize bytes an element; which: as `tiles`."""
+    size = itemsize, arch, multiprocessors or ARCHITECTURES.get(arch, ARCHITECTURES["sm_89"]).multiprocessors
+    return min(tiles(arch, itemsize, **which), key=lambda config: cycles(config, m, n, k, *size))
 
 
 def smallest(itemsize: int) -> GemmConfig:

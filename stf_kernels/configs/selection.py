@@ -34,10 +34,9 @@ def choose(
     gradient dW [m, n], a sum over k rows, at "concat_wgrad", "merge_wgrad" or "linear_wgrad".
 
     None, plain torch, where the table says that it is faster, unless `forced`; for a weight gradient also where no
-    table names the kernel, and where it did not run. save_pre: the pre-activation is stored too. On the CPU (the
-    interpreter) it is one small configuration: nothing there depends on speed.
+    table names the kernel, and where it did not run. save_pre: the pre-activation is stored too.
     """
-    if device.type == "cpu":
+    if device.type == "cpu":  # the interpreter: nothing there depends on speed
         return INTERPRETER_CONFIG
     index = torch.cuda.current_device() if device.index is None else device.index  # "cuda" is the current one
     wgrad = stage.endswith("_wgrad")
@@ -58,8 +57,8 @@ def _choose(index: int, stage: str, dtype: torch.dtype, m: int, n: int, k: int) 
         if rows <= m_max:
             return config
     # Beyond the table: split K's workspace would grow with M, gigabytes for what a table of one image says.
-    if choices and not (choices[-1][1] is not None and choices[-1][1].is_for_few_rows):
-        return choices[-1][1]
+    if choices and (config is None or (config.split_k == 1 and config.form != "swap_ab")):
+        return config
     return None if wgrad else _default(index, dtype.itemsize, m, n, k, False, False)
 
 
@@ -72,10 +71,9 @@ def _default(index: int, itemsize: int, m: int, n: int, k: int, save_pre: bool, 
 def reject(
     device: torch.device, dtype: torch.dtype, config: GemmConfig, reason: Exception, *, wgrad: bool = False
 ) -> GemmConfig | None:
-    """Never choose a configuration again on a device in this process, and warn, once for each.
+    """Never choose a configuration again on a device in this process, and warn once -> what serves instead.
 
-    Returns what serves instead: the smallest one or, if wgrad, None for the library GEMM. Raises `reason` where the
-    smallest one itself does not run.
+    That is the smallest one or, if wgrad, None for the library GEMM; where it is itself rejected, `reason` is raised.
     """
     slug, arch = device_identity(torch.cuda.current_device() if device.index is None else device.index)
     instead = None if wgrad else smallest(dtype.itemsize)

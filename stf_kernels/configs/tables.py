@@ -5,11 +5,8 @@
                   "provider": "triton", "config": {...}, "us": ..., "rival": ..., "rival_us": ...}, ...]}
 
 An entry serves every M up to m_max that no smaller entry serves; the largest one serves all beyond, unless it is for
-few rows by its nature (K split, A and B swapped). `provider` is "triton", or "torch" where the measurement said that
-plain torch is faster. `us`, `rival` and `rival_us` are the measurement that justifies the entry: cold-cache
-microseconds of it and of the best rival.
-
-When a device has no table, one line in the log says so, once, and how to measure one.
+few rows by its nature (K split, A and B swapped). `provider` is "torch" where the measurement said that plain torch is
+faster; `us`, `rival` and `rival_us` are that measurement: cold-cache microseconds of the entry and of the best rival.
 """
 
 import functools
@@ -21,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .config import GemmConfig
+from .config import GemmConfig, check_fields
 from .model import SHARED_MEMORY_LIMIT, has_tma
 
 _log = logging.getLogger(__name__)
@@ -46,9 +43,9 @@ def device_slug(name: str) -> str:
 def device_identity(index: int) -> tuple[str, str]:
     """(slug, architecture) of a GPU: ("nvidia-h200", "sm_90")."""
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip is not None:
-        return device_slug(properties.name), properties.gcnArchName.split(":")[0]
-    return device_slug(properties.name), f"sm_{properties.major}{properties.minor}"
+    amd = torch.version.hip is not None
+    arch = properties.gcnArchName.split(":")[0] if amd else f"sm_{properties.major}{properties.minor}"
+    return device_slug(properties.name), arch
 
 
 @functools.cache
@@ -82,43 +79,29 @@ def parse_table(text: str, arch: str) -> Table:
         raise ValueError(f"table: expected an object, got {type(table).__name__}")
     if table.get("version") != TABLE_VERSION:
         raise ValueError(f"version: expected {TABLE_VERSION}, got {table.get('version')!r}")
-    _check_fields("table", table, _TOP)
+    check_fields("table", table, _TOP)
     if table["arch"] != arch:
         raise ValueError(f"arch: the table is for {table['arch']!r}, this device is {arch!r}")
     parsed: Table = {}
     for number, entry in enumerate(table["entries"]):
         where = f"entries[{number}]"
-        _check_fields(where, entry, _ENTRY)
-        if entry["stage"] not in STAGES:
-            raise ValueError(f"{where}.stage: expected one of {list(STAGES)}, got {entry['stage']!r}")
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{where}.dtype: expected one of {list(DTYPES)}, got {entry['dtype']!r}")
+        check_fields(where, entry, _ENTRY)
+        for name, known in (("stage", STAGES), ("dtype", DTYPES), ("provider", ("triton", "torch"))):
+            if entry[name] not in known:
+                raise ValueError(f"{where}.{name}: expected one of {list(known)}, got {entry[name]!r}")
         for name in ("n", "k", "m_max"):
             if type(entry[name]) is not int or entry[name] < 1:
                 raise ValueError(f"{where}.{name}: expected a positive int, got {entry[name]!r}")
-        key = (entry["stage"], entry["dtype"], entry["n"], entry["k"])
-        parsed.setdefault(key, []).append((entry["m_max"], _config(where, entry, arch)))
+        config, dtype = None, entry["dtype"]
+        if entry["provider"] == "triton":
+            config = GemmConfig.from_dict(entry["config"])
+            if reason := does_not_suit(config, arch, entry["stage"], DTYPES[dtype]):
+                raise ValueError(f"{where}.config: {reason}")
+        key = entry["stage"], dtype, entry["n"], entry["k"]
+        parsed.setdefault(key, []).append((entry["m_max"], config))
     for choices in parsed.values():
         choices.sort(key=lambda pair: pair[0])
     return parsed
-
-
-def _check_fields(where: str, found: dict, expected: set[str]) -> None:
-    if unknown := sorted(set(found) - expected):
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}, expected {sorted(expected)}")
-    if missing := sorted(expected - set(found)):
-        raise ValueError(f"{where}: field {missing[0]!r} is missing")
-
-
-def _config(where: str, entry: dict, arch: str) -> GemmConfig | None:
-    if entry["provider"] == "torch":
-        return None
-    if entry["provider"] != "triton":
-        raise ValueError(f"{where}.provider: expected 'triton' or 'torch', got {entry['provider']!r}")
-    config = GemmConfig.from_dict(entry["config"])
-    if reason := does_not_suit(config, arch, entry["stage"], DTYPES[entry["dtype"]]):
-        raise ValueError(f"{where}.config: {reason}")
-    return config
 
 
 def does_not_suit(config: GemmConfig, arch: str, stage: str, itemsize: int) -> str | None:
@@ -146,14 +129,11 @@ def does_not_suit(config: GemmConfig, arch: str, stage: str, itemsize: int) -> s
 
 
 def shipped_configs(arch: str, dtype: str, *, wgrad: bool) -> list[GemmConfig]:
-    """Every configuration that a shipped table of an architecture names for a dtype (torch's name): of the weight
-    gradients, or of the other stages."""
-    found: dict[GemmConfig, None] = {}
-    for path in sorted(_FOLDER.glob("*.json")):
-        text = path.read_text(encoding="utf-8")
-        if json.loads(text).get("arch") != arch:
-            continue
-        for (stage, entry_dtype, _, _), choices in parse_table(text, arch).items():
+    """Every configuration that a shipped table of an architecture names for a dtype: of weight gradients, or others."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.json"))]
+    found: list[GemmConfig | None] = []
+    for table in (parse_table(text, arch) for text in texts if json.loads(text).get("arch") == arch):
+        for (stage, entry_dtype, _, _), choices in table.items():
             if entry_dtype == dtype and (stage in WGRAD_STAGES) == wgrad:
-                found.update((config, None) for _, config in choices if config is not None)
-    return list(found)
+                found += [config for _, config in choices]
+    return [config for config in dict.fromkeys(found) if config is not None]

@@ -29,11 +29,8 @@ from .split_k import is_last_to_arrive, publish_part, sum_of_parts
 
 @triton.jit
 def begin_dependent(PDL: tl.constexpr):
-    """Stand before the first access to memory of a programmatic dependent launch (NVIDIA from sm_90 on).
-
-    Such a kernel may start before the one ahead of it has ended. It waits here until all of that one's stores are
-    visible, and lets the next kernel's programs take the multiprocessors that have none of this one left to start.
-    """
+    """Stand before the first access to memory of a programmatic dependent launch (NVIDIA from sm_90 on). It may start
+    before the kernel ahead of it has ended: wait for all of that one's stores, and let the next kernel start."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -60,10 +57,8 @@ def bytes_ahead(block_ptrs, base_ptr, index, COUNT: tl.constexpr):
 
 @triton.jit
 def tile_of_program(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Program id -> (tile row, tile column), about GROUP_M tile rows at a time so that W tiles stay in L2.
-
-    The groups are of equal height: each reads all of W, and a ninth row alone would read it for itself.
-    """
+    """Program id -> (tile row, tile column), about GROUP_M tile rows at a time so that W tiles stay in L2. The groups
+    are of equal height: each reads all of W, and a ninth row alone would read it for itself."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     groups = tl.maximum((tiles_m + GROUP_M // 2) // GROUP_M, 1)
@@ -216,7 +211,7 @@ def _segmented_linear_fwd_kernel(
     )  # fmt: skip
     last = True
     if SPLIT_K > 1:
-        publish_part(acc, workspace_ptr, tile, split, SPLIT_K, BLOCK_M, BLOCK_N, ROOM)
+        publish_part(acc, workspace_ptr, tile, split, SPLIT_K, ROOM)
         last = is_last_to_arrive(arrived_ptr + tile, SPLIT_K)
     if last:
         if SPLIT_K > 1:

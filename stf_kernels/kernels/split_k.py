@@ -22,10 +22,10 @@ def _parts_of_tile(workspace_ptr, tile, SPLIT_K: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def publish_part(acc, workspace_ptr, tile, split, SPLIT_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                 ROOM: tl.constexpr):  # fmt: skip
-    """Write one program's part of a tile, fp32 [ROWS, COLUMNS], into its place of the workspace."""
-    tl.store(_parts_of_tile(workspace_ptr, tile, SPLIT_K, ROWS, COLUMNS, ROOM) + split * ROOM, acc)
+def publish_part(acc, workspace_ptr, tile, split, SPLIT_K: tl.constexpr, ROOM: tl.constexpr):
+    """Write one program's part of a tile, fp32, into its place of the workspace."""
+    parts = _parts_of_tile(workspace_ptr, tile, SPLIT_K, acc.shape[0], acc.shape[1], ROOM)
+    tl.store(parts + split * ROOM, acc)
 
 
 @triton.jit

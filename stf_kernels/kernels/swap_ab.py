@@ -5,10 +5,9 @@ tiles of 128, 44 % of it padding; in place of N they are 128 + 16 and nothing is
 place of M here, and a tile of y is BLOCK_N features by BLOCK_M + TAIL_M rows, with an accumulator for each part.
 
 With one tile of rows the features alone must fill the GPU: the 16384 of STF's first layer are 128 tiles of 128, the
-4096 of its second only 32. SPLIT_K shares the K axis out as in split_k.py.
+4096 of its second only 32, where SPLIT_K shares the K axis out (split_k.py).
 
-Hopper and later only: tiles come through descriptors, as in tma.py. What lies past the last row, feature or
-column is zero by the hardware, so K need not be a multiple of BLOCK_K.
+Hopper and later only: tiles come through descriptors, as in tma.py, which fill in zeros past every end.
 """
 
 import triton
@@ -60,8 +59,8 @@ def _linear_swap_ab_fwd_kernel(
 
     last = True
     if SPLIT_K > 1:
-        publish_part(main, workspace_ptr, 2 * tile, split, SPLIT_K, BLOCK_N, BLOCK_M, BLOCK_N * BLOCK_M)
-        publish_part(tail, workspace_ptr, 2 * tile + 1, split, SPLIT_K, BLOCK_N, TAIL_M, BLOCK_N * BLOCK_M)
+        publish_part(main, workspace_ptr, 2 * tile, split, SPLIT_K, BLOCK_N * BLOCK_M)
+        publish_part(tail, workspace_ptr, 2 * tile + 1, split, SPLIT_K, BLOCK_N * BLOCK_M)
         last = is_last_to_arrive(arrived_ptr + tile, SPLIT_K)
     if last:
         if SPLIT_K > 1:

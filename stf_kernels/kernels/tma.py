@@ -21,11 +21,10 @@ from .segmented_linear import begin_dependent, bytes_ahead, store_tile, tile_of_
 
 
 @triton.jit
-def _box_product(x_desc, w, acc, offset, m, image_rows, column, BOX_M: tl.constexpr, BLOCK_K: tl.constexpr,
-                 INPUT_PRECISION: tl.constexpr):  # fmt: skip
-    """acc + x[rows m .. m + BOX_M] @ w; rows past the last image are zeros that the hardware fills in."""
+def _box_product(x_desc, w, acc, offset, m, image_rows, column, INPUT_PRECISION: tl.constexpr):
+    """acc + x[a box of rows from m on] @ w; rows past the last image are zeros that the hardware fills in."""
     image = m // image_rows
-    x = x_desc.load([offset, image, m - image * image_rows, column]).reshape(BOX_M, BLOCK_K)
+    x = x_desc.load([offset, image, m - image * image_rows, column]).reshape(acc.shape[0], w.shape[0])
     if INTERPRETED:
         x = x.to(tl.float32)
     return tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
@@ -67,19 +66,13 @@ def _segmented_linear_tma_fwd_kernel(
         w = w_desc.load([n, block * C + column]).T
         if INTERPRETED:
             w = w.to(tl.float32)
-        acc_0 = _box_product(x_desc, w, acc_0, offset, m, image_rows, column, BOX_M, BLOCK_K, INPUT_PRECISION)
+        acc_0 = _box_product(x_desc, w, acc_0, offset, m, image_rows, column, INPUT_PRECISION)
         if BOXES > 1:
-            acc_1 = _box_product(
-                x_desc, w, acc_1, offset, m + BOX_M, image_rows, column, BOX_M, BLOCK_K, INPUT_PRECISION
-            )
+            acc_1 = _box_product(x_desc, w, acc_1, offset, m + BOX_M, image_rows, column, INPUT_PRECISION)
         if BOXES > 2:
-            acc_2 = _box_product(
-                x_desc, w, acc_2, offset, m + 2 * BOX_M, image_rows, column, BOX_M, BLOCK_K, INPUT_PRECISION
-            )
+            acc_2 = _box_product(x_desc, w, acc_2, offset, m + 2 * BOX_M, image_rows, column, INPUT_PRECISION)
         if BOXES > 3:
-            acc_3 = _box_product(
-                x_desc, w, acc_3, offset, m + 3 * BOX_M, image_rows, column, BOX_M, BLOCK_K, INPUT_PRECISION
-            )
+            acc_3 = _box_product(x_desc, w, acc_3, offset, m + 3 * BOX_M, image_rows, column, INPUT_PRECISION)
 
     accs = (acc_0, acc_1, acc_2, acc_3)
     for box in tl.static_range(BOXES):

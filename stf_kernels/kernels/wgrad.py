@@ -2,11 +2,9 @@
 
     dW[n, s*C + c] = sum over rows m of  g[m, n] * A[m, s*C + c]         g [M, N],  A [M, K],  dW [N, K]
 
-What A's rows are is said in segmented_linear.py. Here the rows are the axis that is summed, and it is cut into images:
-a step is BLOCK_K rows of one image, so that the image's own stride, which a CLS-cropped batch does not share with its
-tokens, costs one scalar product a step. A tile of dW lies in one segment, so the block is chosen once, before the loop.
-
-A library GEMM needs one stride for all rows: it has every cropped block copied first.
+What A's rows are is said in segmented_linear.py. Here the rows are the axis that is summed: a step is BLOCK_K rows of
+one image, whose own stride a CLS-cropped batch does not share with its tokens. A tile of dW lies in one segment, so the
+block is chosen once, before the loop. A library GEMM has every cropped block copied first.
 """
 
 import triton
@@ -77,10 +75,8 @@ def _segmented_wgrad_kernel(
         inside_t = t < tokens
         if WHOLE_STEPS and C % BLOCK_N == 0:
             x = tl.load(x_tile)
-        elif WHOLE_STEPS:
-            x = tl.load(x_tile, mask=inside_c, other=0.0)
         else:
-            x = tl.load(x_tile, mask=inside_t[:, None] & inside_c, other=0.0)
+            x = tl.load(x_tile, mask=inside_c if WHOLE_STEPS else inside_t[:, None] & inside_c, other=0.0)
         g = tl.load(g_tile, mask=inside_n if WHOLE_STEPS else inside_n & inside_t[None, :], other=0.0)
         if INTERPRETED:
             x = x.to(tl.float32)

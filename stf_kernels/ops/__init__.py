@@ -8,21 +8,3 @@ torch_path.py   a stage in plain torch
 segments.py     what a stage computes: geometry, shapes, where its rows come from and go
 backward.py     the gradients of a chain; weight_grad.py the one over operands that are not materialised
 """
-
-from .operators import (
-    compact_token_projector,
-    compact_token_projector_out,
-    concat_linear,
-    spatial_merge_linear,
-    token_fusion_mlp,
-)
-from .segments import merge_windows
-
-__all__ = [
-    "compact_token_projector",
-    "compact_token_projector_out",
-    "concat_linear",
-    "merge_windows",
-    "spatial_merge_linear",
-    "token_fusion_mlp",
-]

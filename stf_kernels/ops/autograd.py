@@ -3,29 +3,28 @@
     name(blocks, weights, biases, activation, skip_tokens, merge_size, grid_h, grid_w, needs) -> [y, *saved]
 
 blocks, weights and biases are lists of tensors (no biases: none), the next five fix the stages. `needs` says of each
-tensor in that order whether its gradient will be asked for; empty is none. From the plan alone come the
-implementation, its fake and its autograd formula.
+tensor in that order whether its gradient will be asked for; empty is none.
 
 Through the dispatcher a call costs tens of microseconds on the host; outside torch.compile and without tensor
 subclasses it goes straight to the chain, or to a plain autograd.Function where a gradient is wanted. Under
-torch.func's transforms and forward-mode differentiation plain torch computes, inside torch.compile too.
+torch.func's transforms and forward-mode differentiation plain torch computes.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..backend import BACKENDS, chosen_backend, current_backend, resolve
-from .backward import Needs, Sizes, chain_bwd
-from .chain import Plan, chain_fwd
+from .backward import Needs, chain_bwd, shapes_of
+from .chain import Plan, chain_fwd, without_autocast
 from .torch_path import differentiable_chain
 
 NAMESPACE = "stf_kernels"
 TENSORS = "Tensor[] blocks, Tensor[] weights, Tensor[] biases"
+KEPT = "Tensor?[] saved, Tensor?[] blocks, Tensor?[] weights, SymInt[] block, SymInt[] widths"
 STATIC = "str? activation, int skip_tokens, int merge_size, int grid_h, int grid_w"
 _ORDINARY = frozenset((Tensor, nn.Parameter))
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -40,21 +39,15 @@ def define(name: str, arguments: str, returns: str, function: Callable, fake: Ca
 
 
 class ChainOperator:
-    """One operator: call it with (blocks, weights, biases, *static) -> y; plan maps the static arguments to a Plan."""
+    """One operator: (blocks, weights, biases, *static) -> y. plan maps the static arguments to a Plan."""
 
     def __init__(self, name: str, plan: Callable[..., Plan]) -> None:
         self.plan = functools.cache(plan)
         self._kept = functools.cache(self._what_is_kept)  # the same in every step of a training
         self._traced_plan = plan  # torch.compile does not see through a cache
         self._forward_op = define(name, f"{TENSORS}, {STATIC}, bool[] needs", "Tensor[]", self._forward, self._fake)
-        self._backward_op = define(
-            f"{name}_bwd",
-            "Tensor grad, Tensor[] kept, int num_blocks, SymInt[] block, SymInt[] widths, "
-            f"{STATIC}, str backend, bool[] kept_for, bool[] needs",
-            "Tensor[]",
-            self._backward,
-            self._fake_backward,
-        )
+        arguments = f"Tensor grad, {KEPT}, {STATIC}, str backend, bool[] needs"
+        self._backward_op = define(f"{name}_bwd", arguments, "Tensor[]", self._backward, self._fake_backward)
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}", self._autograd_backward, setup_context=self._setup_context, lib=_library
         )
@@ -72,33 +65,31 @@ class ChainOperator:
             return self._forward_op(blocks, weights, biases, *static, needs)[0]
         plan, path = self.plan(*static), resolve(blocks[0].device, blocks[0].dtype)
         if needs:
-            lengths = len(blocks), len(weights)
-            return _Eager.apply(plan, path, lengths, needs, self._kept(static, lengths, tuple(needs)), *tensors)
+            lengths = len(blocks), len(weights), len(biases)
+            return _Eager.apply(plan, path, lengths, self._kept(static, *lengths[:2], tuple(needs)), *tensors)
         return chain_fwd(plan, path, blocks, weights, biases)[0]
 
-    def _what_is_kept(self, static: tuple, lengths: tuple[int, int], needs: tuple) -> tuple[list[bool], list[int]]:
+    def _what_is_kept(self, static: tuple, num_blocks: int, num_weights: int, needs: tuple) -> tuple[list[bool], ...]:
         """For a backward: of which stages (Needs.keeps), and which of [*blocks, *weights]."""
-        found = Needs.of(needs, *lengths)
-        return found.keeps(self.plan(*static).stages), [i for i, read in enumerate(found.reads()) if read]
+        found = Needs.of(needs, num_blocks, num_weights)
+        return found.keeps(self.plan(*static).stages), found.reads()
 
     def _forward(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
         *static, needs = static_and_needs
-        plan, x = self.plan(*static), blocks[0]
-        keep = Needs.of(needs, len(blocks), len(weights)).keeps(plan.stages) if needs else ()
+        x, (keep, _) = blocks[0], self._kept(tuple(static), len(blocks), len(weights), tuple(needs))
         with without_autocast(x.device.type):
-            y, saved = chain_fwd(plan, resolve(x.device, x.dtype), blocks, weights, biases, keep=keep)
-        return [y, *saved]
+            y, saved = chain_fwd(self.plan(*static), resolve(x.device, x.dtype), blocks, weights, biases, keep=keep)
+        return [y, *(tensor for tensor in saved if tensor is not None)]
 
     def _fake(self, blocks, weights, biases, *static_and_needs) -> list[Tensor]:
         *static, needs = static_and_needs
-        stages, skip = self.plan(*static)
-        keep = Needs.of(needs, len(blocks), len(weights)).keeps(stages) if needs else [False] * len(stages)
+        (stages, skip), saved = self.plan(*static), []
+        keep, _ = self._kept(tuple(static), len(blocks), len(weights), tuple(needs))
         block = blocks[0][:, skip:]
-        saved = []
-        for i, (stage, weight) in enumerate(zip(stages, weights, strict=True)):
+        for stage, weight, kept in zip(stages, weights, keep, strict=True):
             rows, n = block.shape[0] * stage.tokens(block.shape), weight.shape[0]
             y = block.new_empty(stage.out_shape(block.shape, n))
-            if keep[i]:
+            if kept:
                 saved.append(y if stage.activation is None else block.new_empty((rows, n)))
             block = y
         return [block, *saved]
@@ -107,91 +98,70 @@ class ChainOperator:
         blocks, weights, biases, *static, needs = inputs
         # A compiled backward runs in a thread of autograd's, where the caller's `use_backend` is not seen.
         ctx.backend, ctx.static, ctx.kept_for = current_backend(), static, needs
-        ctx.sizes, ctx.num_biases = Sizes.of(blocks, weights), len(biases)
-        operands, lengths = [*blocks, *weights], (len(blocks), len(weights))
-        kept = self._what_is_kept(static, lengths, needs)[1] if needs else ()
-        ctx.save_for_backward(*output[1:], *[operands[i] for i in kept])
+        ctx.sizes, ctx.lengths = _sizes(blocks, weights), (len(blocks), len(weights), len(biases))
+        keep, reads = self._kept(tuple(static), *ctx.lengths[:2], tuple(needs))
+        saved = iter(output[1:])
+        ctx.save_for_backward(*[next(saved) if kept else None for kept in keep], *_read([*blocks, *weights], reads))
 
     def _autograd_backward(self, ctx, grads):
         _refuse_unsupported(grads[0])
         wanted = [flag for group in ctx.needs_input_grad[:3] for flag in (group or ())]
-        kept_for = list(ctx.kept_for) or [False] * len(wanted)
+        kept_for = ctx.kept_for or [False] * len(wanted)
         if missing := [i for i, want in enumerate(wanted) if want and not kept_for[i]]:
             raise RuntimeError(
                 f"needs: the gradient of tensor {missing[0]} is wanted, and the forward was told {list(ctx.kept_for)}; "
                 "pass the operator a flag for every tensor, true where a gradient will be wanted"
             )
-        kept = list(ctx.saved_tensors)
-        found = iter(self._backward_op(grads[0], kept, *ctx.sizes, *ctx.static, ctx.backend, kept_for, wanted))
+        kept = _split(ctx.saved_tensors, (ctx.lengths[1], *ctx.lengths))[:3]
+        found = iter(self._backward_op(grads[0], *kept, *ctx.sizes, *ctx.static, ctx.backend, wanted))
         in_order = [next(found) if want else None for want in wanted]
-        counts = ctx.sizes.num_blocks, len(ctx.sizes.widths), ctx.num_biases
-        return (*_split(in_order, counts), *(None for _ in ctx.static), None)
+        return (*_split(in_order, ctx.lengths), *(None for _ in ctx.static), None)
 
-    def _backward(self, grad, kept, num_blocks, block, widths, *static_and_needs) -> list[Tensor]:
-        *static, backend, kept_for, needs = static_and_needs
-        path, sizes = resolve(grad.device, grad.dtype, backend), Sizes(num_blocks, block, widths)
-        grads = _run_backward(self.plan(*static), path, sizes, grad, list(kept), kept_for, needs)
-        return [g for g, need in zip(grads, needs, strict=True) if need]
+    def _backward(self, grad, saved, blocks, weights, block, widths, *static_and_needs) -> list[Tensor]:
+        *static, backend, needs = static_and_needs
+        plan, path = self.plan(*static), resolve(grad.device, grad.dtype, backend)
+        grads = chain_bwd(plan, path, grad, list(saved), blocks, weights, block, widths, needs)
+        return [g for g, need in zip(grads, needs, strict=False) if need]
 
-    def _fake_backward(self, grad, kept, num_blocks, block, widths, *static_and_needs) -> list[Tensor]:
-        *static, _, _, needs = static_and_needs
-        weights = Sizes(num_blocks, block, widths).weights(self.plan(*static).stages)
-        shapes = [*[block] * num_blocks, *weights, *[(n,) for n in widths]]
+    def _fake_backward(self, grad, saved, blocks, weights, block, widths, *static_and_needs) -> list[Tensor]:
+        *static, _, needs = static_and_needs
+        _, shapes = shapes_of(self.plan(*static).stages, len(blocks), block, widths)
+        shapes = [*[block] * len(blocks), *shapes, *[(n,) for n in widths]]
         return [grad.new_empty(shape) for shape, need in zip(shapes, needs, strict=False) if need]
 
 
 class _Eager(torch.autograd.Function):
-    """The same without the dispatcher: apply(plan, path, (number of blocks, of weights), needs, kept, *tensors) -> y.
+    """The same without the dispatcher: apply(plan, path, lengths, kept, *tensors) -> y.
 
-    kept: `_what_is_kept` of the needs, so only what the gradients that are wanted will read.
+    lengths: how many of the tensors are blocks, weights, biases. kept: `_what_is_kept` of the gradients wanted.
     """
 
     @staticmethod
-    def forward(
-        ctx, plan: Plan, path: str, lengths: tuple[int, int], needs: list[bool], kept: tuple, *tensors: Tensor
-    ) -> Tensor:
-        groups = _split(tensors, (*lengths, len(tensors) - sum(lengths)))
-        y, saved = chain_fwd(plan, path, *groups, keep=kept[0])
-        ctx.plan, ctx.path, ctx.sizes, ctx.kept_for = plan, path, Sizes.of(*groups[:2]), needs
-        ctx.save_for_backward(*saved, *[tensors[i] for i in kept[1]])
+    def forward(ctx, plan: Plan, path: str, lengths: tuple[int, int, int], kept: tuple, *tensors: Tensor) -> Tensor:
+        blocks, weights, biases = _split(tensors, lengths)
+        y, saved = chain_fwd(plan, path, blocks, weights, biases, keep=kept[0])
+        ctx.plan, ctx.path, ctx.lengths, ctx.sizes = plan, path, lengths, _sizes(blocks, weights)
+        ctx.save_for_backward(*saved, *_read(tensors, kept[1]))
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         _refuse_unsupported(grad)
-        kept = list(ctx.saved_tensors)
+        saved, blocks, weights = _split(ctx.saved_tensors, (ctx.lengths[1], *ctx.lengths))[:3]
         # Without retain_graph the node lets go of what it saved, and the backward frees it piece by piece.
         ctx.maybe_clear_saved_tensors()
-        grads = _run_backward(ctx.plan, ctx.path, ctx.sizes, grad, kept, ctx.kept_for, ctx.needs_input_grad[5:])
-        return (None,) * 5 + tuple(grads)
+        needs = ctx.needs_input_grad[4:]
+        grads = chain_bwd(ctx.plan, ctx.path, grad, saved, blocks, weights, *ctx.sizes, needs)
+        return None, None, None, None, *grads[: len(needs)]
 
 
-def _run_backward(
-    plan: Plan,
-    path: str,
-    sizes: Sizes,
-    grad: Tensor,
-    kept: list[Tensor],
-    kept_for: Sequence[bool],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of [*blocks, *weights, *biases], with zeros for the skipped tokens; None where not needed.
+def _sizes(blocks: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Sequence[int], list[int]]:
+    """The shape of a block, N of each weight: a backward is given only those tensors that it reads."""
+    return blocks[0].shape, [weight.shape[0] for weight in weights]
 
-    kept: what a forward told `kept_for` keeps of its stages, then what it reads of blocks and weights. It is emptied.
-    """
-    (stages, skip), counts = plan, (sizes.num_blocks, len(sizes.widths))
-    forward = Needs.of(kept_for, *counts)
-    flags, tensors = [*forward.keeps(stages), *forward.reads()], iter(kept)
-    saved, blocks, weights = _split([next(tensors) if flag else None for flag in flags], (len(stages), *counts))
-    kept.clear()
-    blocks = [None if block is None else block[:, skip:] for block in blocks]
-    with without_autocast(grad.device.type):  # of the region that the backward is called in
-        d_blocks, d_weights, d_biases = chain_bwd(
-            grad, saved, blocks, weights, sizes.without(skip), stages, Needs.of(needs, *counts), path
-        )
-    if skip:
-        d_blocks = [g if g is None else nn.functional.pad(g, (0, 0, skip, 0)) for g in d_blocks]
-    return [*d_blocks, *d_weights, *d_biases[: len(needs) - sum(counts)]]
+
+def _read(tensors: Sequence[Tensor], flags: Sequence[bool]) -> list[Tensor | None]:
+    return [tensor if flag else None for tensor, flag in zip(tensors, flags, strict=False)]
 
 
 def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
@@ -205,13 +175,6 @@ def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
 def is_ordinary(tensors: Sequence[Tensor]) -> bool:
     """No subclass, which may have operators of its own."""
     return _ORDINARY.issuperset(map(type, tensors))
-
-
-def without_autocast(device_type: str) -> AbstractContextManager:
-    """An operator computes in the dtype of its operands: functional.py and modules.py have cast them."""
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def is_recorded(x: Tensor) -> bool:

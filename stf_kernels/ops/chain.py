@@ -2,15 +2,15 @@
 
 Kept at most, beside the caller's own blocks and weights: of each stage with an activation its pre-activation, of each
 other stage but the last its output. An activation's output is never kept: the backward reads the pre-activation once
-and writes both act'(pre) * dy and act(pre) from it. For the projector of LLaVA-1.5 in 16 bit that is, per image,
-576*4096 + 144*4096 + 144*16384 elements = 10.6 MB; plain PyTorch also keeps the concatenation (9.4 MB), both
-activations' outputs (9.4 MB) and, in place of the fused output, its unfolded copy. What no wanted gradient reads is
-not kept: where only the last layer trains, h's pre-activation alone, 4.7 MB (`Needs.keeps` in backward.py).
+and writes both act'(pre) * dy and act(pre) from it. For the projector of LLaVA-1.5 in 16 bit that is 10.6 MB an image;
+plain PyTorch also keeps the concatenation and both activations' outputs, 9.4 MB each.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import launch, torch_path
@@ -34,15 +34,14 @@ def chain_fwd(
     keep: Sequence[bool] = (),
     out: Tensor | None = None,
     rows: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Run the stages -> (output of the last, what is kept of the stages that `keep` flags).
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Run the stages -> (output of the last, what is kept of each stage: None unless `keep` flags it).
 
-    path: "torch", "auto" or "triton", see backend.resolve. blocks: [B, T, C] each; biases may be empty. With out and
-    rows the last stage writes its row i to out[rows[i]].
+    path: see backend.resolve. biases may be empty. With out and rows the last stage writes its row i to out[rows[i]].
     """
     stages, skip = plan
     x: Sequence[Tensor] = [block[:, skip:] for block in blocks] if skip else blocks
-    saved: list[Tensor] = []
+    saved: list[Tensor | None] = []
     last = len(stages) - 1
     for i, (stage, weight) in enumerate(zip(stages, weights, strict=True)):
         bias = biases[i] if biases else None
@@ -54,7 +53,13 @@ def chain_fwd(
         else:
             forced = path == "triton"
             y, pre = launch.run_stage(x, weight, bias, stage, forced=forced, save_pre=save_pre, out=into, rows=at)
-        if kept:
-            saved.append(y if pre is None else pre)
+        saved.append((y if pre is None else pre) if kept else None)
         x = [y]
     return y, saved
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """An operator computes in the dtype of its operands: functional.py and modules.py have cast them."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -3,9 +3,9 @@
     run_stage             y = act(A @ W^T + b)    kernels/segmented_linear.py, tma.py or swap_ab.py
     run_activation_bwd    dy * act'(pre)          kernels/activations.py
 
-The form of a configuration names its kernel; one function a form lists that kernel's arguments. What a call repeats
-of an earlier one, it launches as that one did: the JIT's binding of arguments and our own look-ups cost more host time
-than the launch itself. Under the interpreter outputs are fp32 and torch rounds them: a store into bf16 truncates there.
+What a call repeats of an earlier one, it launches as that one did: the JIT's binding of arguments and our own look-ups
+cost more host time than the launch itself. Under the interpreter outputs are fp32 and torch rounds them: a store into
+bf16 truncates there.
 """
 
 import warnings
@@ -111,7 +111,7 @@ def _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre) -> tu
     return (
         stage, config, forced, save_pre, x.device, x.dtype, x.shape, weight.shape, weight.stride(0), bias is None,
         out is None or (out.dtype, out.shape[0], out.stride(0)),
-        input_precision() if x.dtype == torch.float32 else None,
+        input_precision(x.dtype),
         tuple([block.stride() for block in blocks]), tuple([tensor.data_ptr() % 16 for tensor in tensors]),
     )  # fmt: skip
 
@@ -148,9 +148,9 @@ def with_contiguous_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def input_precision() -> str:
+def input_precision(dtype: torch.dtype) -> str:
     """fp32 operands as torch multiplies them: IEEE unless torch.backends.cuda.matmul allows TF32."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def fast_activation(dtype: torch.dtype) -> int:
@@ -170,35 +170,24 @@ def split_k_scratch(config: GemmConfig, tiles: int, device: torch.device) -> tup
     return room, torch.zeros(tiles, device=device, dtype=torch.int32)
 
 
-def constants_of(
-    config: GemmConfig, stage: Stage, dtype: torch.dtype, *, has_bias: bool, save_pre: bool, index_rows: bool
-) -> dict[str, object]:
-    """The constexpr parameters that all forms have."""
-    return {
-        "MERGE_OUT": stage.merge_out,
-        "INDEX_ROWS": index_rows,
-        "ACTIVATION": stage.activation or "none",
-        "FAST_ACTIVATION": fast_activation(dtype),
-        "HAS_BIAS": has_bias,
-        "SAVE_PRE": save_pre,
-        "INPUT_PRECISION": input_precision() if dtype == torch.float32 else "ieee",
-        "PDL": config.pdl,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-    }
-
-
 def _of_all_forms(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple[tuple, tuple, dict[str, object]]:
     """The grid, the first seven sizes and the constants of every kernel."""
     (x, *_), weight, bias, y, pre, rows = tensors
     n, tokens = weight.shape[0], stage.tokens(x.shape)
     m = x.shape[0] * tokens
     grid = -(-m // config.rows) * -(-n // config.block_n), config.split_k, 1
-    sizes = m, n, tokens, *stage.grid, y.stride(-2), y.shape[0]
-    has = {"has_bias": bias is not None, "save_pre": pre is not None, "index_rows": rows is not None}
-    return grid, sizes, constants_of(config, stage, x.dtype, **has) | {"C": x.shape[-1]}
+    constants = config.constants() | {
+        "C": x.shape[-1],
+        "MERGE_OUT": stage.merge_out,
+        "INDEX_ROWS": rows is not None,
+        "ACTIVATION": stage.activation or "none",
+        "FAST_ACTIVATION": fast_activation(x.dtype),
+        "HAS_BIAS": bias is not None,
+        "SAVE_PRE": pre is not None,
+        "INPUT_PRECISION": input_precision(x.dtype),
+        "PDL": config.pdl,
+    }
+    return grid, (m, n, tokens, *stage.grid, y.stride(-2), y.shape[0]), constants
 
 
 # One function a form: (configuration, tensors, stage) -> kernel, grid, its tensors, its sizes, its constants.
@@ -232,7 +221,7 @@ def _tma(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     layout = tma.layout_of(blocks, weight, stage, config)
     box_rows = layout.box_rows(config.block_m)
     x_desc = tma.block_descriptor(layout, constants["C"], box_rows, config.block_k)
-    w_desc = tma.weight_descriptor(weight, config.block_n, config.block_k)
+    w_desc = tma.matrix_descriptor(weight, *weight.shape, weight.stride(0), config.block_n, config.block_k)
     operands = x_desc, w_desc, layout.base, blocks, *others
     constants |= {"NUM_BLOCKS": len(blocks), "UNIT": layout.unit, "BOX_M": box_rows}
     return _segmented_linear_tma_fwd_kernel, grid, operands, (*sizes, layout.image_rows), constants
@@ -244,10 +233,9 @@ def _swap_ab(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     grid, sizes, constants = _of_all_forms(config, tensors, stage)
     blocks, weight, *others = tensors
     layout = tma.layout_of(blocks, weight, stage, config)
-    main, tail = (
-        tma.row_descriptor(layout, constants["C"], rows, config.block_k) for rows in (config.block_m, config.tail_m)
-    )
-    w_desc = tma.weight_descriptor(weight, config.block_n, config.block_k)
+    rows = layout.base, layout.image_rows, constants["C"], layout.pitch_row
+    main, tail = (tma.matrix_descriptor(*rows, box, config.block_k) for box in (config.block_m, config.tail_m))
+    w_desc = tma.matrix_descriptor(weight, *weight.shape, weight.stride(0), config.block_n, config.block_k)
     operands = main, tail, w_desc, *others, *split_k_scratch(config, grid[0], weight.device)
     constants |= {"TAIL_M": config.tail_m, "SPLIT_K": config.split_k}
     return _linear_swap_ab_fwd_kernel, grid, operands, sizes, constants
@@ -259,10 +247,8 @@ ARGUMENTS = {"pointer": _pointer, "tma": _tma, "swap_ab": _swap_ab}
 def run_activation_bwd(
     dy: Tensor, pre: Tensor, activation: str, *, overwrite: bool, write_act: bool, sum_rows: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dy [M, N] contiguous, pre [M, N] -> (dpre, act(pre) or None, fp32 column sums of dpre [N] or None).
-
-    overwrite: dpre takes dy's memory.
-    """
+    """dy [M, N] contiguous, pre [M, N] -> (dpre, in dy's memory if overwrite, act(pre) or None, fp32 column sums of
+    dpre [N] or None)."""
     from ..kernels.activations import _activation_bwd_kernel
 
     pre = pre.contiguous()  # a saved-tensor hook may give back another layout than it was given

@@ -12,8 +12,8 @@ All take (blocks, weights, biases, activation, skip_tokens, merge_size, grid_h, 
 import torch
 
 from ..backend import resolve
-from .autograd import STATIC, TENSORS, ChainOperator, define, is_ordinary, is_recorded, without_autocast
-from .chain import Plan, chain_fwd
+from .autograd import STATIC, TENSORS, ChainOperator, define, is_ordinary, is_recorded
+from .chain import Plan, chain_fwd, without_autocast
 from .segments import Stage
 
 
@@ -43,13 +43,8 @@ def _project_into(blocks, weights, biases, *static_out_rows) -> None:
         chain_fwd(compact_token_projector.plan(*static), path, blocks, weights, biases, out=out, rows=rows)
 
 
-_project_into_op = define(
-    "compact_token_projector_out",
-    f"{TENSORS}, {STATIC}, Tensor(a!) out, Tensor rows",
-    "()",
-    _project_into,
-    lambda *arguments: None,
-)
+_INTO = f"{TENSORS}, {STATIC}, Tensor(a!) out, Tensor rows"
+_project_into_op = define("compact_token_projector_out", _INTO, "()", _project_into, lambda *arguments: None)
 
 
 def compact_token_projector_out(blocks, weights, biases, *static_out_rows) -> None:

@@ -1,9 +1,7 @@
 """One stage: y = act(A @ W^T + b), with A and y placed by geometry.
 
-    merge_in r    A's rows are r x r windows of the token grid of one block: [B, H*W, C] -> B*(H//r)*(W//r) rows
-    merge_out r   y's rows are written in the merged layout: B*H*W rows -> [B, (H//r)*(W//r), r*r*N]
-
-Segment (block, dy, dx) of A's K axis is C columns wide; see kernels/segmented_linear.py.
+merge_in r    A's rows are r x r windows of the token grid of one block: [B, H*W, C] -> B*(H//r)*(W//r) rows
+merge_out r   y's rows are written in the merged layout: B*H*W rows -> [B, (H//r)*(W//r), r*r*N]
 """
 
 from collections.abc import Iterator, Sequence

@@ -37,24 +37,17 @@ class Layout:
     pitch_image: int
     pitch_row: int
 
-    @property
-    def dense(self) -> bool:
-        return self.images == 1
-
     def box_rows(self, block_m: int) -> int:
         """The whole tile where rows have one pitch and TMA takes the box; else boxes that stay within an image."""
-        return block_m if self.dense and block_m & (block_m - 1) == 0 else _BOX_ROWS
+        return block_m if self.images == 1 and block_m & (block_m - 1) == 0 else _BOX_ROWS
 
 
 def layout_of(blocks: Sequence[Tensor], weight: Tensor, stage: Stage, config: GemmConfig) -> Layout:
-    """The layout that a configuration with descriptors needs; Refused where the operands do not have it.
-
-    blocks: [B, T, C] each, weight [N, K], last axes contiguous.
-    """
+    """The layout that a configuration with descriptors needs; Refused where the operands do not have it."""
     x = blocks[0]
     batch, tokens, c = x.shape
-    of_use = slice(1 if batch == 1 else 0, None)  # one image has no stride between images
-    alike = all(block.stride()[of_use] == x.stride()[of_use] for block in blocks)
+    first = 1 if batch == 1 else 0  # one image has no stride between images
+    alike = all(block.stride()[first:] == x.stride()[first:] for block in blocks)
     pitch_image, pitch_row = x.stride(0), x.stride(1)
     if batch == 1 or pitch_image == tokens * pitch_row:
         batch, tokens, pitch_image = 1, batch * tokens, batch * tokens * pitch_row
@@ -66,12 +59,11 @@ def layout_of(blocks: Sequence[Tensor], weight: Tensor, stage: Stage, config: Ge
     near = max(ahead) < 2**31  # bytes: Triton counts the span of a descriptor in an int
     layout = Layout(base, unit, max(ahead) // unit + 1, batch, tokens, pitch_image, pitch_row)
     if config.form == "swap_ab":
-        fits = layout.dense and len(blocks) == 1
+        fits = batch == 1 and len(blocks) == 1
     else:
-        fits = (layout.dense or tokens % _BOX_ROWS == 0) and c % config.block_k == 0
-    if not (
-        has_tma(x.device) and stage.merge_in == 1 and alike and aligned and near and fits and c and min(pitches) > 0
-    ):
+        fits = (batch == 1 or tokens % _BOX_ROWS == 0) and c % config.block_k == 0
+    named = has_tma(x.device) and stage.merge_in == 1 and alike and aligned and near
+    if not (named and fits and c and min(pitches) > 0):
         raise Refused(f"no descriptor names these operands of {config}")
     return layout
 
@@ -93,15 +85,8 @@ def block_descriptor(layout: Layout, c: int, box_rows: int, block_k: int):
     return TensorDescriptor(layout.base, shape, strides, [1, 1, box_rows, block_k])
 
 
-def row_descriptor(layout: Layout, c: int, box_rows: int, block_k: int):
-    """The rows [M, C] of a dense operand in boxes of [box_rows, block_k]."""
+def matrix_descriptor(base: Tensor, rows: int, columns: int, pitch: int, box_rows: int, block_k: int):
+    """[rows, columns] of one pitch, from a tensor's address on, in boxes of [box_rows, block_k]."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(layout.base, [layout.image_rows, c], [layout.pitch_row, 1], [box_rows, block_k])
-
-
-def weight_descriptor(weight: Tensor, block_n: int, block_k: int):
-    """weight [N, K] in boxes of [block_n, block_k]."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(weight, list(weight.shape), [weight.stride(0), 1], [block_n, block_k])
+    return TensorDescriptor(base, [rows, columns], [pitch, 1], [box_rows, block_k])

@@ -16,6 +16,7 @@ from torch import Tensor
 from .segments import Stage, merge_windows
 
 WIDE = (torch.float32, torch.float64)
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def run_stage(
@@ -28,14 +29,11 @@ def run_stage(
     out: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, pre-activation [rows, N] or None); y in the stage's output shape and no view, so that it may be changed.
-
-    With out [R, N] and rows [M] int64, row i is written to out[rows[i]], and y is out.
-    """
+    """As launch.run_stage; y is no view, so that it may be changed."""
     n = weight.shape[0]
     y = _linear(blocks, weight, bias, stage)
     pre = y if save_pre else None
-    y = activate(y, stage.activation) if save_pre else _activate_(y, stage.activation)
+    y = activate(y, stage.activation, inplace=not save_pre)
     if stage.merge_out > 1:
         return merge_windows(y.view(*blocks[0].shape[:2], n), stage.grid, stage.merge_out), pre
     if out is not None:
@@ -54,49 +52,35 @@ def _linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage
     for s, segment in enumerate(stage.segments(blocks)):
         # flatten copies one segment where its rows have no common stride (a CLS-cropped batch), never all of them
         x, w = segment.flatten(0, -2), weight[:, s * c : (s + 1) * c]
-        if y is not None:
-            y.addmm_(x, w.t())
-        elif bias is None:
-            y = torch.mm(x, w.t())
-        else:
-            y = torch.addmm(bias, x, w.t())
+        y = F.linear(x, w, bias) if y is None else y.addmm_(x, w.t())
     return y
 
 
-def activate(x: Tensor, activation: str | None) -> Tensor:
-    """The activation, as a new tensor."""
-    if activation == "gelu":
-        return F.gelu(x)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    return F.silu(x) if activation == "silu" else x
-
-
-def _activate_(x: Tensor, activation: str | None) -> Tensor:
-    """The activation in place."""
-    if activation == "silu":
-        return F.silu(x, inplace=True)
+def activate(x: Tensor, activation: str | None, *, inplace: bool = False) -> Tensor:
     if activation is None:
         return x
-    return torch.ops.aten.gelu_(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def activation_backward(dy: Tensor, pre: Tensor, activation: str, *, into: Tensor | None) -> Tensor:
-    """dy * act'(pre), written over `into` if given (dy itself may be)."""
-    out = torch.empty_like(dy) if into is None else into
     if activation == "silu":
-        return torch.ops.aten.silu_backward.grad_input(dy, pre, grad_input=out)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward.grad_input(dy, pre, approximate=approximate, grad_input=out)
+        return F.silu(x, inplace=inplace)
+    gelu = torch.ops.aten.gelu_ if inplace else F.gelu
+    return gelu(x, approximate=_APPROXIMATE[activation])
+
+
+def run_activation_bwd(
+    dy: Tensor, pre: Tensor, activation: str, *, overwrite: bool, write_act: bool, sum_rows: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dy * act'(pre), act(pre) if write_act, column sums of the first if sum_rows; as launch.run_activation_bwd."""
+    out = dy if overwrite else torch.empty_like(dy)
+    if activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(dy, pre, grad_input=out)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(dy, pre, approximate=_APPROXIMATE[activation], grad_input=out)
+    return out, activate(pre, activation) if write_act else None, out.sum(0) if sum_rows else None
 
 
 def differentiable_chain(
     stages: Sequence[Stage], blocks: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> Tensor:
-    """The chain's output in operations that torch differentiates, for torch.func's transforms and forward mode.
-
-    Per-sample gradients, Jacobians and Hessians come from torch's own rules; what a chain saves is not saved here.
-    """
+    """The chain's output in operations that torch differentiates, for torch.func's transforms and forward mode."""
     x = torch.cat(tuple(blocks), -1)
     for stage, weight, bias in zip(stages, weights, biases, strict=True):
         if stage.merge_in > 1:

@@ -1,12 +1,9 @@
 """dW = g^T @ A of a chain's first stage, whose A is never materialised: each segment into its own columns of dW.
 
 library    one GEMM a segment (cuBLAS, MKL) through `out=`, a slice of dW with its own row stride. It wants one stride
-           for all rows: a segment of a CLS-cropped batch, or of a merged one, is copied first, one at a time. Not on
-           the CPU in fp32 and fp64: there it is one product an image.
-kernel     kernels/wgrad.py, which reads the rows where they are. For operands that the library copies.
-
-Which is faster on a GPU is for the device's table to say (stages "concat_wgrad" and "merge_wgrad"); where it is silent
-the library serves, because the kernel has not run on hardware yet. use_backend("triton") asks for the kernel.
+           for all rows: a segment of a CLS-cropped batch, or of a merged one, is copied first, one at a time.
+kernel     kernels/wgrad.py, which reads the rows where they are. For operands that the library copies, where the
+           device's table names it ("concat_wgrad", "merge_wgrad") or use_backend("triton") asks for it.
 """
 
 from collections.abc import Sequence
@@ -50,21 +47,15 @@ def by_library(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], stage:
     dw = g.new_empty(shape)
     for s, segment in enumerate(stage.segments(blocks)):
         target = dw[:, s * c : (s + 1) * c]
-        if stage.merge_in > 1 or not _product_of_each_image(segment):
+        on_cpu = segment.device.type == "cpu" and segment.dtype in torch_path.WIDE
+        if stage.merge_in > 1 or has_one_row_stride(segment) or not on_cpu:
             torch.mm(g.t(), segment.flatten(0, -2), out=target)
             continue
-        # No copy at all: one product an image, summed. In 16 bit every sum would be rounded, so there it is a copy.
+        # No copy at all: one product an image, summed. In 16 bit every sum would be rounded; a GPU would read and write
+        # dW once an image, and copies one segment in less.
         for b, g_image in enumerate(g.view(segment.shape[0], segment.shape[1], -1)):
             torch.addmm(target, g_image.t(), segment[b], beta=min(b, 1), out=target)
     return dw
-
-
-def _product_of_each_image(segment: Tensor) -> bool:
-    """A CLS-cropped batch in fp32 or fp64 on the CPU.
-
-    A GPU would read and write dW once an image; there copying one segment is cheaper.
-    """
-    return not has_one_row_stride(segment) and segment.dtype in torch_path.WIDE and segment.device.type == "cpu"
 
 
 def launch_wgrad(g: Tensor, blocks: Sequence[Tensor], stage: Stage, config: GemmConfig) -> Tensor:
@@ -93,16 +84,12 @@ def wgrad_arguments(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     tiles = -(-n // config.block_m) * stage.num_segments(blocks) * -(-c // config.block_n)
     strides_b, strides_t = zip(*(block.stride()[:2] for block in blocks), strict=True)
     sizes = images, n, tokens, strides_b, strides_t, g.stride(0), dw.stride(0)
-    constants = {
+    constants = config.constants() | {
         "NUM_BLOCKS": len(blocks),
         "C": c,
         "MERGE_IN": stage.merge_in,
         "GRID_W": stage.grid[1] if stage.merge_in > 1 else 0,
         "WHOLE_STEPS": tokens % config.block_k == 0,
-        "INPUT_PRECISION": launch.input_precision() if g.dtype == torch.float32 else "ieee",
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
+        "INPUT_PRECISION": launch.input_precision(g.dtype),
     }
     return _segmented_wgrad_kernel, (tiles,), (tuple(blocks), g, dw), sizes, constants

@@ -24,11 +24,8 @@ _TILES = {
 
 
 def candidates(problem: Problem, m: int, itemsize: int, arch: str, multiprocessors: int) -> list[GemmConfig]:
-    """Configurations worth measuring for m rows of A, the most promising first.
-
-    Each tile comes first with its best pipeline, then each with its next, so that a search cut short has tried every
-    promising tile.
-    """
+    """Configurations worth measuring for m rows of A: each tile with its best pipeline, the most promising first, then
+    each with its next, so that a search cut short has tried every promising tile."""
     product = problem.product(m)
     tiles, order = [], itertools.count()  # among equals, the one that was listed first
     for form, (rows, columns, shares) in _TILES.items():

@@ -1,13 +1,13 @@
 """The time of one way to compute a problem on the GPU at hand.
 
-All configurations of a problem are compiled first, on all cores at once. A measurement is a median over repetitions,
-each on a cold cache and replayed from a CUDA graph, so that the host's launch time counts for nobody (timing.py).
+A measurement is a median over repetitions, each on a cold cache and replayed from a CUDA graph (timing.py).
 """
 
 import os
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class ProblemBench:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, device="cuda", generator=generator).to(dtype)
 
+        problem = replace(problem, index_rows=False)  # as `_run` has it
         self._problem, self._expected, self._flush, self._broken = problem, None, Flush("cuda"), set()
         self._blocks, weight, self._bias = problem.operands(draw, batch)
         self._weight = weight / problem.k**0.5
@@ -36,18 +37,10 @@ class ProblemBench:
 
     def compile(self, configs: Sequence[GemmConfig]) -> None:
         """All of them at once, on every core. One that the compiler refuses does not run; it is named."""
-        stage, blocks = self._problem.stage, tuple(self._blocks)
-        y = blocks[0].new_empty(stage.out_shape(blocks[0].shape, self._problem.n))
 
         def compile_one(config: GemmConfig) -> None:
             try:
-                if self._g is not None:
-                    found = weight_grad.wgrad_arguments(
-                        config, (blocks, self._g, torch.empty_like(self._weight)), stage
-                    )
-                else:
-                    tensors = blocks, self._weight, self._bias, y, None, None
-                    found = launch.ARGUMENTS[config.form](config, tensors, stage)
+                found = self._problem.arguments(config, self._blocks, self._weight, self._bias)
                 kernel, grid, operands, sizes, constants = found
                 kernel.warmup(*operands, *sizes, grid=grid, **constants, **config.compiler_options())
             except Exception as error:  # the compiler raises what it likes

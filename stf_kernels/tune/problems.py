@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..configs import GemmConfig
+from ..ops import launch, weight_grad
 from ..ops.segments import Stage
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One segmented GEMM. tokens: GEMM rows per image; index_rows: the last stage, into inputs_embeds.
-
-    wgrad: its weight gradient, dW [n, k] as a sum over the GEMM's rows.
-    """
+    """One segmented GEMM, or its weight gradient (wgrad). tokens: GEMM rows per image; index_rows: the last stage."""
 
     name: str
     stage: Stage
@@ -39,17 +39,27 @@ class Problem:
         return (self.n, self.k, m) if self.wgrad else (m, self.n, self.k)
 
     def has_choice(self, batch: int) -> bool:
-        """Whether a kernel is asked at all: not for the weight gradient of one image's plain rows, which the library
-        takes without a copy (ops/weight_grad.py)."""
+        """Whether a kernel is asked at all: the library takes the weight gradient of one image's rows as they are."""
         return not self.wgrad or self.stage.merge_in > 1 or batch > 1
 
     def operands(self, draw: Callable[..., Tensor], batch: int) -> tuple[list[Tensor], Tensor, Tensor]:
         """(blocks, weight, bias) by draw(*shape), as the chain has them: the tower's blocks with CLS cut off by a view,
-        every later operand dense. A weight gradient that the library takes without a copy is not the kernel's."""
+        every later operand dense; for a weight gradient what the library would copy."""
         skip = 1 if self.num_blocks > 1 or self.wgrad else 0
         shape = batch, self.tokens * self.stage.merge_in**2 + skip, self.c
         blocks = [draw(*shape)[:, skip:] for _ in range(self.num_blocks)]
         return blocks, draw(self.n, self.k), draw(self.n)
+
+    def arguments(self, config: GemmConfig, blocks: list[Tensor], weight: Tensor, bias: Tensor) -> tuple:
+        """A launch on `operands` as launch.ARGUMENTS has it: (kernel, grid, tensors, sizes, constants)."""
+        x, m = blocks[0], blocks[0].shape[0] * self.tokens
+        if self.wgrad:
+            tensors = tuple(blocks), x.new_empty(m, self.n), x.new_empty(weight.shape)
+            return weight_grad.wgrad_arguments(config, tensors, self.stage)
+        y = x.new_empty((m, self.n) if self.index_rows else self.stage.out_shape(x.shape, self.n))
+        pre = x.new_empty(m, self.n) if self.save_pre else None
+        rows = torch.empty(m, dtype=torch.int64, device=x.device) if self.index_rows else None
+        return launch.ARGUMENTS[config.form](config, (tuple(blocks), weight, bias, y, pre, rows), self.stage)
 
 
 _GRID = (24, 24)

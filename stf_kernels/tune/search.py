@@ -1,7 +1,6 @@
-"""The offline search: which configuration is fastest for a problem on the GPU at hand, or whether plain torch is.
+"""Which configuration is fastest for a problem on the GPU at hand, or whether plain torch is.
 
-candidates.py says what is worth measuring, measure.py measures. The table is written anew with every entry, so that an
-interrupted search goes on where it stopped.
+The table is written anew with every entry, so that an interrupted search goes on where it stopped.
 """
 
 import json
@@ -13,20 +12,13 @@ from ..configs import GemmConfig
 from ..configs.tables import TABLE_VERSION, parse_table
 from .problems import Problem
 
+# Microseconds of a configuration, or of plain torch for None; None of one that does not run.
+Measure = Callable[[GemmConfig | None], float | None]
 TORCH_MARGIN = 0.98  # plain torch must be this much faster than the best kernel to be named
 
 
-def entry_for(
-    problem: Problem,
-    dtype: str,
-    m: int,
-    configs: list[GemmConfig],
-    measure: Callable[[GemmConfig | None], float | None],
-) -> dict:
-    """Measure plain torch and every configuration -> the table's entry, with the measurement that justifies it.
-
-    measure: microseconds of a configuration, or of plain torch for None; None of one that does not run.
-    """
+def entry_for(problem: Problem, dtype: str, m: int, configs: list[GemmConfig], measure: Measure) -> dict:
+    """Measure plain torch and every configuration -> the table's entry, with the measurement that justifies it."""
     rival = measure(None)
     runs = {config: us for config in configs if (us := measure(config)) is not None}
     if not runs:
@@ -76,10 +68,14 @@ class TableFile:
         return (problem.kind, dtype, problem.n, problem.k, m) in map(self._place, self.entries)
 
     def add(self, entry: dict) -> None:
-        """In place of what the table says of the same problem; written beside and renamed."""
+        """In place of what the table says of the same problem."""
         self.entries = [other for other in self.entries if self._place(other) != self._place(entry)] + [entry]
-        table = {"version": TABLE_VERSION, **self._header, "entries": self.entries}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".json.partial")
-        beside.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, self._path)
+        write_json(self._path, {"version": TABLE_VERSION, **self._header, "entries": self.entries})
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Written beside and renamed: whoever reads finds the whole file, old or new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)

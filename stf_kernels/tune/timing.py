@@ -1,8 +1,6 @@
 """Time of a captured call on a GPU whose L2 holds none of its operands.
 
-The host queues flush, event, replay, event far ahead of the device, so that its own time counts for nothing. The
-flush reads a buffer four times the size of L2. Reading, because dirty lines that a write leaves behind would be
-written back at the expense of the timed call.
+The host queues flush, event, replay, event far ahead of the device, so that its own time counts for nothing.
 """
 
 from collections.abc import Callable
@@ -12,7 +10,8 @@ from torch import Tensor
 
 
 class Flush:
-    """Evicts L2. One buffer for all measurements."""
+    """Evicts L2 by reading a buffer of four times its size: what a write leaves behind would be written back later, at
+    the expense of the timed call."""
 
     def __init__(self, device: str) -> None:
         size = 4 * torch.cuda.get_device_properties(device).L2_cache_size if device.startswith("cuda") else 0
@@ -40,7 +39,7 @@ def events(count: int) -> list[torch.cuda.Event]:
 
 
 def replay(graph: torch.cuda.CUDAGraph, flush: Flush, repeats: int) -> list[float]:
-    """Microseconds of each replay, L2 flushed before it; the host queues all of them ahead of the device."""
+    """Microseconds of each replay, L2 flushed before it."""
     begins, ends = events(repeats), events(repeats)
     for begin, end in zip(begins, ends, strict=True):
         flush()

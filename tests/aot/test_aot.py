@@ -9,14 +9,15 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from support.processes import python
 from trap_kernel import gemm_with_traps
 
 from stf_kernels.aot import __main__ as command
 from stf_kernels.aot.cases import Case, cases, launch_of
 from stf_kernels.aot.check import examine, violations
-from stf_kernels.aot.codegen import _SASS_BRANCH, _SASS_LABEL, TARGETS, Code, Pointer, compile_for, innermost_math_loop
-from stf_kernels.configs import GemmConfig
+from stf_kernels.aot.codegen import SASS, Code, compile_for, innermost_math_loop
+from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
 from stf_kernels.configs.model import tiles
 from stf_kernels.kernels.activations import _activation_bwd_kernel
 from stf_kernels.ops import launch
@@ -38,7 +39,7 @@ def test_every_default_configuration_compiles_for_every_gpu(tmp_path):
         assert case["loop"].keys() == loop
         assert case["default"]
     per_arch = Counter(case["arch"] for case in found["cases"])
-    assert per_arch.keys() == TARGETS.keys()
+    assert per_arch.keys() == SHARED_MEMORY_LIMIT.keys()
     assert min(per_arch.values()) >= 15
     assert {case["dtype"] for case in found["cases"]} == {"bfloat16", "float32"}
 
@@ -84,7 +85,7 @@ def test_what_is_refused(monkeypatch, capsys, arguments, words):
 
 
 def trapped(trap: str) -> Code:
-    pointer = Pointer("bf16")
+    pointer = torch.empty(16, dtype=torch.bfloat16, device="meta")
     return compile_for(
         "sm_90",
         gemm_with_traps,
@@ -151,7 +152,7 @@ def test_what_does_not_compile_is_a_violation():
 
 
 ONES = dict.fromkeys(("M", "N", "tokens", "grid_h", "grid_w", "y_stride", "w_stride_n"), 1)
-HALF = Pointer("fp16")
+HALF = torch.empty(16, dtype=torch.float16, device="meta")
 UNUSUAL = {
     # The JIT turns an integer of 1 into a constant and a large one into int64: the kernel must take both.
     "sizes of one": ONES | {"x_strides_t": (1,), "x_strides_b": (1,)},
@@ -173,11 +174,11 @@ def test_unusual_specialisations_compile(what):
     assert compile_for("sm_80", kernel, arguments | UNUSUAL[what], num_warps=4, num_stages=3).tensor_core
 
 
-@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("arch", SHARED_MEMORY_LIMIT)
 def test_the_elementwise_backward_compiles_everywhere(arch):
-    pointer = Pointer("bf16")
+    pointer = torch.empty(16, dtype=torch.bfloat16, device="meta")
     arguments = dict.fromkeys(("dy_ptr", "pre_ptr", "dpre_ptr", "act_ptr"), pointer) | {
-        "partial_ptr": Pointer("fp32"),
+        "partial_ptr": torch.empty(16, device="meta"),
         "M": 1152,
         "N": 16384,
         "FAST_ACTIVATION": 1 if arch.startswith("gfx") else 2,
@@ -197,6 +198,6 @@ def test_the_elementwise_backward_compiles_everywhere(arch):
 def test_the_innermost_loop_is_the_shortest_that_multiplies():
     inner = [".L_x_1:", "LDGSTS", "HMMA.16816", "BRA `(.L_x_1)"]
     behind = ["BRA `(.L_x_0)", ".L_x_2:", "BRA `(.L_x_2)"]
-    found = innermost_math_loop([".L_x_0:", "LDG", *inner, *behind], _SASS_LABEL, _SASS_BRANCH)
+    found = innermost_math_loop([".L_x_0:", "LDG", *inner, *behind], SASS)
     assert found == (inner, behind)
-    assert innermost_math_loop(["HMMA.16816"], _SASS_LABEL, _SASS_BRANCH) == ([], [])
+    assert innermost_math_loop(["HMMA.16816"], SASS) == ([], [])

@@ -222,6 +222,6 @@ def test_options_of_a_launch_that_is_repeated(what, kernel, monkeypatch):
         "forced": {"forced": True},
     }.get(what, {})
     if what == "precision":
-        monkeypatch.setattr(launch, "input_precision", lambda: "tf32")
+        monkeypatch.setattr(launch, "input_precision", lambda dtype: "tf32")
     launch.run_stage(blocks, weight, bias, stages[what == "stage"], **options)
     assert (len(kernel.launches), len(compiled.launches)) == (2, 0)

@@ -11,12 +11,7 @@ import llava_integration as li
 def batch(build):
     ids, mask = build.prompt([1, 2])
     labels = ids.masked_fill((ids == build.image_token) | (mask == 0), -100)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "pixel_values": build.pixels(3, torch.float32),
-        "labels": labels,
-    }
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": build.pixels(3, torch.float32), "labels": labels}
 
 
 def train(model, batch, steps=12, rate=3e-3):
