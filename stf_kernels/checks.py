@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
 
 
-def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
     if type(value) is int and minimum <= value and (maximum is None or value <= maximum):
         return
     bounds = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
@@ -102,7 +103,7 @@ def refuse_dtensor(name: str, tensor: object) -> None:
         )
 
 
-def check_linear(weight: object, bias: object, k: int, k_meaning: str, x_name: str, x: Tensor, layer: str = "") -> None:
+def check_linear(weight: object, bias: Any, k: int, k_meaning: str, x_name: str, x: Tensor, layer: str = "") -> None:
     """weight [N, k] and bias [N] that fit x's dtype and device; `layer` ("stf.linear_2.") says whose they are."""
     if _is_linear(weight, bias, k, x.dtype, x.device):
         return
@@ -122,7 +123,7 @@ def check_linear(weight: object, bias: object, k: int, k_meaning: str, x_name: s
     check_same(f"{layer}bias", bias, x_name, x)
 
 
-def _is_linear(weight: object, bias: object, k: int, dtype: torch.dtype, device: torch.device) -> bool:
+def _is_linear(weight: Any, bias: Any, k: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Ordinary operands in which check_linear finds nothing: the usual call, in a third of the time."""
     if type(weight) not in _ORDINARY or weight.dtype is not dtype or weight.device != device or weight.ndim != 2:
         return False
@@ -132,7 +133,7 @@ def _is_linear(weight: object, bias: object, k: int, dtype: torch.dtype, device:
     return type(bias) in _ORDINARY and bias.dtype is dtype and bias.device == device and bias.shape == (n,)
 
 
-def check_skip(skip_tokens: object, tokens: int) -> None:
+def check_skip(skip_tokens: Any, tokens: int) -> None:
     check_int("skip_tokens", skip_tokens, 0)
     if skip_tokens > tokens:
         raise ValueError(f"skip_tokens: expected at most the {tokens} tokens of the input, got {skip_tokens}")

@@ -10,6 +10,7 @@ layer that is no longer a plain nn.Linear is called as the module it is (linear.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +140,7 @@ class SpatialTokenFusion(_TwoLayers):
         if found is not None:
             operands = chain_operands([x], *found, self.merge_size)
             return operators.token_fusion_mlp(*operands, self.activation, 0, self.merge_size, *grid)
-        options = {"grid": grid, "merge_size": self.merge_size, "truncate": self.truncate}
+        options: dict[str, Any] = {"grid": grid, "merge_size": self.merge_size, "truncate": self.truncate}
         fused = functools.partial(spatial_merge_linear, x, **options)
         return self.one_by_one(fused, lambda: merge_windows(x, grid, self.merge_size))
 
@@ -193,7 +194,7 @@ class CompactTokenProjector(nn.Module):
             if width is not None:  # the children know it as hidden_dim
                 checks.check_int(name, width, 1)
         self.num_blocks, self.dim, self.out_dim, self.skip_tokens = num_blocks, dim, out_dim, skip_tokens
-        shared = {"activation": activation, "bias": bias, "device": device, "dtype": dtype}
+        shared: dict[str, Any] = {"activation": activation, "bias": bias, "device": device, "dtype": dtype}
         self.mbtf = None
         if mbtf:
             self.mbtf = MultiBlockTokenFusion(num_blocks, dim, mbtf_hidden_dim, skip_tokens=skip_tokens, **shared)
@@ -257,7 +258,7 @@ _LAYERS = {2: ("linear_1.", "linear_2."), 4: ("mbtf.linear_1.", "mbtf.linear_2."
 
 
 def chain_operands(
-    blocks: Sequence[Tensor], weights: list[Tensor], biases: list[Tensor], merge_size: int = 1
+    blocks: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], merge_size: int = 1
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The operands of a chain of two or four layers in the dtype that autocast asks for, each layer checked against
     the one before it: parameters can be replaced after construction, and a kernel takes its sizes from them."""
@@ -269,4 +270,4 @@ def chain_operands(
         bias = biases[i] if biases else None
         checks.check_linear(weight, bias, width, "the width of its input", "blocks", blocks[0], layer)
         width = weight.shape[0]
-    return list(blocks), weights, biases
+    return list(blocks), list(weights), list(biases)

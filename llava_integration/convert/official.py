@@ -129,7 +129,7 @@ def convert_official(
 def projector_name(name: str) -> str | None:
     """model.mm_projector.0.weight -> model.multi_modal_projector.stf.linear_1.weight; None for anything else."""
     found = PROJECTOR_NAME.match(name)
-    return found and f"{PROJECTOR}{CHILDREN[found[1]]}.{LINEARS[found[2]]}.{found[3]}"
+    return None if found is None else f"{PROJECTOR}{CHILDREN[found[1]]}.{LINEARS[found[2]]}.{found[3]}"
 
 
 def _model_name(name: str) -> str | None:

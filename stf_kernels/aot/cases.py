@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ def _others(arch: str, dtype: str, problem: Problem, defaults: tuple[GemmConfig,
             yield replace(case, aligned=False)
 
 
-def launch_of(case: Case) -> tuple[object, dict[str, object]]:
+def launch_of(case: Case) -> tuple[Any, dict[str, Any]]:
     """(kernel, its arguments by name) of a real launch, made by the launcher itself from operands without memory."""
     problem, config, dtype = PROBLEMS[case.problem], case.config, getattr(torch, case.dtype)
 

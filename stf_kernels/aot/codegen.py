@@ -69,7 +69,7 @@ class Code:
     epilogue_instructions: int  # behind that loop
 
 
-def compile_for(arch: str, kernel, arguments: Mapping[str, object], **options: object) -> Code:
+def compile_for(arch: str, kernel, arguments: Mapping[str, object], **options: int | bool) -> Code:
     """Compile `kernel` (a triton.jit function) for an architecture of ARCHITECTURES.
 
     arguments: every parameter by name, as of a launch; tensors may be on the meta device, where the address is the
@@ -98,7 +98,7 @@ def compile_for(arch: str, kernel, arguments: Mapping[str, object], **options: o
     return read(SASS, tensor_core, lines, found["REG"], found["STACK"], shared)
 
 
-def _tool(name: str, *arguments: object) -> str:
+def _tool(name: str, *arguments: str | Path) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 

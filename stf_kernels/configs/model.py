@@ -76,8 +76,12 @@ _SWAP_AB = (
     GemmConfig(128, 128, 64, 8, 8, 5, 4, form="swap_ab", tail_m=16),
     GemmConfig(128, 64, 64, 8, 4, 5, 2, form="swap_ab", tail_m=16),
 )
-_FLOAT = (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 16, 8, 8, 3))
-_FLOAT_AMD = (GemmConfig(128, 64, 16, 8, 8, 2), GemmConfig(64, 64, 16, 8, 4, 2), GemmConfig(32, 64, 16, 8, 4, 2))
+_FLOAT = {
+    "sm_90": (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 16, 8, 8, 3)),
+    "sm_80": (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 16, 8, 8, 3)),
+    "sm_89": (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 32, 8, 8, 3)),
+    "gfx942": (GemmConfig(128, 64, 16, 8, 8, 2), GemmConfig(64, 64, 16, 8, 4, 2), GemmConfig(32, 64, 16, 8, 4, 2)),
+}
 
 
 def _family(arch: str) -> str:
@@ -92,7 +96,7 @@ def tiles(arch: str, itemsize: int, *, save_pre: bool = False, wgrad: bool = Fal
 
     save_pre: for an epilogue that stores the pre-activation too. wgrad: for the weight gradient.
     """
-    found = _HALF[_family(arch)] if itemsize == 2 else _FLOAT_AMD if arch.startswith("gfx") else _FLOAT
+    found = (_HALF if itemsize == 2 else _FLOAT)[_family(arch)]
     spills = save_pre or (wgrad and (itemsize == 4 or _family(arch) == "sm_89"))
     return found[1:] if spills else found
 

@@ -64,8 +64,8 @@ def _choose(index: int, stage: str, dtype: torch.dtype, m: int, n: int, k: int) 
 
 @functools.lru_cache(maxsize=4096)
 def _default(index: int, itemsize: int, m: int, n: int, k: int, save_pre: bool, wgrad: bool) -> GemmConfig:
-    options = {"multiprocessors": multiprocessors(index), "save_pre": save_pre, "wgrad": wgrad}
-    return default_config(device_identity(index)[1], itemsize, m, n, k, **options)
+    arch, count = device_identity(index)[1], multiprocessors(index)
+    return default_config(arch, itemsize, m, n, k, multiprocessors=count, save_pre=save_pre, wgrad=wgrad)
 
 
 def reject(

@@ -125,8 +125,8 @@ class ChainOperator:
 
     def _fake_backward(self, grad, saved, blocks, weights, block, widths, *static_and_needs) -> list[Tensor]:
         *static, _, needs = static_and_needs
-        _, shapes = shapes_of(self.plan(*static).stages, len(blocks), block, widths)
-        shapes = [*[block] * len(blocks), *shapes, *[(n,) for n in widths]]
+        _, of_weights = shapes_of(self.plan(*static).stages, len(blocks), block, widths)
+        shapes = [*[block] * len(blocks), *of_weights, *[(n,) for n in widths]]
         return [grad.new_empty(shape) for shape, need in zip(shapes, needs, strict=False) if need]
 
 
@@ -151,7 +151,8 @@ class _Eager(torch.autograd.Function):
         # Without retain_graph the node lets go of what it saved, and the backward frees it piece by piece.
         ctx.maybe_clear_saved_tensors()
         needs = ctx.needs_input_grad[4:]
-        grads = chain_bwd(ctx.plan, ctx.path, grad, saved, blocks, weights, *ctx.sizes, needs)
+        block, widths = ctx.sizes
+        grads = chain_bwd(ctx.plan, ctx.path, grad, saved, blocks, weights, block, widths, needs)
         return None, None, None, None, *grads[: len(needs)]
 
 

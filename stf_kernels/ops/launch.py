@@ -11,7 +11,7 @@ bf16 truncates there.
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Ready(NamedTuple):
     """What every call with the same layout of its operands repeats."""
 
     config: GemmConfig | None  # None: plain torch
-    compiled: object = None  # Triton's compiled kernel
+    compiled: Any = None  # Triton's compiled kernel
     grid: tuple[int, int, int] = (0, 0, 0)
     sizes: tuple = ()  # its arguments behind the tensors
 
@@ -87,7 +87,7 @@ def run_stage(
             try:
                 kernel, grid, operands, sizes, constants = ARGUMENTS[ready.config.form](ready.config, tensors, stage)
                 compiled = kernel[grid](*operands, *sizes, **constants, **ready.config.compiler_options())
-            except (RuntimeError, *does_not_run()) as error:
+            except _errors() as error:
                 ready = Ready(_instead(ready.config, error, x, exact=config is not None))
                 continue
             if compiled is not None and ready.config.form == "pointer" and torch.version.hip is None:
@@ -127,6 +127,10 @@ def _instead(config: GemmConfig, error: Exception, x: Tensor, *, exact: bool) ->
     if exact or not isinstance(error, does_not_run()):
         raise error
     return config.portable() if refused else configs.reject(x.device, x.dtype, config, error)
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    return RuntimeError, *does_not_run()  # a driver's refusal is a RuntimeError
 
 
 def does_not_run() -> tuple[type[Exception], ...]:
@@ -170,7 +174,7 @@ def split_k_scratch(config: GemmConfig, tiles: int, device: torch.device) -> tup
     return room, torch.zeros(tiles, device=device, dtype=torch.int32)
 
 
-def _of_all_forms(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple[tuple, tuple, dict[str, object]]:
+def _of_all_forms(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple[tuple, tuple, dict[str, Any]]:
     """The grid, the first seven sizes and the constants of every kernel."""
     (x, *_), weight, bias, y, pre, rows = tensors
     n, tokens = weight.shape[0], stage.tokens(x.shape)
@@ -221,7 +225,7 @@ def _tma(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     layout = tma.layout_of(blocks, weight, stage, config)
     box_rows = layout.box_rows(config.block_m)
     x_desc = tma.block_descriptor(layout, constants["C"], box_rows, config.block_k)
-    w_desc = tma.matrix_descriptor(weight, *weight.shape, weight.stride(0), config.block_n, config.block_k)
+    w_desc = tma.matrix_descriptor(weight, weight.shape, weight.stride(0), (config.block_n, config.block_k))
     operands = x_desc, w_desc, layout.base, blocks, *others
     constants |= {"NUM_BLOCKS": len(blocks), "UNIT": layout.unit, "BOX_M": box_rows}
     return _segmented_linear_tma_fwd_kernel, grid, operands, (*sizes, layout.image_rows), constants
@@ -233,9 +237,12 @@ def _swap_ab(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     grid, sizes, constants = _of_all_forms(config, tensors, stage)
     blocks, weight, *others = tensors
     layout = tma.layout_of(blocks, weight, stage, config)
-    rows = layout.base, layout.image_rows, constants["C"], layout.pitch_row
-    main, tail = (tma.matrix_descriptor(*rows, box, config.block_k) for box in (config.block_m, config.tail_m))
-    w_desc = tma.matrix_descriptor(weight, *weight.shape, weight.stride(0), config.block_n, config.block_k)
+    shape = layout.image_rows, constants["C"]
+    main, tail = (
+        tma.matrix_descriptor(layout.base, shape, layout.pitch_row, (rows, config.block_k))
+        for rows in (config.block_m, config.tail_m)
+    )
+    w_desc = tma.matrix_descriptor(weight, weight.shape, weight.stride(0), (config.block_n, config.block_k))
     operands = main, tail, w_desc, *others, *split_k_scratch(config, grid[0], weight.device)
     constants |= {"TAIL_M": config.tail_m, "SPLIT_K": config.split_k}
     return _linear_swap_ab_fwd_kernel, grid, operands, sizes, constants

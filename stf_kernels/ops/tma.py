@@ -62,14 +62,14 @@ def layout_of(blocks: Sequence[Tensor], weight: Tensor, stage: Stage, config: Ge
         fits = batch == 1 and len(blocks) == 1
     else:
         fits = (batch == 1 or tokens % _BOX_ROWS == 0) and c % config.block_k == 0
-    named = has_tma(x.device) and stage.merge_in == 1 and alike and aligned and near
+    named = device_has_tma(x.device) and stage.merge_in == 1 and alike and aligned and near
     if not (named and fits and c and min(pitches) > 0):
         raise Refused(f"no descriptor names these operands of {config}")
     return layout
 
 
 @functools.cache
-def has_tma(device: torch.device) -> bool:
+def device_has_tma(device: torch.device) -> bool:
     """A GPU that has it; the interpreter pretends, and nothing runs on the meta device."""
     if device.type != "cuda":
         return interpreting() or device.type == "meta"
@@ -85,8 +85,8 @@ def block_descriptor(layout: Layout, c: int, box_rows: int, block_k: int):
     return TensorDescriptor(layout.base, shape, strides, [1, 1, box_rows, block_k])
 
 
-def matrix_descriptor(base: Tensor, rows: int, columns: int, pitch: int, box_rows: int, block_k: int):
-    """[rows, columns] of one pitch, from a tensor's address on, in boxes of [box_rows, block_k]."""
+def matrix_descriptor(base: Tensor, shape: Sequence[int], pitch: int, box: Sequence[int]):
+    """[rows, columns] of one pitch, from a tensor's address on, in boxes of [rows, columns]."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(base, [rows, columns], [pitch, 1], [box_rows, block_k])
+    return TensorDescriptor(base, list(shape), [pitch, 1], list(box))

@@ -26,8 +26,8 @@ def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int],
     copied = stage.merge_in > 1 or not all(map(has_one_row_stride, blocks))
     if path == "torch" or not copied:
         return by_library(g, blocks, shape, stage)
-    what = g.device, stage.kind(len(blocks)) + "_wgrad", g.dtype, *shape, g.shape[0]
-    config = configs.choose(*what, forced=path == "triton")
+    kind, (n, k) = stage.kind(len(blocks)) + "_wgrad", shape
+    config = configs.choose(g.device, kind, g.dtype, n, k, g.shape[0], forced=path == "triton")
     if config is not None:
         try:
             return launch_wgrad(g, blocks, stage, config)

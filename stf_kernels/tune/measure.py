@@ -30,7 +30,9 @@ class ProblemBench:
             return torch.randn(shape, device="cuda", generator=generator).to(dtype)
 
         problem = replace(problem, index_rows=False)  # as `_run` has it
-        self._problem, self._expected, self._flush, self._broken = problem, None, Flush("cuda"), set()
+        self._problem, self._flush = problem, Flush("cuda")
+        self._expected: Tensor | None = None
+        self._broken: set[GemmConfig] = set()
         self._blocks, weight, self._bias = problem.operands(draw, batch)
         self._weight = weight / problem.k**0.5
         self._g = draw(batch * problem.tokens, problem.n) if problem.wgrad else None

@@ -106,6 +106,6 @@ def install(arch: str) -> Recorder:
 
     choose, gpu = configs.choose, torch.device("cuda", 0)
     backend.triton_serves = lambda device: True
-    tma.has_tma = lambda device: capability >= (9, 0)
+    tma.device_has_tma = lambda device: capability >= (9, 0)
     configs.choose = lambda device, *what, **options: choose(gpu, *what, **options)
     return recorder

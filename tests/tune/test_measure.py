@@ -33,7 +33,7 @@ def test_every_candidate_can_be_measured(bench_of, name, batch, monkeypatch):
     """On operands that no descriptor names a form would be given up, and never get into a table."""
     problem = PROBLEMS[name]
     bench = bench_of(name, batch, c=128)
-    monkeypatch.setattr(tma, "has_tma", lambda device: True)
+    monkeypatch.setattr(tma, "device_has_tma", lambda device: True)
     for config in candidates(problem, batch * problem.tokens, 2, "sm_90", 132)[:24]:
         if config.form != "pointer":
             tma.layout_of(bench._blocks, bench._weight, problem.stage, config)  # or Refused
