@@ -74,10 +74,7 @@ def make_language(seed: int = 1) -> LlamaForCausalLM:
 def make_projector(seed: int = 2, blocks: int = len(BLOCKS), window: int = 2, mbtf: bool = True) -> dict[str, Tensor]:
     """Weights of an official projector, in its own names and element order."""
     torch.manual_seed(seed)
-    shapes = {
-        "mm_projector.0": (4 * window**2 * C, window**2 * C),
-        "mm_projector.2": (D, 4 * window**2 * C),
-    }
+    shapes = {"mm_projector.0": (4 * window**2 * C, window**2 * C), "mm_projector.2": (D, 4 * window**2 * C)}
     if mbtf:
         shapes |= {"mm_projector_crosslayer.0": (4 * C, blocks * C), "mm_projector_crosslayer.2": (C, 4 * C)}
     tensors = {}

@@ -5,13 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, SiglipVisionConfig, SiglipVisionModel
 
 import llava_integration as li
 from llava_integration.convert import convert_official

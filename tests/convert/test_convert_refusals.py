@@ -242,8 +242,7 @@ class TestBlocks:
     """config.json does not name them: other blocks than the trained ones would go unnoticed."""
 
     @pytest.mark.parametrize(
-        ("layers", "blocks"),
-        [(24, [23, 21, 18, 15, 12, 9, 6, 3]), (12, [11, 9, 6, 3]), (6, [5, 3]), (8, [7, 6, 3])],
+        ("layers", "blocks"), [(24, [23, 21, 18, 15, 12, 9, 6, 3]), (12, [11, 9, 6, 3]), (6, [5, 3]), (8, [7, 6, 3])]
     )
     def test_the_published_rule(self, layers, blocks):
         assert block_layers(len(blocks), layers, -2, None) == blocks

@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import masking_utils
 
 import llava_integration as li
+from tests.llava import build
 
 
 def eager(model, ids, pixels):
@@ -13,7 +14,7 @@ def eager(model, ids, pixels):
         return model(input_ids=ids, pixel_values=pixels, use_cache=True)
 
 
-def prompt(build, model, images=(1, 1)):
+def prompt(model, images=(1, 1)):
     config = model.config
     is_stf = isinstance(model, li.LlavaStfForConditionalGeneration)
     ids, _ = build.prompt(images, config.image_seq_length if is_stf else 16)
@@ -25,8 +26,8 @@ def model(request):
     return request.getfixturevalue(request.param)
 
 
-def test_logits_equal_the_eager_forward(build, model):
-    ids, pixels = prompt(build, model)
+def test_logits_equal_the_eager_forward(model):
+    ids, pixels = prompt(model)
     runner = li.PrefillRunner(model, *ids.shape)
     for images in (pixels, pixels.flip(0)):
         logits = runner(ids, images)
@@ -34,8 +35,8 @@ def test_logits_equal_the_eager_forward(build, model):
         assert torch.allclose(logits, eager(model, ids, images).logits[:, -1], rtol=0, atol=1e-12)
 
 
-def test_decoding_continues_from_the_cache(build, model):
-    ids, pixels = prompt(build, model)
+def test_decoding_continues_from_the_cache(model):
+    ids, pixels = prompt(model)
     runner = li.PrefillRunner(model, *ids.shape, max_new_tokens=4)
     for _ in range(2):  # the second prefill must start over in the same cache
         logits = runner(ids, pixels)
@@ -49,34 +50,34 @@ def test_decoding_continues_from_the_cache(build, model):
             assert torch.allclose(logits, out.logits[:, -1], rtol=0, atol=1e-10)
 
 
-def test_several_images_none_and_another_count(build, stf):
-    ids, pixels = prompt(build, stf, (2, 2))
+def test_several_images_none_and_another_count(stf):
+    ids, pixels = prompt(stf, (2, 2))
     runner = li.PrefillRunner(stf, *ids.shape)
     assert torch.allclose(runner(ids, pixels), eager(stf, ids, pixels).logits[:, -1], atol=1e-12)
     text = torch.full_like(ids, 7)
     assert torch.allclose(runner(text), eager(stf, text, None).logits[:, -1], atol=1e-12)
     one = text.clone()
-    one[1, 3:7] = build.image_token
+    one[1, 3:7] = build.IMAGE_TOKEN
     assert torch.allclose(runner(one, pixels[:1]), eager(stf, one, pixels[:1]).logits[:, -1], atol=1e-12)
 
 
-def test_eager_attention(build, stf):
+def test_eager_attention(stf):
     """Its mask is a tensor and must be as wide as the keys that attention gets."""
     stf.set_attn_implementation("eager")
-    ids, pixels = prompt(build, stf)
+    ids, pixels = prompt(stf)
     logits = li.PrefillRunner(stf, *ids.shape)(ids, pixels)
     assert torch.allclose(logits, eager(stf, ids, pixels).logits[:, -1], atol=1e-6)
 
 
-def test_a_stock_prompt_of_the_wrong_length(build, stock):
+def test_a_stock_prompt_of_the_wrong_length(stock):
     ids, _ = build.prompt([1, 1], 4)
     with pytest.raises(ValueError, match="input_ids: found 8 image tokens, but 32 are needed"):
         li.PrefillRunner(stock, *ids.shape)(ids, build.pixels(2))
 
 
-def test_attention_reads_the_prompt_only(build, stf):
+def test_attention_reads_the_prompt_only(stf):
     """Not the whole static buffer: that would cost time and need a mask."""
-    ids, pixels = prompt(build, stf)
+    ids, pixels = prompt(stf)
     seen = []
     attention = stf.model.language_model.layers[0].self_attn
     attention.register_forward_pre_hook(
@@ -86,9 +87,9 @@ def test_attention_reads_the_prompt_only(build, stf):
     assert seen == [None]
 
 
-def test_no_mask_is_made_under_capture_either(build, model, monkeypatch):
+def test_no_mask_is_made_under_capture_either(model, monkeypatch):
     """transformers 5.17 makes one for every captured stream, and with a mask sdpa has no flash kernel."""
-    ids, pixels = prompt(build, model)
+    ids, pixels = prompt(model)
     expected = eager(model, ids, pixels).logits[:, -1]
     masks, seen = [], []
     layer = model.model.language_model.layers[0].self_attn
@@ -105,8 +106,8 @@ def test_no_mask_is_made_under_capture_either(build, model, monkeypatch):
     assert model.model.language_model.config._attn_implementation == "sdpa"
 
 
-def test_tower_layers_that_run(build, stock):
-    ids, pixels = prompt(build, stock)
+def test_tower_layers_that_run(stock):
+    ids, pixels = prompt(stock)
     ran = []
     for layer in stock.model.vision_tower.encoder.layers:
         layer.register_forward_hook(lambda *_: ran.append(1))
@@ -115,15 +116,15 @@ def test_tower_layers_that_run(build, stock):
     assert torch.equal(*logits)
 
 
-def test_a_list_of_layers_in_the_stock_model(build):
+def test_a_list_of_layers_in_the_stock_model():
     stock = build.stock(vision_feature_layer=[-2, 2])
-    ids, pixels = prompt(build, stock)
+    ids, pixels = prompt(stock)
     logits = li.PrefillRunner(stock, *ids.shape)(ids, pixels)
     assert torch.allclose(logits, eager(stock, ids, pixels).logits[:, -1], atol=1e-12)
 
 
-def test_returned_logits_are_the_callers(build, stf):
-    ids, pixels = prompt(build, stf)
+def test_returned_logits_are_the_callers(stf):
+    ids, pixels = prompt(stf)
     runner = li.PrefillRunner(stf, *ids.shape)
     first = runner(ids, pixels)
     kept = first.clone()
@@ -145,13 +146,13 @@ class TestBadInput:
             (lambda i, p: (i, None), ValueError, "input_ids: found 8 image tokens .* 0 are needed"),
         ],
     )
-    def test_calls(self, build, stf, change, error, message):
-        ids, pixels = prompt(build, stf)
+    def test_calls(self, stf, change, error, message):
+        ids, pixels = prompt(stf)
         runner = li.PrefillRunner(stf, *ids.shape)
         with pytest.raises(error, match=message):
             runner(*change(ids, pixels))
 
-    def test_construction(self, build, stf):
+    def test_construction(self, stf):
         with pytest.raises(TypeError, match="model: expected a LLaVA or LLaVA-STF ForConditionalGeneration, got"):
             li.PrefillRunner(stf.model, 1, 8)
         with pytest.raises(ValueError, match="batch: expected an int of at least 1, got 0"):
@@ -168,9 +169,9 @@ class TestGraph:
     """One CUDA graph, no synchronisation in it, the same logits as eager."""
 
     @pytest.mark.parametrize("kind", ["stf", "stock"])
-    def test_captured_equals_eager_and_does_not_wait(self, build, kind):
+    def test_captured_equals_eager_and_does_not_wait(self, kind):
         model = getattr(build, kind)(torch.float32).cuda()
-        ids, pixels = (t.cuda() for t in prompt(build, model))
+        ids, pixels = (t.cuda() for t in prompt(model))
         pixels = pixels.float()
         runner = li.PrefillRunner(model, *ids.shape)
         runner(ids, pixels)
@@ -188,23 +189,10 @@ class TestGraph:
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("kind", ["stf", "stock"])
-    def test_the_flash_kernels_serve_it(self, build, kind):
+    def test_the_flash_kernels_serve_it(self, kind):
         """With no other kernel to choose from, a mask would be an error."""
-        vision = build.clip(hidden_size=128, num_attention_heads=4, intermediate_size=256)
-        text = build.text(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, intermediate_size=256)
-        model = getattr(build, kind)(torch.float32, vision=vision, text=text).to("cuda", torch.bfloat16)
-        ids, pixels = (t.cuda() for t in prompt(build, model))
+        model = getattr(build, kind)(torch.float32, **build.wide()).to("cuda", torch.bfloat16)
+        ids, pixels = (t.cuda() for t in prompt(model))
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             logits = li.PrefillRunner(model, *ids.shape)(ids, pixels.bfloat16())
         assert logits.isfinite().all()
-
-    def test_the_image_path_of_the_eager_forward_does_not_wait_under_capture(self, build):
-        model = build.stf(torch.float32).cuda()
-        pixels = build.pixels(2, torch.float32).cuda()
-        model.model.project_images(pixels)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with torch.no_grad():
-                model.model.project_images(pixels)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import llava_integration as li
+from tests.llava import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +30,7 @@ def same_state(one, other):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_bit_for_bit_through_the_auto_classes(build, tmp_path, dtype):
+def test_bit_for_bit_through_the_auto_classes(tmp_path, dtype):
     stf = build.stf(dtype)
     stf.save_pretrained(tmp_path)
     loaders = (AutoModelForImageTextToText, AutoModelForMultimodalLM, li.LlavaStfForConditionalGeneration)
@@ -56,16 +57,16 @@ def test_bit_for_bit_through_the_auto_classes(build, tmp_path, dtype):
     ],
     ids=str,
 )
-def test_every_geometry(build, tmp_path, tower, changes):
+def test_every_geometry(tmp_path, tower, changes):
     """The folder alone says what the model is: the weights bit for bit, the logits up to where the weights lie."""
-    check_comes_back(build, tmp_path, build.stf(vision=getattr(build, tower)(num_hidden_layers=5), **changes))
+    check_comes_back(tmp_path, build.stf(vision=getattr(build, tower)(num_hidden_layers=5), **changes))
 
 
-def test_a_warm_started_model(build, stock, tmp_path):
-    check_comes_back(build, tmp_path, li.from_llava(stock, merge_size=4))
+def test_a_warm_started_model(stock, tmp_path):
+    check_comes_back(tmp_path, li.from_llava(stock, merge_size=4))
 
 
-def check_comes_back(build, folder, stf):
+def check_comes_back(folder, stf):
     stf.save_pretrained(folder)
     loaded = AutoModelForImageTextToText.from_pretrained(folder)
     assert same_state(stf, loaded)
@@ -75,7 +76,7 @@ def check_comes_back(build, folder, stf):
 
 
 @pytest.mark.parametrize("part", ["whole", "base"])
-def test_keys_are_the_modules_names(build, tmp_path, part):
+def test_keys_are_the_modules_names(tmp_path, part):
     """A resumed Trainer loads them with strict=False: other names would be lost without a word."""
     stf = build.stf() if part == "whole" else build.stf().model
     stf.save_pretrained(tmp_path)
@@ -104,7 +105,7 @@ def test_old_llava_key_names_load(stf, tmp_path):
     assert same_state(stf, loaded)
 
 
-def test_a_fresh_process_needs_only_the_import(build, stf, processor, tmp_path):
+def test_a_fresh_process_needs_only_the_import(stf, processor, tmp_path):
     stf.float().save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     build.image().save(tmp_path / "image.png")
@@ -137,7 +138,7 @@ def test_another_element_order_on_disk_is_refused(stf, tmp_path):
         AutoModelForImageTextToText.from_pretrained(tmp_path)
 
 
-def test_pipeline(build, stf, processor, tmp_path):
+def test_pipeline(stf, processor, tmp_path):
     stf.float().save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     pipe = pipeline(

@@ -5,18 +5,14 @@ import torch
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 import llava_integration as li
+from tests.llava import build
 
 
 @pytest.fixture
-def batch(build):
+def batch():
     ids, mask = build.prompt([1, 2])
-    labels = ids.masked_fill((ids == build.image_token) | (mask == 0), -100)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "pixel_values": build.pixels(3, torch.float32),
-        "labels": labels,
-    }
+    labels = ids.masked_fill((ids == build.IMAGE_TOKEN) | (mask == 0), -100)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": build.pixels(3, torch.float32), "labels": labels}
 
 
 def train(model, batch, steps=12, rate=3e-3):
@@ -37,7 +33,7 @@ def snapshot(model):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("start", ["random", "warm"])
-def test_the_projector_learns_with_all_else_frozen(build, batch, start, checkpointing):
+def test_the_projector_learns_with_all_else_frozen(batch, start, checkpointing):
     """The paper's first stage: every projector weight moves, nothing else does, the loss falls."""
     model = build.stf(torch.float32) if start == "random" else li.from_llava(build.stock(torch.float32))
     model.train().requires_grad_(False)
@@ -51,15 +47,21 @@ def test_the_projector_learns_with_all_else_frozen(build, batch, start, checkpoi
         assert torch.equal(tensor, before[name]) != name.startswith("model.multi_modal_projector."), name
 
 
-def test_a_trainer_resumes_where_it_was(build, batch, tmp_path):
+def test_a_trainer_resumes_where_it_was(batch, tmp_path):
     """Steps 3 and 4 after a restart are those of the run that went through, weights and optimiser."""
     pytest.importorskip("accelerate")
 
     def run(**options):
         arguments = TrainingArguments(
-            output_dir=str(tmp_path), max_steps=4, save_steps=2, logging_steps=1, learning_rate=1e-3, report_to=[],
-            use_cpu=True, disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            max_steps=4,
+            save_steps=2,
+            logging_steps=1,
+            learning_rate=1e-3,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
         trainer = Trainer(build.stf(torch.float32), arguments, lambda _: batch, train_dataset=list(range(32)))
         trainer.train(**options)
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -69,7 +71,7 @@ def test_a_trainer_resumes_where_it_was(build, batch, tmp_path):
     assert run(resume_from_checkpoint=str(tmp_path / "checkpoint-2")) == whole
 
 
-def test_checkpointing_recomputes_tower_and_language_model(build, batch):
+def test_checkpointing_recomputes_tower_and_language_model(batch):
     model, calls = build.stf(torch.float32).train(), {"tower": 0, "text": 0}
 
     def count(name):
@@ -87,7 +89,7 @@ def test_checkpointing_recomputes_tower_and_language_model(build, batch):
     assert calls == {"tower": 9, "text": 3}
 
 
-def test_adapters_on_the_language_model_learn_and_come_back(build, batch, tmp_path):
+def test_adapters_on_the_language_model_learn_and_come_back(batch, tmp_path):
     """LoRA with the projector trained in full, as LLaVA is tuned; saved by PEFT, loaded by PEFT and by transformers."""
     peft = pytest.importorskip("peft")
     build.stf(torch.float32).save_pretrained(tmp_path / "base")
@@ -106,7 +108,7 @@ def test_adapters_on_the_language_model_learn_and_come_back(build, batch, tmp_pa
         assert torch.allclose(loaded.merge_and_unload()(**batch).logits, expected, atol=1e-5)
 
 
-def test_adapters_through_transformers(build, batch, tmp_path):
+def test_adapters_through_transformers(batch, tmp_path):
     """An adapter folder given to from_pretrained of the Auto class."""
     peft = pytest.importorskip("peft")
     build.stf(torch.float32).save_pretrained(tmp_path / "base")
