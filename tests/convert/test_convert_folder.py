@@ -115,19 +115,19 @@ class TestProcessor:
         """A wide white image: mean-coloured bars above and below, which a centre crop would not have."""
         processor = AutoProcessor.from_pretrained(converted)
         pixels = processor.image_processor(Image.new("RGB", (112, 28), "white"), return_tensors="pt")["pixel_values"]
-        assert pixels.shape == (1, 3, ck.PIXELS, ck.PIXELS)
+        assert pixels.shape == (1, 3, build.PIXELS, build.PIXELS)
         assert pixels[0, :, 0].abs().max() < 0.02, "the mean is zero after normalization"
-        assert pixels[0, :, ck.PIXELS // 2].min() > 1.5
+        assert pixels[0, :, build.PIXELS // 2].min() > 1.5
 
     def test_built_from_the_tower_without_preprocessor_config(self, official, converted):
         assert not (official / "preprocessor_config.json").exists()
         images = AutoProcessor.from_pretrained(converted).image_processor
-        assert dict(images.crop_size) == {"height": ck.PIXELS, "width": ck.PIXELS}
-        assert images.size["shortest_edge"] == ck.PIXELS
+        assert dict(images.crop_size) == {"height": build.PIXELS, "width": build.PIXELS}
+        assert images.size["shortest_edge"] == build.PIXELS
 
     def test_settings_of_preprocessor_config_are_kept(self, tmp_path, dst):
         src = ck.make_official(tmp_path)
-        settings = {"image_processor_type": "CLIPImageProcessor", "size": ck.PIXELS, "crop_size": ck.PIXELS}
+        settings = {"image_processor_type": "CLIPImageProcessor", "size": build.PIXELS, "crop_size": build.PIXELS}
         ck.write_json(src / "preprocessor_config.json", settings | {"image_mean": [0.1, 0.2, 0.3]})
         convert_official(src, dst)
         images = AutoProcessor.from_pretrained(dst).image_processor
@@ -206,7 +206,7 @@ class TestCard:
     def test_says_only_what_was_done(self, tmp_path, dst, window):
         """Without a tokenizer rows are added and there is no processor; a window of one token has one order."""
         src = ck.make_official(tmp_path, tokenizer=False)
-        ck.write_bin(src, ck.official_tensors(ck.make_tower(), ck.make_language(), ck.make_projector(window=window)), 2)
+        ck.write(src, ck.official_tensors(ck.make_tower(), ck.make_language(), ck.make_projector(window=window)), 2)
         convert_official(src, dst)
         card = (dst / "README.md").read_text()
         assert ("channel-major" in card) == (window == 2)
@@ -224,23 +224,16 @@ class TestCard:
         ids=["declared", "damaged", "not declared", "no card"],
     )
     def test_llava_carries_the_declared_licence_over(self, stock, tmp_path, dst, theirs, licence):
-        src = linked(stock[0], tmp_path / "llava")
+        src = ck.linked(stock[0], tmp_path / "llava")
         if theirs is not None:
             (src / "README.md").write_text(theirs)
         convert_llava(src, dst)
         assert (dst / "README.md").read_text().startswith(f"---\nlicense: {licence}\n")
 
     def test_a_source_in_the_hubs_cache_has_its_name(self, stock, tmp_path, dst):
-        src = linked(stock[0], tmp_path / "models--an--llava-1.5" / "snapshots" / "0a1b")
+        src = ck.linked(stock[0], tmp_path / "models--an--llava-1.5" / "snapshots" / "0a1b")
         convert_llava(src, dst)
         assert "# LLaVA-STF from an/llava-1.5 at 0a1b\n" in (dst / "README.md").read_text()
-
-
-def linked(folder, copy):
-    copy.mkdir(parents=True)
-    for file in folder.iterdir():
-        (copy / file.name).symlink_to(file)
-    return copy
 
 
 def test_no_machine_path_anywhere(official, converted):
