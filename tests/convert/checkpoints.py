@@ -12,14 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaForConditionalGeneration,
-    SiglipVisionModel,
-)
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, SiglipVisionModel
 
 from tests.llava import build
 from tests.llava.build import randomize
@@ -149,10 +142,8 @@ def make_official(
     return src
 
 
-def make_stock(
-    folder: Path, tokenizer: bool = True, text: dict | None = None, **changes
-) -> LlavaForConditionalGeneration:
-    """A LLaVA-1.5 of transformers, saved in `folder`."""
+def make_stock(folder: Path, tokenizer: bool = True, text: dict | None = None, **changes):
+    """A LLaVA-1.5 of transformers, saved in `folder`, and the model itself."""
     words = [*SPECIAL, *WORDS, "<image>", "<pad>"]
     text = build.llama(**TEXT | {"vocab_size": 64, "pad_token_id": words.index("<pad>")} | (text or {}))
     model = build.stock(torch.float32, text=text, image_token_index=words.index("<image>"), **changes)

@@ -5,6 +5,7 @@ process of its own and samples that process's RssAnon, memory that no file backs
 With torch 2.13.0 on a CPU: peak 2.69 GB for 14.43 GB in 8 files.
 """
 
+import argparse
 import json
 import re
 import shutil
@@ -34,7 +35,10 @@ def write_checkpoint(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-src, dst, peak = Path(sys.argv[1], "llava-src"), Path(sys.argv[1], "llava-stf"), 0
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("folder", type=Path, metavar="DIR")
+folder = parser.parse_args().folder
+src, dst, peak = folder / "llava-src", folder / "llava-stf", 0
 write_checkpoint(src)
 process = subprocess.Popen([sys.executable, "-m", "llava_integration.convert", "llava", src, dst])
 while process.poll() is None:
