@@ -51,6 +51,7 @@ class TestGeometries:
         [
             {"spatial_merge_size": 1},
             {"spatial_merge_size": 4},
+            {"spatial_merge_size": 3, "spatial_merge_truncate": True},
             {"vision_feature_layer": [6]},
             {"vision_feature_layer": [4], "use_mbtf": False},
             {"vision_feature_layer": [0, 6, 2, 2]},
@@ -68,10 +69,3 @@ class TestGeometries:
         ids, mask = build.prompt([1, 2], per_image)
         expected = build.run(build.with_reference(stf, monkeypatch), ids, build.pixels(3), mask).logits
         assert torch.allclose(build.run(stf, ids, build.pixels(3), mask).logits, expected, atol=1e-10)
-
-    def test_truncated_grid(self, monkeypatch):
-        stf = build.stf(vision=build.siglip(image_size=70), spatial_merge_truncate=True)
-        ids, _ = build.prompt([1])
-        pixels = build.pixels(1, size=70)
-        expected = build.run(build.with_reference(stf, monkeypatch), ids, pixels).logits
-        assert torch.allclose(build.run(stf, ids, pixels).logits, expected, atol=1e-10)

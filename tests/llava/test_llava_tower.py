@@ -40,14 +40,15 @@ def test_stops_after_the_deepest_block_unless_asked(layers, runs, run_all):
     assert all(map(torch.equal, found, tower_hidden_states(tower, pixels, layers)))
 
 
-@pytest.mark.parametrize("shape", [(3, 56, 56), (1, 3, 56, 70), (1, 1, 56, 56)])
-def test_pixels_of_another_shape_are_refused(shape):
-    tower = make_tower(build.siglip())
-    with pytest.raises(ValueError, match=r"pixel_values: expected \[images, 3, 56, 56\], got"):
-        tower_hidden_states(tower, torch.zeros(shape), [1])
+SHAPES = ((3, 56, 56), (1, 3, 56, 70), (1, 1, 56, 56))
+NO_FLOATS = (torch.zeros(1, 3, 56, 56, dtype=torch.uint8), [1.0], None)
 
 
-@pytest.mark.parametrize("pixels", [torch.zeros(1, 3, 56, 56, dtype=torch.uint8), [1.0], None])
-def test_pixels_that_are_no_float_tensor_are_refused(pixels):
-    with pytest.raises(TypeError, match="pixel_values: expected a floating-point tensor"):
-        tower_hidden_states(make_tower(build.clip()), pixels, [1])
+@pytest.mark.parametrize(
+    ("pixels", "error", "message"),
+    [(torch.zeros(shape), ValueError, r"\[images, 3, 56, 56\], got") for shape in SHAPES]
+    + [(pixels, TypeError, "a floating-point tensor") for pixels in NO_FLOATS],
+)
+def test_other_pixels_are_refused(pixels, error, message):
+    with pytest.raises(error, match=f"pixel_values: expected {message}"):
+        tower_hidden_states(make_tower(build.siglip()), pixels, [1])

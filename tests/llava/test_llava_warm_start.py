@@ -150,12 +150,7 @@ def test_default_blocks(selected, expected):
     ("changes", "options", "error", "message"),
     [
         ({"vision_feature_layer": [-2, -3]}, {}, ValueError, "model: expected one vision_feature_layer, got the list"),
-        (
-            {"vision_feature_select_strategy": "full"},
-            {},
-            ValueError,
-            "model: expected vision_feature_select_strategy='default'",
-        ),
+        ({"vision_feature_select_strategy": "full"}, {}, ValueError, "model: expected .*select_strategy='default'"),
         ({}, {"blocks": [6, 3]}, ValueError, "blocks: expected layer 5 among them"),
         ({}, {"blocks": [5, 9]}, ValueError, "blocks: expected layers from -7 to 6"),
         ({}, {"blocks": []}, ValueError, "blocks: expected at least one layer"),
