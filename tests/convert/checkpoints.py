@@ -10,55 +10,21 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-    SiglipVisionModel,
-)
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, SiglipVisionModel
+
+from tests.llava import build
+from tests.llava.build import randomize
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 WORDS = ["USER:", "ASSISTANT:", "what", "is", "in", "the", "picture", "a", "cat", "and", "dog"]
 ROWS = 40  # of the embeddings: more than the tokenizer has, not a multiple of 64
-C, D, LAYERS, PIXELS, PATCH = 32, 48, 24, 56, 14
-GRID = PIXELS // PATCH
+C, D = build.VISION["hidden_size"], build.TEXT["hidden_size"]
 BLOCKS = [23, 21, 18, 15, 12, 9, 6, 3]
 
-VISION = {
-    "hidden_size": C,
-    "intermediate_size": 40,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "image_size": PIXELS,
-    "patch_size": PATCH,
-    "projection_dim": 16,
-}
-TEXT = {
-    "hidden_size": D,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": ROWS,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-05,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
-
-def randomize(module: torch.nn.Module) -> torch.nn.Module:
-    for parameter in module.parameters():  # zero biases and unit norms hide mistakes
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
-    return module.eval()
+VISION = build.VISION | {"num_hidden_layers": 24, "projection_dim": 16}
+TEXT = build.TEXT | {"vocab_size": ROWS, "rms_norm_eps": 1e-05, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def make_tower(seed: int = 0, **changes) -> CLIPVisionModel:
@@ -74,7 +40,8 @@ def make_language(seed: int = 1) -> LlamaForCausalLM:
 def make_projector(seed: int = 2, blocks: int = len(BLOCKS), window: int = 2, mbtf: bool = True) -> dict[str, Tensor]:
     """Weights of an official projector, in its own names and element order."""
     torch.manual_seed(seed)
-    shapes = {"mm_projector.0": (4 * window**2 * C, window**2 * C), "mm_projector.2": (D, 4 * window**2 * C)}
+    hidden = 4 * window**2 * C
+    shapes = {"mm_projector.0": (hidden, window**2 * C), "mm_projector.2": (D, hidden)}
     if mbtf:
         shapes |= {"mm_projector_crosslayer.0": (4 * C, blocks * C), "mm_projector_crosslayer.2": (C, 4 * C)}
     tensors = {}
@@ -107,9 +74,6 @@ def official_config(**changes) -> dict:
         "architectures": ["LlavaLlamaForCausalLM"],
         "rope_theta": 10000.0,
         "rope_scaling": None,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "use_cache": True,
         "image_aspect_ratio": "pad",
         "mm_hidden_size": C,
         "mm_projector_type": "mlp2x_gelu",
@@ -117,7 +81,6 @@ def official_config(**changes) -> dict:
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": -2,
         "mm_vision_tower": "tower",
-        "use_mm_proj": True,
         "torch_dtype": "float32",
         "transformers_version": "4.31.0",
     } | changes
@@ -127,49 +90,32 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content))
 
 
-def write_bin(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
-    """pytorch_model.bin, or shards of it with their index."""
+def write(folder: Path, tensors: dict[str, Tensor], shards: int = 1, form: str = "bin") -> None:
+    """pytorch_model.bin or model.safetensors, or shards of it with their index."""
+    stem, save = ("pytorch_model", torch.save) if form == "bin" else ("model", save_file)
     if shards == 1:
-        torch.save(tensors, folder / "pytorch_model.bin")
+        save(tensors, folder / f"{stem}.{form}")
         return
-    _write_shards(folder, tensors, shards, "pytorch_model", "bin", torch.save)
-
-
-def write_safetensors(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    _write_shards(folder, tensors, shards, "model", "safetensors", save_file)
-
-
-def _write_shards(folder, tensors, shards, stem, suffix, save) -> None:
-    names = list(tensors)
     weight_map = {}
     for i in range(shards):
-        part = names[i::shards]
-        file = f"{stem}-{i + 1:05}-of-{shards:05}.{suffix}"
+        file, part = f"{stem}-{i + 1:05}-of-{shards:05}.{form}", list(tensors)[i::shards]
         save({name: tensors[name] for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
-    write_json(folder / f"{stem}.{suffix}.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(folder / f"{stem}.{form}.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def write_tower(folder: Path, tower: CLIPVisionModel | None, weights: bool = True) -> Path:
+def write_tower(folder: Path, tower: CLIPVisionModel | None = None) -> Path:
     """A CLIP folder: both towers' configuration, and a text tensor that nobody needs."""
     folder.mkdir()
-    write_json(folder / "config.json", {"model_type": "clip", "vision_config": VISION | {"image_size": PIXELS}})
-    if weights:
+    write_json(folder / "config.json", {"model_type": "clip", "vision_config": VISION})
+    if tower is not None:
         tensors = {name: value.clone() for name, value in tower_tensors(tower).items()}
-        write_safetensors(folder, tensors | {"text_model.final_layer_norm.weight": torch.ones(4)})
+        write(folder, tensors | {"text_model.final_layer_norm.weight": torch.ones(4)}, form="safetensors")
     return folder
 
 
-def make_tokenizer(words: list[str] = SPECIAL + WORDS) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
+def make_tokenizer(words: list[str] = SPECIAL + WORDS):
+    return build.tokenizer(words)
 
 
 @functools.cache
@@ -188,36 +134,32 @@ def make_official(
     """A whole official checkpoint at `folder`/official, its CLIP without weights at `folder`/tower."""
     src = folder / "official"
     src.mkdir()
-    write_tower(folder / "tower", None, weights=False)
-    write = {"bin": write_bin, "safetensors": write_safetensors}[form]
-    write(src, whole_tensors() if tensors is None else tensors, shards)
+    write_tower(folder / "tower")
+    write(src, whole_tensors() if tensors is None else tensors, shards, form)
     write_json(src / "config.json", official_config(**config))
     if tokenizer:
         make_tokenizer().save_pretrained(src)
     return src
 
 
-def make_stock(
-    folder: Path, text: dict | None = None, tokenizer: bool = True, **changes
-) -> LlavaForConditionalGeneration:
-    """A LLaVA-1.5 of transformers, saved in `folder`."""
-    torch.manual_seed(4)
-    text = TEXT | {"vocab_size": 64, "pad_token_id": 15} | (text or {})
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION | {"num_hidden_layers": 6}),
-        text_config=LlamaConfig(**text),
-        image_token_index=14,
-        image_seq_length=GRID**2,
-        **changes,
-    )
-    model = randomize(LlavaForConditionalGeneration(config))
+def make_stock(folder: Path, tokenizer: bool = True, text: dict | None = None, **changes):
+    """A LLaVA-1.5 of transformers, saved in `folder`, and the model itself."""
+    words = [*SPECIAL, *WORDS, "<image>", "<pad>"]
+    text = build.llama(**TEXT | {"vocab_size": 64, "pad_token_id": words.index("<pad>")} | (text or {}))
+    model = build.stock(torch.float32, text=text, image_token_index=words.index("<image>"), **changes)
     model.save_pretrained(folder)
     if tokenizer:
-        made = make_tokenizer([*SPECIAL, *WORDS, "<image>", "<pad>"])
-        made.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
-        made.save_pretrained(folder)
-        (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}"}))
+        make_tokenizer(words).save_pretrained(folder)
+        write_json(folder / "chat_template.json", {"chat_template": "{{ messages[0]['content'] }}"})
     return model
+
+
+def linked(folder: Path, copy: Path) -> Path:
+    """`copy`, a folder of links to the files of `folder`."""
+    copy.mkdir(parents=True)
+    for file in folder.iterdir():
+        (copy / file.name).symlink_to(file)
+    return copy
 
 
 def official_features(
@@ -232,21 +174,21 @@ def official_features(
     tower = tower.double()
     with torch.no_grad():
         states = tower(pixels.double(), output_hidden_states=True).hidden_states
-    w = {name.removeprefix("model."): value.double() for name, value in projector.items()}
     x = torch.cat([states[i][:, prefix:] for i in blocks], dim=-1)
-    if "mm_projector_crosslayer.0.weight" in w:
-        x = F.gelu(F.linear(x, w["mm_projector_crosslayer.0.weight"], w["mm_projector_crosslayer.0.bias"]))
-        x = F.linear(x, w["mm_projector_crosslayer.2.weight"], w["mm_projector_crosslayer.2.bias"])
-    n, tokens, channels = x.shape
-    side = int(tokens**0.5)
-    image = x.transpose(1, 2).reshape(n, channels, side, side)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, *(projector[f"model.{name}.{part}"].double() for part in ("weight", "bias")))
+
+    if "model.mm_projector_crosslayer.0.weight" in projector:
+        x = linear(F.gelu(linear(x, "mm_projector_crosslayer.0")), "mm_projector_crosslayer.2")
+    side = int(x.shape[1] ** 0.5)
+    image = x.transpose(1, 2).unflatten(2, (side, side))
     merged = F.unfold(image, kernel_size=window, stride=window).transpose(1, 2)  # channel-major
-    h = F.gelu(F.linear(merged, w["mm_projector.0.weight"], w["mm_projector.0.bias"]))
-    return F.linear(h, w["mm_projector.2.weight"], w["mm_projector.2.bias"])
+    return linear(F.gelu(linear(merged, "mm_projector.0")), "mm_projector.2")
 
 
 def make_pixels(images: int = 2) -> Tensor:
-    return torch.randn(images, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(3))
+    return build.pixels(images, torch.float32)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -258,4 +200,4 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
     tensors = whole_tensors()
     change(tensors)
     (folder / "pytorch_model.bin.index.json").unlink(missing_ok=True)
-    write_bin(folder, tensors)
+    write(folder, tensors)

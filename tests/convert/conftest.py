@@ -3,18 +3,10 @@
 import shutil
 
 import pytest
-import torch
 
+from llava_integration.convert import ConversionError, convert_official
 from tests.convert import checkpoints as ck
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Models this small run ten times slower when two threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.llava.build import one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="package")
@@ -26,8 +18,6 @@ def official(tmp_path_factory):
 @pytest.fixture(scope="package")
 def converted(official, tmp_path_factory):
     """`official`, converted, with the loader for trust_remote_code."""
-    from llava_integration.convert import convert_official
-
     dst = tmp_path_factory.mktemp("converted") / "stf"
     convert_official(official, dst, auto_map=True)
     return dst
@@ -56,7 +46,6 @@ def dst(tmp_path):
 @pytest.fixture
 def refused():
     """Converts what must end in one line that names what is wrong, nothing at DST or beside it, and SRC as it was."""
-    from llava_integration.convert import ConversionError, convert_official
 
     def check(match, src, dst, convert=convert_official, **options):
         before = ck.snapshot(src) if src.is_dir() else {}

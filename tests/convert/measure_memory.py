@@ -7,6 +7,7 @@ With torch 2.13.0 on a CPU: peak 2.69 GB for 14.43 GB in 8 files.
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,16 +17,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-VISION |= {"image_size": 336, "patch_size": 14, "projection_dim": 768}
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 
 def write_checkpoint(folder: Path) -> None:
     """Shapes from the model on the meta device; values are random bits with the exponent of values around 0.01."""
     folder.mkdir(parents=True)
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(vocab_size=32064))
+    config = LlavaConfig(text_config=LlamaConfig(vocab_size=32064))  # the tower is CLIP-L/14-336 by default
     with torch.device("meta"):
         shapes = LlavaForConditionalGeneration(config).to(torch.bfloat16).state_dict()
     config.save_pretrained(folder)
@@ -37,31 +35,18 @@ def write_checkpoint(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def anonymous_bytes(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="DIR")
-    folder = parser.parse_args().folder
-    src, dst, peak = folder / "llava-src", folder / "llava-stf", 0
-    write_checkpoint(src)
-    process = subprocess.Popen([sys.executable, "-m", "llava_integration.convert", "llava", str(src), str(dst)])
-    while process.poll() is None:
-        peak = max(peak, anonymous_bytes(process.pid))
-        time.sleep(0.005)
-    if process.returncode == 0:
-        files = [file.stat().st_size for file in dst.glob("*.safetensors")]
-        print(f"peak {peak / 1e9:.2f} GB for {sum(files) / 1e9:.2f} GB in {len(files)} files")
-    shutil.rmtree(src)
-    shutil.rmtree(dst, ignore_errors=True)
-    sys.exit(process.returncode)
-
-
-if __name__ == "__main__":
-    main()
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("folder", type=Path, metavar="DIR")
+folder = parser.parse_args().folder
+src, dst, peak = folder / "llava-src", folder / "llava-stf", 0
+write_checkpoint(src)
+process = subprocess.Popen([sys.executable, "-m", "llava_integration.convert", "llava", src, dst])
+while process.poll() is None:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    peak = max([peak, *(int(kib) * 1024 for kib in re.findall(r"^RssAnon:\s+(\d+)", status, re.MULTILINE))])
+    time.sleep(0.005)
+sizes = [file.stat().st_size for file in dst.glob("*.safetensors")]
+print(f"peak {peak / 1e9:.2f} GB for {sum(sizes) / 1e9:.2f} GB in {len(sizes)} files")
+shutil.rmtree(src)
+shutil.rmtree(dst, ignore_errors=True)
+sys.exit(process.returncode)

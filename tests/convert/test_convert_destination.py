@@ -29,10 +29,10 @@ def at_every_file(monkeypatch):
 class TestDestination:
     @pytest.mark.parametrize("kind", ["empty folder", "folder", "file", "dangling link"])
     def test_exists(self, refused, src, dst, kind):
-        if kind == "file":
-            dst.write_text("mine")
-        elif kind == "dangling link":
+        if kind == "dangling link":
             dst.symlink_to("nowhere")
+        elif kind == "file":
+            dst.write_text("mine")
         else:
             dst.mkdir()
             if kind == "folder":
@@ -47,15 +47,11 @@ class TestDestination:
             convert_official(src, dst)
         assert ck.snapshot(dst) == {"mine": b"mine"}
 
-    def test_in_the_source(self, refused, src):
+    def test_places_that_do_not_do(self, refused, src, dst, tmp_path):
         refused(r"^DST: expected a place outside", src, src / "stf")
-
-    def test_parent_is_missing(self, src, tmp_path):
+        refused(r"^SRC: expected a local folder, got .*nowhere", tmp_path / "nowhere", dst)
         with pytest.raises(ConversionError, match=r"^DST: expected its parent to be a folder"):
             convert_official(src, tmp_path / "no" / "stf")
-
-    def test_source_is_missing(self, refused, dst, tmp_path):
-        refused(r"^SRC: expected a local folder, got .*nowhere", tmp_path / "nowhere", dst)
 
 
 class TestDisk:

@@ -6,15 +6,14 @@ import re
 import shutil
 
 import pytest
-import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import llava_integration as li
 from llava_integration.convert import convert_llava, convert_official
 from llava_integration.convert.folder import whole_folder
 from llava_integration.convert.processor import SYSTEM
 from tests.convert import checkpoints as ck
+from tests.llava import build
 from tests.support.processes import python
 
 LOAD = """
@@ -57,21 +56,16 @@ def code(folder):
 
 def test_fresh_processes(converted, tmp_path):
     """After the import alone; with trust_remote_code alone, which saves its code again; that without the package."""
-    model = AutoModelForImageTextToText.from_pretrained(converted)
-    processor = AutoProcessor.from_pretrained(converted)
+    model, processor = build.load(converted), AutoProcessor.from_pretrained(converted)
     inputs = processor(images=Image.new("RGB", (70, 40), "red"), text="USER: <image> what", return_tensors="pt")
-    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist()
+    tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist()
+    classes = ["LlavaStfForConditionalGeneration", "LlavaStfModel", "LlavaStfProcessor"]
 
     one = load(converted, cache=tmp_path / "cache")
-    assert one == {
-        "classes": ["LlavaStfForConditionalGeneration", "LlavaStfModel", "LlavaStfProcessor"],
-        "tokens": expected,
-    }
+    assert one == {"classes": classes, "tokens": tokens}
     assert load(converted, str(tmp_path / "again"), cache=tmp_path / "cache", trust_remote_code=True) == one
-    one_map, other_map = (
-        json.loads((folder / "config.json").read_text())["auto_map"] for folder in (converted, tmp_path / "again")
-    )
-    assert one_map == other_map
+    maps = [json.loads((folder / "config.json").read_text())["auto_map"] for folder in (converted, tmp_path / "again")]
+    assert maps[0] == maps[1]
     for folder in (tmp_path / "again", tmp_path / "again-processor"):
         assert code(folder) == code(converted)
     processor_config = json.loads((tmp_path / "again-processor" / "processor_config.json").read_text())
@@ -105,34 +99,25 @@ def test_progress_in_bytes_on_a_terminal_only(official, dst, monkeypatch, termin
 
 
 class TestProcessor:
-    def test_images_are_padded_to_a_square_where_the_checkpoint_says_so(self, converted, tmp_path, dst):
-        assert AutoProcessor.from_pretrained(converted).image_processor.do_pad
-        src = ck.make_official(tmp_path, image_aspect_ratio="square")
-        convert_official(src, dst)
-        assert not AutoProcessor.from_pretrained(dst).image_processor.do_pad
-
-    def test_padding_keeps_the_whole_picture(self, converted):
-        """A wide white image: mean-coloured bars above and below, which a centre crop would not have."""
-        processor = AutoProcessor.from_pretrained(converted)
-        pixels = processor.image_processor(Image.new("RGB", (112, 28), "white"), return_tensors="pt")["pixel_values"]
-        assert pixels.shape == (1, 3, ck.PIXELS, ck.PIXELS)
-        assert pixels[0, :, 0].abs().max() < 0.02, "the mean is zero after normalization"
-        assert pixels[0, :, ck.PIXELS // 2].min() > 1.5
-
-    def test_built_from_the_tower_without_preprocessor_config(self, official, converted):
+    def test_padding_keeps_the_whole_picture(self, official, converted):
+        """A wide white image: mean-coloured bars above and below, which a centre crop would not have. The size is the
+        tower's where there is no preprocessor_config.json."""
         assert not (official / "preprocessor_config.json").exists()
         images = AutoProcessor.from_pretrained(converted).image_processor
-        assert dict(images.crop_size) == {"height": ck.PIXELS, "width": ck.PIXELS}
-        assert images.size["shortest_edge"] == ck.PIXELS
+        assert (images.size["shortest_edge"], images.crop_size["height"]) == (build.PIXELS, build.PIXELS)
+        pixels = images(Image.new("RGB", (112, 28), "white"), return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, build.PIXELS, build.PIXELS)
+        assert pixels[0, :, 0].abs().max() < 0.02, "the mean is zero after normalization"
+        assert pixels[0, :, build.PIXELS // 2].min() > 1.5
 
-    def test_settings_of_preprocessor_config_are_kept(self, tmp_path, dst):
-        src = ck.make_official(tmp_path)
-        settings = {"image_processor_type": "CLIPImageProcessor", "size": ck.PIXELS, "crop_size": ck.PIXELS}
+    @pytest.mark.parametrize(("ratio", "pad"), [("pad", True), ("square", False)])
+    def test_settings_of_preprocessor_config_are_kept(self, tmp_path, dst, ratio, pad):
+        src = ck.make_official(tmp_path, image_aspect_ratio=ratio)
+        settings = {"image_processor_type": "CLIPImageProcessor", "size": build.PIXELS, "crop_size": build.PIXELS}
         ck.write_json(src / "preprocessor_config.json", settings | {"image_mean": [0.1, 0.2, 0.3]})
         convert_official(src, dst)
         images = AutoProcessor.from_pretrained(dst).image_processor
-        assert list(images.image_mean) == [0.1, 0.2, 0.3]
-        assert images.do_pad
+        assert (list(images.image_mean), images.do_pad) == ([0.1, 0.2, 0.3], pad)
 
     def test_without_tokenizer_files(self, tmp_path, dst):
         src = ck.make_official(tmp_path, tokenizer=False)
@@ -188,25 +173,16 @@ class TestCard:
     def test_official(self, converted):
         card = (converted / "README.md").read_text()
         assert card.startswith("---\nlicense: cc-by-nc-4.0\n")
-        for part in (
-            "CC-BY-NC-4.0",
-            "Vicuna",
-            "patch_major",
-            "channel-major",
-            "23, 21, 18, 15, 12, 9, 6, 3",
-            "2506.07138",
-        ):
-            assert part in card
+        parts = ["CC-BY-NC-4.0", "Vicuna", "patch_major", "channel-major", "23, 21, 18, 15, 12, 9, 6, 3", "2506.07138"]
+        assert all(part in card for part in [*parts, "trust_remote_code=True", "\nprocessor = AutoProcessor.from_pre"])
         assert str(converted.parent) not in card, "no machine's paths"
-        assert "trust_remote_code=True" in card
         assert "added to the embeddings" not in card, "there was room"
-        assert "\nprocessor = AutoProcessor.from_pretrained" in card
 
     @pytest.mark.parametrize("window", [1, 2])
     def test_says_only_what_was_done(self, tmp_path, dst, window):
         """Without a tokenizer rows are added and there is no processor; a window of one token has one order."""
         src = ck.make_official(tmp_path, tokenizer=False)
-        ck.write_bin(src, ck.official_tensors(ck.make_tower(), ck.make_language(), ck.make_projector(window=window)), 2)
+        ck.write(src, ck.official_tensors(ck.make_tower(), ck.make_language(), ck.make_projector(window=window)), 2)
         convert_official(src, dst)
         card = (dst / "README.md").read_text()
         assert ("channel-major" in card) == (window == 2)
@@ -224,23 +200,16 @@ class TestCard:
         ids=["declared", "damaged", "not declared", "no card"],
     )
     def test_llava_carries_the_declared_licence_over(self, stock, tmp_path, dst, theirs, licence):
-        src = linked(stock[0], tmp_path / "llava")
+        src = ck.linked(stock[0], tmp_path / "llava")
         if theirs is not None:
             (src / "README.md").write_text(theirs)
         convert_llava(src, dst)
         assert (dst / "README.md").read_text().startswith(f"---\nlicense: {licence}\n")
 
     def test_a_source_in_the_hubs_cache_has_its_name(self, stock, tmp_path, dst):
-        src = linked(stock[0], tmp_path / "models--an--llava-1.5" / "snapshots" / "0a1b")
+        src = ck.linked(stock[0], tmp_path / "models--an--llava-1.5" / "snapshots" / "0a1b")
         convert_llava(src, dst)
         assert "# LLaVA-STF from an/llava-1.5 at 0a1b\n" in (dst / "README.md").read_text()
-
-
-def linked(folder, copy):
-    copy.mkdir(parents=True)
-    for file in folder.iterdir():
-        (copy / file.name).symlink_to(file)
-    return copy
 
 
 def test_no_machine_path_anywhere(official, converted):
@@ -258,22 +227,13 @@ def test_files_are_readable_by_others_as_usual(converted):
     assert {file.stat().st_mode for file in converted.iterdir()} == {(converted / "config.json").stat().st_mode}
 
 
-def test_config_is_ours(converted):
-    config = json.loads((converted / "config.json").read_text())
-    assert config["model_type"] == li.LlavaStfConfig.model_type
-    assert config["architectures"] == ["LlavaStfForConditionalGeneration"]
-    assert config["dtype"] == "float32"
-    assert torch.float32 == AutoModelForImageTextToText.from_pretrained(converted).dtype
-
-
 def test_what_a_killed_run_has_left_is_named_and_not_touched(tmp_path, dst, caplog):
     """kill -9 leaves the half-written folder beside DST, hidden: gigabytes that nobody would find."""
     left = tmp_path / ".stf.0badcafe.partial"
     left.mkdir()
-    with whole_folder(dst):
-        pass
-    with whole_folder(tmp_path / "other"):
-        pass
+    for folder in (dst, tmp_path / "other"):
+        with whole_folder(folder):
+            pass
     assert [record.getMessage() for record in caplog.records] == [
         f"convert: {left} was left by another run; remove it unless that one is still at work"
     ]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     LlavaForConditionalGeneration,
@@ -17,6 +16,7 @@ from transformers import (
 import llava_integration as li
 from llava_integration.convert import convert_llava
 from tests.convert import checkpoints as ck
+from tests.llava import build
 
 
 def in_memory(model, **options):
@@ -27,14 +27,7 @@ def in_memory(model, **options):
 
 def convert(src, dst, **options):
     convert_llava(src, dst, **options)
-    model, info = AutoModelForImageTextToText.from_pretrained(dst, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model
-
-
-def same_state(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    return build.load(dst)
 
 
 def without_dtypes(config):
@@ -50,25 +43,17 @@ def test_equals_from_llava_in_memory(stock, dst, options):
     folder, model = stock
     before = ck.snapshot(folder)
     converted, expected = convert(folder, dst, **options), in_memory(model, **options)
-    assert same_state(converted, expected)
+    assert build.same_state(converted, expected)
     assert without_dtypes(converted.config) == without_dtypes(expected.config)
     assert len(json.loads((dst / "conversion.json").read_text())["tensors"]["created"]) == 8
     assert ck.snapshot(folder) == before, "SRC is only read"
 
 
-def _oldest(name):
-    """language_model.model.*, vision_tower.vision_model.*, multi_modal_projector.*"""
-    name = name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.")
-    name = name.replace("language_model.", "language_model.model.")
-    return name.replace("lm_head", "language_model.lm_head")
-
-
-def _prefixed(name):
-    """model.vision_tower.vision_model.*: between the two"""
-    return name.replace("vision_tower.", "vision_tower.vision_model.")
-
-
-LAYOUTS = {"modules": lambda name: name, "oldest": _oldest, "prefixed": _prefixed}
+LAYOUTS = {
+    "modules": lambda name: name,
+    "oldest": build.oldest_name,
+    "between": lambda name: name.replace("vision_tower.", "vision_tower.vision_model."),
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -78,19 +63,17 @@ def test_every_layout_that_the_stock_model_loads(stock, tmp_path, dst, layout, f
     src = tmp_path / "llava"
     src.mkdir()
     tensors = {LAYOUTS[layout](name): value.clone() for name, value in model.state_dict().items()}
-    {"safetensors": ck.write_safetensors, "bin": ck.write_bin}[form](src, tensors, shards=2)
+    ck.write(src, tensors, 2, form)
     model.config.save_pretrained(src)
     if form == "safetensors":
-        loaded, info = LlavaForConditionalGeneration.from_pretrained(src, output_loading_info=True)
-        assert not info["missing_keys"], "the stock model loads it"
-        assert same_state(loaded, model)
-    assert same_state(convert(src, dst), in_memory(model))
+        assert build.same_state(build.load(src, LlavaForConditionalGeneration), model), "the stock model loads it"
+    assert build.same_state(convert(src, dst), in_memory(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dtype(stock, dst, dtype):
     model = LlavaForConditionalGeneration.from_pretrained(stock[0], dtype=dtype)
-    assert same_state(convert(stock[0], dst, dtype=dtype), in_memory(model))
+    assert build.same_state(convert(stock[0], dst, dtype=dtype), in_memory(model))
 
 
 @pytest.mark.parametrize("held", ["embeddings alone", "head alone", "both, equal", "both, different"])
@@ -107,7 +90,7 @@ def test_a_tied_head_as_the_stock_model_reads_it(tmp_path, dst, held):
         del tensors[embeddings]
     save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})
     converted = convert(src, dst)
-    assert same_state(converted, in_memory(LlavaForConditionalGeneration.from_pretrained(src)))
+    assert build.same_state(converted, in_memory(LlavaForConditionalGeneration.from_pretrained(src)))
     tied = held != "both, different"
     assert (converted.lm_head.weight is converted.get_input_embeddings().weight) == tied
     assert converted.config.tie_word_embeddings == tied
@@ -119,7 +102,7 @@ def test_a_projector_of_another_width(tmp_path, dst):
     model = ck.make_stock(tmp_path / "llava", text={"hidden_size": 64})
     converted = convert(tmp_path / "llava", dst)
     assert converted.config.stf_hidden_size == 4 * 64
-    assert same_state(converted, in_memory(model))
+    assert build.same_state(converted, in_memory(model))
 
 
 def test_processor_comes_along(stock, dst):
@@ -129,7 +112,7 @@ def test_processor_comes_along(stock, dst):
     assert type(processor) is li.LlavaStfProcessor
     assert processor.chat_template == "{{ messages[0]['content'] }}"
     assert processor.image_token_id == model.config.image_token_index
-    assert (processor.patch_size, processor.spatial_merge_size) == (ck.PATCH, 2)
+    assert (processor.patch_size, processor.spatial_merge_size) == (build.PATCH, 2)
     assert processor.tokenizer.padding_side == "left"
 
 
@@ -140,11 +123,11 @@ def test_processor_as_transformers_5_saves_it(tmp_path, dst, pad):
     ck.make_stock(src)
     tokenizer = AutoTokenizer.from_pretrained(src)
     (src / "chat_template.json").unlink()
-    side = {"height": ck.PIXELS, "width": ck.PIXELS}
+    side = {"height": build.PIXELS, "width": build.PIXELS}
     images = LlavaImageProcessorPil(
-        size={"shortest_edge": ck.PIXELS}, crop_size=side, image_mean=[0.1, 0.2, 0.3], do_pad=pad
+        size={"shortest_edge": build.PIXELS}, crop_size=side, image_mean=[0.1, 0.2, 0.3], do_pad=pad
     )
-    stock = LlavaProcessor(images, tokenizer, patch_size=ck.PATCH, chat_template="{{ messages[0]['role'] }}")
+    stock = LlavaProcessor(images, tokenizer, patch_size=build.PATCH, chat_template="{{ messages[0]['role'] }}")
     stock.save_pretrained(src)
     assert not (src / "preprocessor_config.json").exists()
     convert_llava(src, dst)
@@ -194,10 +177,7 @@ class TestBadInput:
     )
     def test_configuration(self, refused, stock, tmp_path, dst, changes, match):
         folder, _ = stock
-        src = tmp_path / "llava"
-        src.mkdir()
-        for file in folder.iterdir():
-            (src / file.name).symlink_to(file)
+        src = ck.linked(folder, tmp_path / "llava")
         (src / "config.json").unlink()
         config = json.loads((folder / "config.json").read_text())
         ck.write_json(src / "config.json", config | changes)

@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 import llava_integration as li
 from llava_integration.convert import convert_official
 from tests.convert import checkpoints as ck
+from tests.llava import build
 
 
 def check_features(folder, tower, projector, pixels=None, **options):
@@ -36,8 +37,7 @@ def test_features_from_every_form_of_file(tmp_path, dst, form, shards):
 
 
 def test_the_language_model_is_the_same(converted):
-    model, info = AutoModelForImageTextToText.from_pretrained(converted, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model = build.load(converted)
     ids = torch.tensor([[1, 5, 6, 7]])
     with torch.no_grad():
         expected = ck.make_language()(ids).logits
@@ -96,13 +96,14 @@ def test_vocabulary_without_room_grows_by_average_rows(tmp_path, dst):
         assert torch.allclose(ours.weight[ck.ROWS :], theirs.weight.mean(0).expand(24, -1), atol=1e-7)
 
 
-def test_geometry_in_the_configuration(converted):
+def test_configuration(converted):
     config = li.LlavaStfConfig.from_pretrained(converted)
+    assert config.architectures == ["LlavaStfForConditionalGeneration"]
     assert config.vision_feature_layer == ck.BLOCKS
     assert (config.spatial_merge_size, config.image_seq_length) == (2, 4)
     assert (config.mbtf_hidden_size, config.stf_hidden_size) == (4 * ck.C, 16 * ck.C)
-    assert config.feature_order == "patch_major"
-    assert config.vision_config.image_size == ck.PIXELS
+    assert (config.feature_order, config.dtype) == ("patch_major", torch.float32)
+    assert config.vision_config.image_size == build.PIXELS
 
 
 def test_report(official, dst):
@@ -185,28 +186,29 @@ def test_the_known_clip_needs_no_folder():
     assert (config.intermediate_size, config.num_attention_heads, config.hidden_act) == (4096, 16, "quick_gelu")
 
 
+def make_base(folder, projector=None):
+    """(SRC, base): a folder for what was trained, which names its tower, and the language model that it needs."""
+    src, base = folder / "trained", folder / "vicuna"
+    src.mkdir()
+    base.mkdir()
+    ck.write(base, ck.official_tensors(None, ck.make_language(), projector or {}), shards=2)
+    ck.write_json(base / "config.json", ck.TEXT | {"model_type": "llama"})
+    ck.make_tokenizer().save_pretrained(base)
+    ck.write_json(src / "config.json", ck.official_config(mm_vision_tower=str(folder / "clip")))
+    ck.write_tower(folder / "clip", ck.make_tower())
+    return src, base
+
+
 class TestPretrainForm:
     """mm_projector.bin and a language model, possibly one that has a projector already."""
 
-    def make(self, folder, base_has_projector=False):
-        src, base = folder / "pretrain", folder / "vicuna"
-        src.mkdir()
-        base.mkdir()
+    @pytest.mark.parametrize("base_has_projector", [False, True])
+    def test_with_its_base(self, tmp_path, dst, base_has_projector):
+        src, base = make_base(tmp_path, ck.make_projector(3) if base_has_projector else None)
         tensors = ck.make_projector(9)
         if base_has_projector:  # other names: what is laid over the base must not depend on them
             tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
         torch.save(tensors, src / "mm_projector.bin")
-        ck.write_json(src / "config.json", ck.official_config(mm_vision_tower=str(folder / "clip")))
-        ck.write_tower(folder / "clip", ck.make_tower())
-        projector = ck.make_projector(3) if base_has_projector else {}
-        ck.write_safetensors(base, ck.official_tensors(None, ck.make_language(), projector))
-        ck.write_json(base / "config.json", ck.TEXT | {"model_type": "llama"})
-        ck.make_tokenizer().save_pretrained(base)
-        return src, base
-
-    @pytest.mark.parametrize("base_has_projector", [False, True])
-    def test_with_its_base(self, tmp_path, dst, base_has_projector):
-        src, base = self.make(tmp_path, base_has_projector)
         convert_official(src, dst, base=base)
         check_features(dst, ck.make_tower(), ck.make_projector(9))
         model = AutoModelForImageTextToText.from_pretrained(dst)
@@ -220,28 +222,19 @@ class TestLora:
     TARGETS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 
     def make(self, folder, form="bin", **changes):
-        src, base = folder / "lora", folder / "vicuna"
-        src.mkdir()
-        base.mkdir()
+        src, base = make_base(folder)
         language = ck.make_language()
-        ck.write_bin(base, ck.official_tensors(None, language, {}), shards=2)
-        ck.write_json(base / "config.json", ck.TEXT | {"model_type": "llama"})
-        ck.make_tokenizer().save_pretrained(base)
         factors = {}
         for i, target in enumerate(self.TARGETS):
             rows, columns = language.get_submodule(target).weight.shape
             factors[f"base_model.model.{target}.lora_A.weight"] = torch.randn(2 + i, columns)
             factors[f"base_model.model.{target}.lora_B.weight"] = torch.randn(rows, 2 + i)
-        if form == "bin":
-            torch.save(factors, src / "adapter_model.bin")
-        else:
-            ck.save_file(factors, src / "adapter_model.safetensors")
+        save = torch.save if form == "bin" else ck.save_file
+        save(factors, src / f"adapter_model.{form}")
         others = {f"base_model.model.{name}": value for name, value in ck.make_projector(9).items()}
         torch.save(others, src / "non_lora_trainables.bin")
         config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "base_model_name_or_path": "lmsys/vicuna-7b-v1.5"}
         ck.write_json(src / "adapter_config.json", config | changes)
-        ck.write_json(src / "config.json", ck.official_config(mm_vision_tower=str(folder / "clip")))
-        ck.write_tower(folder / "clip", ck.make_tower())
         return src, base, language, factors
 
     @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tests.convert import checkpoints as ck
 
 SHARD, INDEX = "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"
 EMBEDDINGS, UP = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
+NORM, FIRST, LAST = "model.norm.weight", "model.mm_projector.0.weight", "model.mm_projector.2.weight"
 
 
 class TestFiles:
@@ -93,13 +94,13 @@ def without(*parts):
     return lambda tensors: [tensors.pop(name) for name in list(tensors) if any(part in name for part in parts)]
 
 
-def with_(**tensors):
-    return lambda found: found.update({name.replace("__", "."): value for name, value in tensors.items()})
+def plus(name, tensor):
+    return lambda tensors: tensors.update({name: tensor})
 
 
 def stock_projector(tensors):
     without("crosslayer")(tensors)
-    tensors["model.mm_projector.0.weight"] = torch.randn(ck.D, ck.C)
+    tensors[FIRST] = torch.randn(ck.D, ck.C)
 
 
 class TestTensors:
@@ -116,31 +117,16 @@ class TestTensors:
                 r"expected an official LLaVA-STF .* mm_projector.*got tensors such",
             ),
             (without(EMBEDDINGS), rf"^SRC: {EMBEDDINGS}: expected a matrix .*, got none"),
-            (
-                with_(model__embed_tokens__weight=torch.tensor(1.0)),
-                r"embed_tokens\.weight: expected a matrix.*shape \[\]",
-            ),
-            (with_(model__image_newline=torch.ones(ck.D)), r"^SRC: 1 tensors are left over: model\.image_newline"),
-            (with_(model__mm_projector__4__weight=torch.ones(2, 2)), r"left over: model\.mm_projector\.4\.weight"),
-            (
-                with_(module__model__norm__weight=torch.ones(ck.D)),
-                r"norm\.weight .* are both model\..*norm\.weight; remove",
-            ),
-            (
-                with_(model__norm__weight=torch.ones(49)),
-                r"norm\.weight in pytorch.*: expected shape \[48\].*got \[49\]",
-            ),
-            (
-                with_(**{UP: torch.ones(64, 48, dtype=torch.int8)}),
-                r"up_proj\.weight in .*: expected float32, float16 or",
-            ),
-            (
-                with_(model__mm_projector__0__weight=torch.ones(9)),
-                r"linear_1\.weight: expected a matrix, got shape \[9\]",
-            ),
-            (with_(model__mm_projector__0__weight=torch.ones(9, 100)), r"expected columns in multiples of .* got 100"),
-            (with_(model__mm_projector__0__weight=torch.ones(9, 96)), r"expected a square window of tokens, got 3"),
-            (with_(model__mm_projector__2__weight=torch.ones(9, 512)), r"expected 48 rows, the language model's width"),
+            (plus(EMBEDDINGS, torch.tensor(1.0)), r"embed_tokens\.weight: expected a matrix.*shape \[\]"),
+            (plus("model.image_newline", torch.ones(ck.D)), r"^SRC: 1 tensors are left over: model\.image_newline"),
+            (plus("model.mm_projector.4.weight", torch.ones(2, 2)), r"left over: model\.mm_projector\.4\.weight"),
+            (plus(f"module.{NORM}", torch.ones(ck.D)), r"norm\.weight .* are both model\..*norm\.weight; remove"),
+            (plus(NORM, torch.ones(49)), r"norm\.weight in pytorch.*: expected shape \[48\].*got \[49\]"),
+            (plus(UP, torch.ones(64, 48, dtype=torch.int8)), r"up_proj\.weight in .*: expected float32, float16 or"),
+            (plus(FIRST, torch.ones(9)), r"linear_1\.weight: expected a matrix, got shape \[9\]"),
+            (plus(FIRST, torch.ones(9, 100)), r"expected columns in multiples of .* got 100"),
+            (plus(FIRST, torch.ones(9, 96)), r"expected a square window of tokens, got 3"),
+            (plus(LAST, torch.ones(9, 512)), r"expected 48 rows, the language model's width"),
             (stock_projector, r"so this is LLaVA-1\.5, not LLaVA-STF"),
         ],
     )

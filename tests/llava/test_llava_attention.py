@@ -3,8 +3,12 @@
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.llava import build
 
-def test_attention_implementations_agree(build, stf):
+
+def test_attention_implementations_agree(stf):
+    assert stf._supports_flash_attn
+    assert stf._supports_sdpa
     ids, _ = build.prompt([2, 2])
     expected = build.run(stf, ids, build.pixels(4)).logits
     stf.set_attn_implementation("eager")
@@ -13,7 +17,7 @@ def test_attention_implementations_agree(build, stf):
     assert torch.allclose(got, expected, atol=1e-6)  # eager takes softmax in fp32
 
 
-def test_flash_attention_gets_what_it_takes(build, stf, monkeypatch):
+def test_flash_attention_gets_what_it_takes(stf, monkeypatch):
     """A stand-in for the kernels: no mask or a 2D mask of the prompt, from the tower and the language model alike."""
     seen = []
 
@@ -38,13 +42,3 @@ def test_flash_attention_gets_what_it_takes(build, stf, monkeypatch):
     got = build.run(stf, ids, pixels, mask).logits
     assert torch.allclose(got[mask.bool()], expected[mask.bool()], atol=1e-10)
     assert set(seen) == {("CLIPAttention", True), ("LlamaAttention", True)}
-
-
-def test_attention_may_be_chosen_for_tower_and_language_model_apart(build, stf, tmp_path):
-    stf.save_pretrained(tmp_path)
-    choice = {"vision_config": "eager", "text_config": "sdpa"}
-    loaded = type(stf).from_pretrained(tmp_path, attn_implementation=choice)
-    assert loaded.model.vision_tower.config._attn_implementation == "eager"
-    assert loaded.model.language_model.config._attn_implementation == "sdpa"
-    assert stf._supports_flash_attn
-    assert stf._supports_sdpa

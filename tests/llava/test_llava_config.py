@@ -5,6 +5,11 @@ import json
 import pytest
 
 from llava_integration import LlavaStfConfig
+from tests.llava import build
+
+
+def make(**changes):
+    return LlavaStfConfig(**build.options(**changes))
 
 
 def test_defaults_are_the_paper_model():
@@ -15,43 +20,31 @@ def test_defaults_are_the_paper_model():
     assert (config.feature_order, config.use_mbtf) == ("patch_major", True)
 
 
-def test_negative_layers_are_resolved_at_construction(build):
-    config = LlavaStfConfig(vision_config=build.clip(), text_config=build.text(), vision_feature_layer=[-2, 3, -7])
-    assert config.vision_feature_layer == [5, 3, 0]
+@pytest.mark.parametrize(("given", "layers"), [([-2, 3, -7], [5, 3, 0]), (-1, [6])])
+def test_layers_are_a_list_of_positive_numbers(given, layers):
+    assert make(vision_feature_layer=given).vision_feature_layer == layers
 
 
-def test_a_single_layer_is_a_list(build):
-    config = LlavaStfConfig(vision_config=build.clip(), text_config=build.text(), vision_feature_layer=-1)
-    assert config.vision_feature_layer == [6]
-
-
-def test_round_trip_through_json_keeps_everything(build, tmp_path):
-    config = LlavaStfConfig(
-        vision_config=build.clip(),
-        text_config=build.text(),
-        vision_feature_layer=[-2, 1],
-        spatial_merge_size=4,
-        mbtf_hidden_size=96,
-        stf_hidden_size=40,
-        projector_hidden_act="silu",
-        multimodal_projector_bias=False,
-    )
+def test_round_trip_through_json_keeps_everything(tmp_path):
+    sizes = {"spatial_merge_size": 4, "mbtf_hidden_size": 96, "stf_hidden_size": 40, "vision_feature_layer": [-2, 1]}
+    config = make(**sizes, projector_hidden_act="silu", multimodal_projector_bias=False)
     config.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored["feature_order"] == "patch_major"
-    assert stored["image_seq_length"] == 1
-    loaded = LlavaStfConfig.from_pretrained(tmp_path)
-    ours, theirs = config.to_dict(), loaded.to_dict()
-    assert {k: v for k, v in ours.items() if k != "architectures"} == {
-        k: theirs[k] for k in ours if k != "architectures"
-    }
+    assert (stored["feature_order"], stored["image_seq_length"]) == ("patch_major", 1)
+    ours, theirs = config.to_dict(), LlavaStfConfig.from_pretrained(tmp_path).to_dict()
+    assert ours == theirs | {"architectures": ours["architectures"]}
 
 
-@pytest.mark.parametrize(("tower", "strategy"), [("clip", "default"), ("siglip", "full")])
-def test_the_select_strategy_follows_the_tower(build, tower, strategy):
-    vision = getattr(build, tower)()
-    config = LlavaStfConfig(vision_config=vision, text_config=build.text(), vision_feature_layer=[2])
-    assert config.vision_feature_select_strategy == strategy
+@pytest.mark.parametrize(("tower", "strategy"), [(build.clip, "default"), (build.siglip, "full")])
+def test_the_select_strategy_follows_the_tower(tower, strategy):
+    assert make(vision=tower(), vision_feature_layer=[2]).vision_feature_select_strategy == strategy
+
+
+def test_truncation_only_when_asked():
+    options = {"vision": build.clip(image_size=70), "vision_feature_layer": [5]}  # 5x5
+    assert make(**options, spatial_merge_truncate=True).image_seq_length == 4
+    with pytest.raises(ValueError, match="does not divide the 5x5 grid"):
+        make(**options)
 
 
 @pytest.mark.parametrize(
@@ -68,37 +61,17 @@ def test_the_select_strategy_follows_the_tower(build, tower, strategy):
         ({"projector_hidden_act": "relu"}, r"projector_hidden_act: expected one of .* got 'relu'"),
         ({"use_mbtf": False}, r"vision_feature_layer: expected one layer with use_mbtf=False, got \[5, 3\]"),
         ({"vision_feature_select_strategy": "full"}, r"vision_feature_select_strategy: expected 'default'"),
+        (
+            {"vision": build.siglip(), "vision_feature_select_strategy": "default"},
+            r"expected 'full' for a siglip_vision_model tower, which has no CLS",
+        ),
+        (
+            {"vision": {"model_type": "vit", "num_hidden_layers": 6}},
+            r"vision_config: expected one of the towers .* got 'vit'",
+        ),
         ({"mbtf_hidden_size": 0}, r"mbtf_hidden_size: expected a positive width, got 0"),
     ],
 )
-def test_contradictions_are_refused(build, changes, message):
-    options = {"vision_config": build.clip(), "text_config": build.text(), "vision_feature_layer": [5, 3]}
+def test_contradictions_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        LlavaStfConfig(**options | changes)
-
-
-def test_siglip_has_no_cls_to_drop(build):
-    with pytest.raises(ValueError, match=r"expected 'full' for a siglip_vision_model tower, which has no CLS"):
-        LlavaStfConfig(
-            vision_config=build.siglip(),
-            text_config=build.text(),
-            vision_feature_layer=[2],
-            vision_feature_select_strategy="default",
-        )
-
-
-def test_an_unknown_tower_is_refused(build):
-    with pytest.raises(ValueError, match=r"vision_config: expected one of the towers .* got 'vit'"):
-        LlavaStfConfig(
-            vision_config={"model_type": "vit", "num_hidden_layers": 4},
-            text_config=build.text(),
-            vision_feature_layer=[2],
-        )
-
-
-def test_truncation_only_when_asked(build):
-    vision = build.clip(image_size=70)  # 5x5
-    options = {"vision_config": vision, "text_config": build.text(), "vision_feature_layer": [5]}
-    assert LlavaStfConfig(**options, spatial_merge_truncate=True).image_seq_length == 4
-    with pytest.raises(ValueError, match="does not divide the 5x5 grid"):
-        LlavaStfConfig(**options)
+        make(**{"vision_feature_layer": [5, 3]} | changes)

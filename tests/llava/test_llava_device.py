@@ -12,10 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import llava_integration as li
 from llava_integration.core import insertion
 from stf_kernels import use_backend
+from tests.llava import build
 
 
 @pytest.fixture
-def on_meta(build):
+def on_meta():
     """Model, ids [2, 10] with an image in each and pixels, without values."""
     stf, (ids, _), pixels = build.stf(torch.float32), build.prompt([1, 1]), build.pixels(2, torch.float32)
     return stf.to("meta"), ids.to("meta"), pixels.to("meta")
@@ -34,7 +35,7 @@ class TestNoValueIsRead:
             assert stf.model.project_images(pixels).shape == (2, 4, 48)
 
     @pytest.mark.parametrize("kind", ["stf", "stock"])
-    def test_prefill_runner(self, build, kind):
+    def test_prefill_runner(self, kind):
         model = getattr(build, kind)(torch.float32).to("meta")
         ids, _ = build.prompt([1, 1], model.config.image_seq_length)
         runner = li.PrefillRunner(model, *ids.shape)
@@ -72,7 +73,7 @@ def synchronisations(call):
 @pytest.mark.gpu
 class TestOnAGpu:
     @pytest.mark.parametrize("way", ["forward", "generate"])
-    def test_eager_waits_no_more_than_the_stock_model(self, build, way):
+    def test_eager_waits_no_more_than_the_stock_model(self, way):
         found = {}
         for kind in ("stock", "stf"):
             model = getattr(build, kind)(torch.float32).cuda()
@@ -84,7 +85,7 @@ class TestOnAGpu:
                 found[kind] = synchronisations(lambda run=run, options=inputs | options: run(**options))
         assert found["stf"] <= found["stock"], found
 
-    def test_images_are_written_under_capture(self, build):
+    def test_images_are_written_under_capture(self):
         """Into inputs_embeds, from other pixels at every replay."""
         stf = build.stf(torch.float32).cuda()
         ids, pixels = build.prompt([1, 1])[0].cuda(), build.pixels(2, torch.float32).cuda()
@@ -102,23 +103,17 @@ class TestOnAGpu:
         graph.replay()
         with torch.no_grad():
             expected = stf.model.project_images(pixels).flatten(0, 1)
-        assert torch.allclose(embeds[ids == build.image_token], expected, rtol=1e-3, atol=1e-3)
-        assert not embeds[ids != build.image_token].any()
+        assert torch.allclose(embeds[ids == build.IMAGE_TOKEN], expected, rtol=1e-3, atol=1e-3)
+        assert not embeds[ids != build.IMAGE_TOKEN].any()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("attention", ["flash", "memory efficient", "eager", "flash_attention_2"])
     @pytest.mark.parametrize("backend", ["triton", "torch"])
-    def test_logits(self, build, dtype, attention, backend):
+    def test_logits(self, dtype, attention, backend):
         """No further from float32 on the CPU than twice what plain attention and plain torch are."""
         if attention == "flash_attention_2":
             pytest.importorskip("flash_attn")
-        vision = build.clip(hidden_size=128, num_attention_heads=4, intermediate_size=256)
-        text = build.text(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, intermediate_size=256)
-        stf, (ids, _), pixels = (
-            build.stf(torch.float32, vision=vision, text=text),
-            build.prompt([2, 2]),
-            build.pixels(4),
-        )
+        stf, (ids, _), pixels = build.stf(torch.float32, **build.wide()), build.prompt([2, 2]), build.pixels(4)
         with torch.no_grad():
             exact = stf(input_ids=ids, pixel_values=pixels.float()).logits
             stf = stf.to("cuda", dtype)
@@ -135,7 +130,7 @@ class TestOnAGpu:
             with use_backend(backend), sdpa_kernel(kernels.get(attention, SDPBackend.MATH)):
                 assert error() <= 2 * plain + 1e-4
 
-    def test_a_video_in_one_batch_is_at_least_as_fast_as_one_frame_at_a_time(self, build):
+    def test_a_video_in_one_batch_is_at_least_as_fast_as_one_frame_at_a_time(self):
         """32 frames through layers of CLIP-L's width; the same tokens either way."""
         vision = build.clip(
             hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=4, image_size=336

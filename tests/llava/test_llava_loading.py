@@ -1,10 +1,5 @@
 """Broken if this fails: a model on several devices, in few bits or over processes is not the model, or not allowed."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +9,21 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import llava_integration as li
+from tests.llava import build
+from tests.support.processes import python
 
-ROOT = Path(__file__).parents[2]
+SCRIPT = str(Path(__file__).with_name("two_processes.py"))
 
 
-def logits(model, build, dtype):
+def model_inputs(dtype):
     ids, mask = build.prompt([1, 2])
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": build.pixels(3, dtype)}
+
+
+def logits(model, dtype):
+    inputs = model_inputs(dtype)
     with torch.no_grad():
-        out = model(input_ids=ids, attention_mask=mask, pixel_values=build.pixels(3, dtype)).logits
-    return out[mask.bool()].float()
+        return model(**inputs).logits[inputs["attention_mask"].bool()].float()
 
 
 class TestQuantised:
@@ -42,7 +43,7 @@ class TestQuantised:
         assert kept - projector <= {"lm_head", linear[-1]}, "the rest is quantised as usual"
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_sixteen_bit_does_not_become_fp32(self, build, tmp_path, dtype):
+    def test_sixteen_bit_does_not_become_fp32(self, tmp_path, dtype):
         """transformers' flag for both is called keep-in-fp32; only its first half is meant."""
         build.stf(torch.float32).save_pretrained(tmp_path)
         for loader in (AutoModelForImageTextToText, li.LlavaStfModel):
@@ -50,21 +51,21 @@ class TestQuantised:
             assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
 
     @pytest.mark.parametrize("bits", [8, 4])
-    def test_bitsandbytes(self, build, tmp_path, bits):
+    def test_bitsandbytes(self, tmp_path, bits):
         bitsandbytes = pytest.importorskip("bitsandbytes")
         # Whole blocks of 64: on a CPU with AVX512-BF16 bitsandbytes packs 4 bit weights and takes no other widths.
         vision = build.clip(hidden_size=64, intermediate_size=128)
-        text = build.text(hidden_size=64, intermediate_size=128)
+        text = build.llama(hidden_size=64, intermediate_size=128)
         stf = build.stf(torch.float16, vision=vision, text=text)
         stf.save_pretrained(tmp_path / "full")
         config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.float16)
         loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "full", quantization_config=config)
-        self.check(build, stf, loaded, (bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit))
+        self.check(stf, loaded, (bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit))
         loaded.save_pretrained(tmp_path / "few")
         again = AutoModelForImageTextToText.from_pretrained(tmp_path / "few")
-        assert torch.equal(logits(again, build, torch.float16), logits(loaded, build, torch.float16))
+        assert torch.equal(logits(again, torch.float16), logits(loaded, torch.float16))
 
-    def test_torchao(self, build, tmp_path):
+    def test_torchao(self, tmp_path):
         quantization = pytest.importorskip("torchao.quantization")
         from transformers import TorchAoConfig
 
@@ -74,10 +75,10 @@ class TestQuantised:
             tmp_path, quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig())
         )
         assert "Int8" in type(loaded.model.language_model.layers[0].self_attn.q_proj.weight).__name__
-        self.check(build, stf, loaded, torch.nn.Linear)
+        self.check(stf, loaded, torch.nn.Linear)
 
     @pytest.mark.parametrize("kept", ["buffers", "nothing"])
-    def test_a_projector_without_parameters(self, build, stf, kept):
+    def test_a_projector_without_parameters(self, stf, kept):
         """Whoever quantises its linears all the same, as torch.ao does, gets an answer."""
 
         class Packed(torch.nn.Module):
@@ -90,26 +91,28 @@ class TestQuantised:
             def forward(self, x):
                 return torch.nn.functional.linear(x, self.weight, self.bias)
 
-        expected = logits(stf, build, torch.float64)
+        expected = logits(stf, torch.float64)
         for part in (stf.model.multi_modal_projector.mbtf, stf.model.multi_modal_projector.stf):
             part.linear_1, part.linear_2 = Packed(part.linear_1), Packed(part.linear_2)
-        assert torch.allclose(logits(stf, build, torch.float64), expected, atol=1e-10)
+        assert torch.allclose(logits(stf, torch.float64), expected, atol=1e-10)
 
     @staticmethod
-    def check(build, stf, loaded, quantised):
+    def check(stf, loaded, quantised):
         assert isinstance(loaded.model.language_model.layers[0].self_attn.q_proj, quantised)
         ours, theirs = (model.model.multi_modal_projector.state_dict() for model in (loaded, stf))
         assert all(torch.equal(value, theirs[name]) and value.dtype == stf.dtype for name, value in ours.items())
-        assert all(type(module) is not torch.nn.Linear or module.weight.dtype == stf.dtype
-                   for module in loaded.model.multi_modal_projector.modules())  # fmt: skip
-        expected = logits(stf, build, stf.dtype)
-        assert (logits(loaded, build, stf.dtype) - expected).abs().max() < 0.3 * expected.abs().max()
+        assert all(
+            type(module) is not torch.nn.Linear or module.weight.dtype == stf.dtype
+            for module in loaded.model.multi_modal_projector.modules()
+        )
+        expected = logits(stf, stf.dtype)
+        assert (logits(loaded, stf.dtype) - expected).abs().max() < 0.3 * expected.abs().max()
 
 
 class TestDeviceMap:
     """The tower and the projector stay whole; every part may live elsewhere."""
 
-    def test_tower_and_projector_are_not_split(self, build, tmp_path):
+    def test_tower_and_projector_are_not_split(self, tmp_path):
         """Room for half a tower a device: accelerate must move on rather than cut."""
         accelerate = pytest.importorskip("accelerate")
         for vision, name in ((build.clip(), "CLIPVisionModel"), (build.siglip(), "SiglipVisionModel")):
@@ -125,7 +128,7 @@ class TestDeviceMap:
                 assert not any(key.startswith(f"{part}.") for key in plan)
 
     @pytest.mark.parametrize("away", ["vision_tower", "multi_modal_projector", "language_model"])
-    def test_a_part_on_disk(self, build, tmp_path, away):
+    def test_a_part_on_disk(self, tmp_path, away):
         pytest.importorskip("accelerate")
         stf = build.stf(torch.float32)
         stf.save_pretrained(tmp_path / "model")
@@ -135,9 +138,8 @@ class TestDeviceMap:
             tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
         )
         assert all(parameter.is_meta for parameter in getattr(loaded.model, away).parameters())
-        assert torch.allclose(logits(loaded, build, torch.float32), logits(stf, build, torch.float32), atol=1e-5)
-        ids, mask = build.prompt([1, 2])
-        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": build.pixels(3, torch.float32)}
+        assert torch.allclose(logits(loaded, torch.float32), logits(stf, torch.float32), atol=1e-5)
+        inputs = model_inputs(torch.float32)
         options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
         assert torch.equal(loaded.generate(**inputs, **options), stf.generate(**inputs, **options))
 
@@ -150,38 +152,18 @@ class TestTensorParallel:
         assert any(name.endswith("q_proj") for name in stf.tp_plan)
         assert not any("multi_modal_projector" in name or "vision_tower" in name for name in stf.tp_plan)
 
-    def test_two_processes_give_the_logits_of_one(self, build, tmp_path):
+    def test_two_processes_give_the_logits_of_one(self, tmp_path):
         pytest.importorskip("accelerate")
-        stf, (ids, mask) = build.stf(torch.float32), build.prompt([1, 2])
-        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": build.pixels(3, torch.float32)}
+        stf, inputs = build.stf(torch.float32), model_inputs(torch.float32)
         stf.save_pretrained(tmp_path)
         torch.save(inputs, tmp_path / "inputs.pt")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        environment = os.environ | {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
-        }  # fmt: skip
-        script = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(tmp_path)]
-        ranks = [
-            subprocess.Popen(
-                script, cwd=ROOT, env=environment | {"RANK": rank, "LOCAL_RANK": rank},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in "01"
-        ]  # fmt: skip
-        try:
-            outputs = [rank.communicate(timeout=240) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        with torch.no_grad():
-            expected = stf(**inputs).logits
+        run = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", SCRIPT]
+        result = python(*run, str(tmp_path), timeout=240, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+        assert result.returncode == 0, result.stderr
+        expected = logits(stf, torch.float32)
         shapes = {name: list(p.shape) for name, p in stf.model.multi_modal_projector.named_parameters()}
-        for rank, (out, error) in zip(ranks, outputs, strict=True):
-            assert rank.returncode == 0, error
-            result = json.loads(out.splitlines()[-1])
-            assert result["query"] == [24, 48], "the language model is not split"
-            assert result["projector"] == shapes
-            assert torch.allclose(torch.tensor(result["logits"]), expected, atol=1e-5)
+        for rank in range(2):
+            found = torch.load(tmp_path / f"rank-{rank}.pt")
+            assert found["query"] == [24, 48], "the language model is not split"
+            assert found["projector"] == shapes
+            assert torch.allclose(found["logits"][inputs["attention_mask"].bool()], expected, atol=1e-5)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import reference
+from tests.llava import build
 
 
-def test_image_features_from_the_definition(build, stf):
+def test_image_features_from_the_definition(stf):
     """Concatenate the stock tower's hidden states, run the reference projector, compare."""
     pixels = build.pixels(2)
     config, projector = stf.config, stf.model.multi_modal_projector
@@ -19,7 +20,7 @@ def test_image_features_from_the_definition(build, stf):
     assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_blocks_are_views_of_the_hidden_states(build, stf):
+def test_blocks_are_views_of_the_hidden_states(stf):
     """No concatenation and no crop: the projector receives the hidden states themselves, CLS included."""
     seen = []
     stf.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.extend(args[0]))
@@ -31,10 +32,10 @@ def test_blocks_are_views_of_the_hidden_states(build, stf):
     assert len(layer_outputs) == 6, "layer 6 is deeper than any block and must not run"
 
 
-def test_gradients_reach_every_part(build, stf):
+def test_gradients_reach_every_part(stf):
     ids, mask = build.prompt([1, 2])
     stf.train()
-    labels = ids.masked_fill(ids == build.image_token, -100)
+    labels = ids.masked_fill(ids == build.IMAGE_TOKEN, -100)
     stf(input_ids=ids, attention_mask=mask, pixel_values=build.pixels(3), labels=labels).loss.backward()
     tower = stf.model.vision_tower
     for part in (stf.model.multi_modal_projector, stf.model.language_model.layers[0], tower.encoder.layers[4]):
@@ -50,6 +51,7 @@ class TestGeometries:
         [
             {"spatial_merge_size": 1},
             {"spatial_merge_size": 4},
+            {"spatial_merge_size": 3, "spatial_merge_truncate": True},
             {"vision_feature_layer": [6]},
             {"vision_feature_layer": [4], "use_mbtf": False},
             {"vision_feature_layer": [0, 6, 2, 2]},
@@ -59,7 +61,7 @@ class TestGeometries:
         ids=str,
     )
     @pytest.mark.parametrize("tower", ["clip", "siglip"])
-    def test_runs_and_equals_the_reference(self, build, monkeypatch, tower, changes):
+    def test_runs_and_equals_the_reference(self, monkeypatch, tower, changes):
         vision = getattr(build, tower)(num_hidden_layers=6)
         stf = build.stf(vision=vision, **changes)
         per_image = stf.config.image_seq_length
@@ -67,10 +69,3 @@ class TestGeometries:
         ids, mask = build.prompt([1, 2], per_image)
         expected = build.run(build.with_reference(stf, monkeypatch), ids, build.pixels(3), mask).logits
         assert torch.allclose(build.run(stf, ids, build.pixels(3), mask).logits, expected, atol=1e-10)
-
-    def test_truncated_grid(self, build, monkeypatch):
-        stf = build.stf(vision=build.siglip(image_size=70), spatial_merge_truncate=True)
-        ids, _ = build.prompt([1])
-        pixels = build.pixels(1, size=70)
-        expected = build.run(build.with_reference(stf, monkeypatch), ids, pixels).logits
-        assert torch.allclose(build.run(stf, ids, pixels).logits, expected, atol=1e-10)

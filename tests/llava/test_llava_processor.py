@@ -11,64 +11,65 @@ from transformers import (
 )
 
 import llava_integration as li
+from tests.llava import build
 
 
-def counts(processor, inputs):
-    return (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
+def frames(count, first=0):
+    return [build.image(first + i) for i in range(count)]
 
 
-def test_144_tokens_for_the_paper_model(build):
-    images = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    processor = li.LlavaStfProcessor(images, build.tokenizer())
-    inputs = processor(images=build.image(), text="USER : <image> what is", return_tensors="pt")
-    assert counts(processor, inputs) == [144]
-    assert inputs["pixel_values"].shape == (1, 3, 336, 336)
-    assert processor._get_num_multimodal_tokens(image_sizes=[(10, 20), (500, 300)])["num_image_tokens"] == [144, 144]
+def process(processor, text="<image> what is", **options):
+    """(image tokens of each prompt, all that the processor made)."""
+    inputs = processor(text=text, padding=True, return_tensors="pt", **options)
+    return (inputs["input_ids"] == processor.image_token_id).sum(1).tolist(), inputs
 
 
-@pytest.mark.parametrize(("merge_size", "expected"), [(1, 16), (2, 4), (3, 1), (4, 1)])
-def test_window_sizes(build, processor, merge_size, expected):
-    processor = li.LlavaStfProcessor(
-        processor.image_processor, processor.tokenizer, patch_size=14, spatial_merge_size=merge_size
-    )
-    inputs = processor(images=build.image(), text="<image> a cat", return_tensors="pt")
-    assert counts(processor, inputs) == [expected]
-    assert processor._get_num_multimodal_tokens(image_sizes=[(1, 1)])["num_image_tokens"] == [expected]
+def square(side):
+    return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
 
 
-def test_siglip_images_have_no_crop(build):
-    images = SiglipImageProcessorPil(size={"height": 56, "width": 56})
-    processor = li.LlavaStfProcessor(images, build.tokenizer(), vision_feature_select_strategy="full")
-    inputs = processor(images=build.image(), text="<image>", return_tensors="pt")
-    assert counts(processor, inputs) == [4]
-    assert processor._get_num_multimodal_tokens(image_sizes=[(1, 1)])["num_image_tokens"] == [4]
+@pytest.mark.parametrize(
+    ("images", "options", "expected"),
+    [
+        (CLIPImageProcessorPil(**square(336)), {}, 144),  # the paper's model
+        (CLIPImageProcessorPil(**square(56)), {"spatial_merge_size": 1}, 16),
+        (CLIPImageProcessorPil(**square(56)), {}, 4),
+        (CLIPImageProcessorPil(**square(56)), {"spatial_merge_size": 3}, 1),
+        (CLIPImageProcessorPil(**square(56)), {"spatial_merge_size": 4}, 1),
+        (SiglipImageProcessorPil(size={"height": 56, "width": 56}), {"vision_feature_select_strategy": "full"}, 4),
+    ],
+)
+def test_tokens_of_an_image(images, options, expected):
+    processor = li.LlavaStfProcessor(images, build.tokenizer(), **options)
+    found, inputs = process(processor, images=build.image())
+    assert found == [expected]
+    assert inputs["pixel_values"].shape[0] == 1
+    counted = processor._get_num_multimodal_tokens(image_sizes=[(10, 20), (500, 300)])
+    assert counted["num_image_tokens"] == [expected] * 2
 
 
-def test_what_it_writes_the_model_takes(build, stf, processor):
+def test_what_it_writes_the_model_takes(stf, processor):
     texts = ["USER : <image> and <image> ASSISTANT :", "what is", "<image>"]
-    inputs = processor(images=[build.image(i) for i in range(3)], text=texts, padding=True, return_tensors="pt")
-    assert counts(processor, inputs) == [8, 0, 4]
+    found, inputs = process(processor, texts, images=frames(3))
+    assert found == [8, 0, 4]
     assert inputs["attention_mask"][:, 0].tolist() == [1, 0, 0], "left padding"
     assert stf.float().generate(**inputs, max_new_tokens=2).shape[0] == 3
 
 
-def test_images_nested_by_prompt(build, processor):
-    images = [[build.image(0), build.image(1)], [build.image(2)]]
-    inputs = processor(images=images, text=["<image> <image>", "<image>"], padding=True, return_tensors="pt")
-    assert counts(processor, inputs) == [8, 4]
-    assert inputs["pixel_values"].shape[0] == 3
+def test_images_nested_by_prompt(processor):
+    found, inputs = process(processor, ["<image> <image>", "<image>"], images=[frames(2), frames(1, 2)])
+    assert found == [8, 4]
+    assert torch.equal(inputs["pixel_values"], processor(images=frames(3), return_tensors="pt")["pixel_values"])
 
 
-def test_expanded_prompts_are_left_alone(build, processor):
-    once = processor(images=[build.image()], text="USER : <image> a cat", return_tensors="pt")
-    expanded = "USER : " + "<image>" * 4 + " a cat"
-    again = processor(images=[build.image()], text=expanded, return_tensors="pt")
+def test_expanded_prompts_are_left_alone(processor):
+    _, once = process(processor, "USER : <image> a cat", images=[build.image()])
+    _, again = process(processor, "USER : " + "<image>" * 4 + " a cat", images=[build.image()])
     assert torch.equal(once["input_ids"], again["input_ids"])
-    two = processor(images=[build.image()] * 2, text=["<image>" * 4] * 2, return_tensors="pt")
-    assert counts(processor, two) == [4, 4]
+    assert process(processor, ["<image>" * 4] * 2, images=frames(2))[0] == [4, 4]
 
 
-def test_text_or_images_alone(build, processor):
+def test_text_or_images_alone(processor):
     assert "pixel_values" not in processor(text="a cat", return_tensors="pt")
     assert "input_ids" not in processor(images=build.image(), return_tensors="pt")
 
@@ -76,38 +77,21 @@ def test_text_or_images_alone(build, processor):
 class TestVideo:
     """T frames are T images' worth of tokens, in order, behind one placeholder."""
 
-    def test_frames_behind_one_placeholder(self, build, processor):
-        frames = [build.image(i) for i in range(5)]
-        video = processor(
-            videos=[frames[:3], frames[3:]], text=["<image> a cat", "dog <image>"], return_tensors="pt", padding=True
-        )
-        assert counts(processor, video) == [12, 8]
-        images = processor(images=frames, return_tensors="pt")
+    def test_frames_behind_one_placeholder(self, stf, processor):
+        five = frames(5)
+        found, video = process(processor, ["<image> a cat", "dog <image>"], videos=[five[:3], five[3:]])
+        assert found == [12, 8]
+        images = processor(images=five, return_tensors="pt")
         assert torch.equal(video["pixel_values"], images["pixel_values"]), "frames in order, two videos in order"
+        for beams in (1, 2):
+            assert stf.float().generate(**video, max_new_tokens=2, num_beams=beams).shape[0] == 2
 
     @pytest.mark.parametrize("per_frame", [1, 4], ids=["one per frame", "expanded"])
-    def test_prompts_with_more_than_one_token_a_video(self, build, processor, per_frame):
-        frames = [build.image(i) for i in range(3)]
+    def test_prompts_with_more_than_one_token_a_video(self, processor, per_frame):
         text = "USER : " + "<image>" * 3 * per_frame + " what"
-        inputs = processor(videos=[frames], text=text, return_tensors="pt")
-        assert counts(processor, inputs) == [12]
+        found, inputs = process(processor, text, videos=[frames(3)])
+        assert found == [12]
         assert len(inputs["pixel_values"]) == 3
-
-    def test_one_video_as_an_array(self, build, processor):
-        frames = torch.randint(0, 256, (3, 60, 80, 3), dtype=torch.uint8)
-        inputs = processor(videos=frames.numpy(), text="<image> what is", return_tensors="pt")
-        assert counts(processor, inputs) == [12]
-        assert inputs["pixel_values"].shape[0] == 3
-
-    @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
-    def test_generates(self, build, stf, processor, options):
-        inputs = processor(
-            videos=[[build.image(i) for i in range(3)], [build.image(7)]],
-            text=["<image> a cat", "dog <image>"],
-            return_tensors="pt",
-            padding=True,
-        )
-        assert stf.float().generate(**inputs, max_new_tokens=2, **options).shape[0] == 2
 
     @pytest.mark.parametrize("videos", [[], [[]], torch.zeros(0, 3, 8, 8), [torch.zeros(0, 3, 8, 8).numpy()]], ids=str)
     def test_without_frames(self, processor, videos):
@@ -119,65 +103,61 @@ class TestVideo:
         with pytest.raises((ValueError, TypeError), match="videos: expected"):
             processor(videos=video, text="<image>")
 
-    def test_frames_of_several_sizes_and_kinds(self, build, processor):
-        frames = [build.image(0), build.image(1, (30, 90)), build.image(2).convert("L")]
-        inputs = processor(videos=[frames, frames[:1]], text="<image> and <image>", return_tensors="pt")
-        assert counts(processor, inputs) == [16]
-        expected = processor(images=[*frames, frames[0]], return_tensors="pt")["pixel_values"]
+    def test_frames_of_several_sizes_and_kinds(self, processor):
+        three = [build.image(0), build.image(1, (30, 90)), build.image(2).convert("L")]
+        found, inputs = process(processor, "<image> and <image>", videos=[three, three[:1]])
+        assert found == [16]
+        expected = processor(images=[*three, three[0]], return_tensors="pt")["pixel_values"]
         assert torch.equal(inputs["pixel_values"], expected)
 
-    def test_nested_by_prompt_and_as_one_array(self, build, processor):
+    def test_one_array_of_one_video_or_several_or_nested_by_prompt(self, processor):
         video = torch.randint(0, 256, (2, 3, 60, 80, 3), dtype=torch.uint8).numpy()
-        one = processor(videos=video, text="<image> and <image>", return_tensors="pt")
-        other = processor(videos=[[video[0]], [list(video[1])]], text="<image> and <image>", return_tensors="pt")
-        assert counts(processor, one) == [24]
+        assert process(processor, videos=video[0])[0] == [12]
+        found, one = process(processor, "<image> and <image>", videos=video)
+        _, other = process(processor, "<image> and <image>", videos=[[video[0]], [list(video[1])]])
+        assert found == [24]
         assert torch.equal(one["pixel_values"], other["pixel_values"])
 
-    def test_bad_videos(self, build, processor):
-        with pytest.raises(TypeError, match="videos: expected frames, got a path"):
-            processor(videos="film.mp4", text="<image>")
-        with pytest.raises(ValueError, match=r"videos: expected images or videos, .* got both"):
-            processor(videos=[build.image()], images=[build.image()], text="<image>")
-        with pytest.raises(ValueError, match=r"text: found 3 <image> tokens for 1 video\(s\) of 2 frame"):
-            processor(videos=[build.image(), build.image()], text="<image> <image> <image>")
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"videos": "film.mp4"}, TypeError, "videos: expected frames, got a path"),
+            ({"videos": frames(1), "images": frames(1)}, ValueError, "videos: expected images or videos, .* got both"),
+            ({"videos": frames(2)}, ValueError, r"text: found 3 <image> tokens for 1 video\(s\) of 2 frame"),
+        ],
+    )
+    def test_bad_videos(self, processor, options, error, message):
+        with pytest.raises(error, match=message):
+            processor(text="<image> <image> <image>", **options)
 
 
-def test_saved_and_loaded_by_auto_processor(build, processor, tmp_path):
+def test_saved_and_loaded_by_auto_processor(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is li.LlavaStfProcessor
     assert (loaded.patch_size, loaded.spatial_merge_size) == (14, 2)
-    inputs, again = (p(images=build.image(), text="<image> a cat", return_tensors="pt") for p in (processor, loaded))
-    assert torch.equal(inputs["input_ids"], again["input_ids"])
-    assert torch.equal(inputs["pixel_values"], again["pixel_values"])
+    one, other = (process(each, images=build.image())[1] for each in (processor, loaded))
+    assert all(torch.equal(one[name], other[name]) for name in ("input_ids", "pixel_values"))
 
 
-def test_from_the_stock_processor(build, processor):
-    stock = LlavaProcessor(
-        processor.image_processor,
-        processor.tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    assert counts(stock, stock(images=build.image(), text="<image>", return_tensors="pt")) == [16]
-    ours = li.LlavaStfProcessor.from_llava(stock)
-    assert counts(ours, ours(images=build.image(), text="<image>", return_tensors="pt")) == [4]
+def test_from_the_stock_processor(processor):
+    options = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    stock = LlavaProcessor(processor.image_processor, processor.tokenizer, patch_size=14, **options)
+    assert process(stock, images=build.image())[0] == [16]
+    assert process(li.LlavaStfProcessor.from_llava(stock), images=build.image())[0] == [4]
     with pytest.raises(TypeError, match="processor: expected a LlavaProcessor, got NoneType"):
         li.LlavaStfProcessor.from_llava(None)
     stock.patch_size = None  # as in checkpoints of 2023
-    with pytest.raises(
-        ValueError, match=r"patch_size: .* got None; set it to model\.config\.vision_config\.patch_size"
-    ):
+    match = r"patch_size: .* got None; set it to model\.config\.vision_config\.patch_size"
+    with pytest.raises(ValueError, match=match):
         li.LlavaStfProcessor.from_llava(stock)
 
 
-def test_chat_template(build, processor):
+def test_chat_template(processor):
     content = [{"type": "image", "image": build.image()}, {"type": "text", "text": "what is"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "USER", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    assert counts(processor, inputs) == [4]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([{"role": "USER", "content": content}], **options)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 4
 
 
 class TestBadInput:
@@ -191,17 +171,17 @@ class TestBadInput:
             (1, "<image>" * 16, 16, "expected 1, one per image, or 4 where LlavaStfProcessor has expanded"),
         ],
     )
-    def test_counts_that_do_not_match(self, build, processor, images, text, found, expected):
-        images = [build.image()] * images or None
+    def test_counts_that_do_not_match(self, processor, images, text, found, expected):
         with pytest.raises(ValueError, match=rf"text: found {found} <image> tokens for \d image\(s\); {expected}"):
-            processor(images=images, text=text)
+            processor(images=frames(images) or None, text=text)
 
-    def test_neither_text_nor_images(self, processor):
-        with pytest.raises(ValueError, match="images, text: expected at least one"):
-            processor()
+    def test_images_of_another_prompt(self, processor):
+        """As many in all, but the second image would have gone into the second prompt."""
+        with pytest.raises(ValueError, match=r"text: found 1 <image> tokens in prompt 0 for 2 image\(s\)"):
+            processor(images=[frames(2), frames(1)], text=["<image>", "<image> <image>"])
 
     @pytest.mark.parametrize("text", [7, [3, 4], [["a"]]])
-    def test_text_that_is_none(self, build, processor, text):
+    def test_text_that_is_none(self, processor, text):
         with pytest.raises((ValueError, TypeError), match="text: expected a string or a list of strings"):
             processor(images=build.image(), text=text)
 
@@ -210,17 +190,9 @@ class TestBadInput:
         with pytest.raises((ValueError, TypeError), match="images: expected"):
             processor(images=image, text="<image>")
 
-    def test_images_of_another_prompt(self, build, processor):
-        """As many in all, but the second image would have gone into the second prompt."""
-        images = [[build.image(0), build.image(1)], [build.image(2)]]
-        with pytest.raises(ValueError, match=r"text: found 1 <image> tokens in prompt 0 for 2 image\(s\)"):
-            processor(images=images, text=["<image>", "<image> <image>"])
-
     @pytest.mark.parametrize("pad", [False, True])
-    def test_arrays_that_are_no_image(self, build, processor, pad):
-        processor.image_processor = LlavaImageProcessorPil(
-            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_pad=pad
-        )
+    def test_arrays_that_are_no_image(self, processor, pad):
+        processor.image_processor = LlavaImageProcessorPil(**square(56), do_pad=pad)
         for shape in ((8, 8, 2), (0, 8, 3), (5,)):
             with pytest.raises(ValueError, match=r"^images: expected") as caught:
                 processor(images=torch.zeros(shape, dtype=torch.uint8).numpy(), text="<image>")
@@ -232,17 +204,30 @@ class TestBadInput:
             with pytest.raises(ValueError, match=rf"^images: expected .* got '{name}'"):
                 processor(images=name, text="<image>")
 
-    @pytest.mark.parametrize(("name", "value"), [("patch_size", None), ("patch_size", 0), ("spatial_merge_size", 2.0)])
-    def test_sizes(self, processor, name, value):
-        with pytest.raises(ValueError, match=f"{name}: expected a positive int, got {value}"):
-            li.LlavaStfProcessor(processor.image_processor, processor.tokenizer, **{name: value})
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"patch_size": None}, "patch_size: expected a positive int, got None"),
+            ({"patch_size": 0}, "patch_size: expected a positive int, got 0"),
+            ({"spatial_merge_size": 2.0}, "spatial_merge_size: expected a positive int, got 2.0"),
+            ({"tokenizer": None}, "tokenizer: expected one, got None"),
+            ({"image_processor": None}, "image_processor: expected one, got None"),
+            (
+                {"tokenizer": build.tokenizer(["<pad>", "<unk>", "<s>", "</s>"])},
+                r"tokenizer: expected one token for '<image>'.*add_tokens",
+            ),
+        ],
+    )
+    def test_construction(self, processor, options, message):
+        parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
+        with pytest.raises(ValueError, match=message):
+            li.LlavaStfProcessor(**parts | options)
 
-    def test_a_tokenizer_without_the_image_token(self, build, processor):
-        with pytest.raises(ValueError, match=r"tokenizer: expected one token for '<image>'.*add_tokens"):
-            li.LlavaStfProcessor(processor.image_processor, build.tokenizer(with_image=False))
+    def test_images_of_any_size(self, processor):
+        processor.image_processor.crop_size = None
+        with pytest.raises(ValueError, match="image_processor: expected a crop_size or size with height and width"):
+            processor(images=build.image(), videos=None, text="<image>")
 
-    def test_parts_that_are_missing(self, processor):
-        with pytest.raises(ValueError, match="tokenizer: expected one, got None"):
-            li.LlavaStfProcessor(processor.image_processor)
-        with pytest.raises(ValueError, match="image_processor: expected one, got None"):
-            li.LlavaStfProcessor(tokenizer=processor.tokenizer)
+    def test_neither_text_nor_images(self, processor):
+        with pytest.raises(ValueError, match="images, text: expected at least one"):
+            processor()

@@ -6,18 +6,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import masking_utils
 
 import llava_integration as li
+from tests.llava import build
 
 
-def eager(model, ids, pixels):
+def eager(model, ids, pixels=None):
     with torch.no_grad():
         return model(input_ids=ids, pixel_values=pixels, use_cache=True)
 
 
-def prompt(build, model, images=(1, 1)):
-    config = model.config
-    is_stf = isinstance(model, li.LlavaStfForConditionalGeneration)
-    ids, _ = build.prompt(images, config.image_seq_length if is_stf else 16)
+def prompt(model, images=(1, 1)):
+    ids, _ = build.prompt(images, model.config.image_seq_length)
     return ids, build.pixels(sum(images))
+
+
+def check(model):
+    """Two calls of one runner, whose results are the caller's to keep."""
+    ids, pixels = prompt(model)
+    runner = li.PrefillRunner(model, *ids.shape)
+    for images, logits in [(images, runner(ids, images)) for images in (pixels, pixels.flip(0))]:
+        assert logits.shape == (2, 64)
+        atol = 1e-6 if model.config._attn_implementation == "eager" else 1e-12  # eager takes softmax in fp32
+        assert torch.allclose(logits, eager(model, ids, images).logits[:, -1], rtol=0, atol=atol)
 
 
 @pytest.fixture(params=["stf", "stock"])
@@ -25,17 +34,12 @@ def model(request):
     return request.getfixturevalue(request.param)
 
 
-def test_logits_equal_the_eager_forward(build, model):
-    ids, pixels = prompt(build, model)
-    runner = li.PrefillRunner(model, *ids.shape)
-    for images in (pixels, pixels.flip(0)):
-        logits = runner(ids, images)
-        assert logits.shape == (2, 64)
-        assert torch.allclose(logits, eager(model, ids, images).logits[:, -1], rtol=0, atol=1e-12)
+def test_logits_equal_the_eager_forward(model):
+    check(model)
 
 
-def test_decoding_continues_from_the_cache(build, model):
-    ids, pixels = prompt(build, model)
+def test_decoding_continues_from_the_cache(model):
+    ids, pixels = prompt(model)
     runner = li.PrefillRunner(model, *ids.shape, max_new_tokens=4)
     for _ in range(2):  # the second prefill must start over in the same cache
         logits = runner(ids, pixels)
@@ -49,86 +53,53 @@ def test_decoding_continues_from_the_cache(build, model):
             assert torch.allclose(logits, out.logits[:, -1], rtol=0, atol=1e-10)
 
 
-def test_several_images_none_and_another_count(build, stf):
-    ids, pixels = prompt(build, stf, (2, 2))
+def test_several_images_none_and_another_count(stf):
+    ids, pixels = prompt(stf, (2, 2))
     runner = li.PrefillRunner(stf, *ids.shape)
-    assert torch.allclose(runner(ids, pixels), eager(stf, ids, pixels).logits[:, -1], atol=1e-12)
     text = torch.full_like(ids, 7)
-    assert torch.allclose(runner(text), eager(stf, text, None).logits[:, -1], atol=1e-12)
     one = text.clone()
-    one[1, 3:7] = build.image_token
-    assert torch.allclose(runner(one, pixels[:1]), eager(stf, one, pixels[:1]).logits[:, -1], atol=1e-12)
+    one[1, 3:7] = build.IMAGE_TOKEN
+    for call in ((ids, pixels), (text,), (one, pixels[:1])):
+        assert torch.allclose(runner(*call), eager(stf, *call).logits[:, -1], atol=1e-12)
 
 
-def test_eager_attention(build, stf):
-    """Its mask is a tensor and must be as wide as the keys that attention gets."""
-    stf.set_attn_implementation("eager")
-    ids, pixels = prompt(build, stf)
-    logits = li.PrefillRunner(stf, *ids.shape)(ids, pixels)
-    assert torch.allclose(logits, eager(stf, ids, pixels).logits[:, -1], atol=1e-6)
-
-
-def test_a_stock_prompt_of_the_wrong_length(build, stock):
-    ids, _ = build.prompt([1, 1], 4)
-    with pytest.raises(ValueError, match="input_ids: found 8 image tokens, but 32 are needed"):
-        li.PrefillRunner(stock, *ids.shape)(ids, build.pixels(2))
-
-
-def test_attention_reads_the_prompt_only(build, stf):
-    """Not the whole static buffer: that would cost time and need a mask."""
-    ids, pixels = prompt(build, stf)
-    seen = []
-    attention = stf.model.language_model.layers[0].self_attn
-    attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    li.PrefillRunner(stf, *ids.shape, max_new_tokens=50)(ids, pixels)
-    assert seen == [None]
-
-
-def test_no_mask_is_made_under_capture_either(build, model, monkeypatch):
-    """transformers 5.17 makes one for every captured stream, and with a mask sdpa has no flash kernel."""
-    ids, pixels = prompt(build, model)
+@pytest.mark.parametrize("capturing", [False, True])
+def test_attention_reads_the_prompt_only_and_without_a_mask(model, monkeypatch, capturing):
+    """Not the whole static buffer: that costs time. With a mask, which transformers makes under capture, sdpa has no
+    flash kernel."""
+    ids, pixels = prompt(model)
     expected = eager(model, ids, pixels).logits[:, -1]
-    masks, seen = [], []
+    made, seen = [], []
     layer = model.model.language_model.layers[0].self_attn
     layer.register_forward_pre_hook(lambda *call: seen.append(call[2]["attention_mask"]), with_kwargs=True)
-    made = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setitem(
-        masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", lambda *a, **k: masks.append(1) or made(*a, **k)
-    )
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    logits = li.PrefillRunner(model, *ids.shape)(ids, pixels)
+    make, masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(masks, "sdpa", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    logits = li.PrefillRunner(model, *ids.shape, max_new_tokens=50)(ids, pixels)
     assert seen == [None]
-    assert masks == []
+    assert not capturing or not made
     assert torch.allclose(logits, expected, rtol=0, atol=1e-12)
     assert model.model.language_model.config._attn_implementation == "sdpa"
 
 
-def test_tower_layers_that_run(build, stock):
-    ids, pixels = prompt(build, stock)
+def test_eager_attention(stf):
+    """Its mask is a tensor and must be as wide as the keys that attention gets."""
+    stf.set_attn_implementation("eager")
+    check(stf)
+
+
+def test_a_list_of_layers_in_the_stock_model():
+    check(build.stock(vision_feature_layer=[-2, 2]))
+
+
+def test_tower_layers_that_run(stock):
+    ids, pixels = prompt(stock)
     ran = []
     for layer in stock.model.vision_tower.encoder.layers:
         layer.register_forward_hook(lambda *_: ran.append(1))
     logits = [li.PrefillRunner(stock, *ids.shape, full_tower=full)(ids, pixels) for full in (False, True)]
     assert len(ran) == 5 + 6
     assert torch.equal(*logits)
-
-
-def test_a_list_of_layers_in_the_stock_model(build):
-    stock = build.stock(vision_feature_layer=[-2, 2])
-    ids, pixels = prompt(build, stock)
-    logits = li.PrefillRunner(stock, *ids.shape)(ids, pixels)
-    assert torch.allclose(logits, eager(stock, ids, pixels).logits[:, -1], atol=1e-12)
-
-
-def test_returned_logits_are_the_callers(build, stf):
-    ids, pixels = prompt(build, stf)
-    runner = li.PrefillRunner(stf, *ids.shape)
-    first = runner(ids, pixels)
-    kept = first.clone()
-    runner(ids, pixels.flip(0))
-    assert torch.equal(first, kept)
 
 
 class TestBadInput:
@@ -145,21 +116,28 @@ class TestBadInput:
             (lambda i, p: (i, None), ValueError, "input_ids: found 8 image tokens .* 0 are needed"),
         ],
     )
-    def test_calls(self, build, stf, change, error, message):
-        ids, pixels = prompt(build, stf)
-        runner = li.PrefillRunner(stf, *ids.shape)
+    def test_calls(self, stf, change, error, message):
+        ids, pixels = prompt(stf)
         with pytest.raises(error, match=message):
-            runner(*change(ids, pixels))
+            li.PrefillRunner(stf, *ids.shape)(*change(ids, pixels))
 
-    def test_construction(self, build, stf):
-        with pytest.raises(TypeError, match="model: expected a LLaVA or LLaVA-STF ForConditionalGeneration, got"):
-            li.PrefillRunner(stf.model, 1, 8)
-        with pytest.raises(ValueError, match="batch: expected an int of at least 1, got 0"):
-            li.PrefillRunner(stf, 0, 8)
-        with pytest.raises(ValueError, match=r"seq_len: expected an int of at least 1, got 8.0"):
-            li.PrefillRunner(stf, 1, 8.0)
-        with pytest.raises(ValueError, match="model: expected eval mode"):
-            li.PrefillRunner(stf.train(), 1, 8)
+    def test_a_stock_prompt_of_the_wrong_length(self, stock):
+        ids, _ = build.prompt([1, 1], 4)
+        with pytest.raises(ValueError, match="input_ids: found 8 image tokens, but 32 are needed"):
+            li.PrefillRunner(stock, *ids.shape)(ids, build.pixels(2))
+
+    @pytest.mark.parametrize(
+        ("change", "batch", "seq_len", "error", "message"),
+        [
+            (lambda m: m.model, 1, 8, TypeError, "model: expected a LLaVA or LLaVA-STF ForConditionalGeneration, got"),
+            (lambda m: m.train(), 1, 8, ValueError, "model: expected eval mode"),
+            (lambda m: m, 0, 8, ValueError, "batch: expected an int of at least 1, got 0"),
+            (lambda m: m, 1, 8.0, ValueError, r"seq_len: expected an int of at least 1, got 8.0"),
+        ],
+    )
+    def test_construction(self, stf, change, batch, seq_len, error, message):
+        with pytest.raises(error, match=message):
+            li.PrefillRunner(change(stf), batch, seq_len)
 
 
 @pytest.mark.gpu
@@ -168,9 +146,9 @@ class TestGraph:
     """One CUDA graph, no synchronisation in it, the same logits as eager."""
 
     @pytest.mark.parametrize("kind", ["stf", "stock"])
-    def test_captured_equals_eager_and_does_not_wait(self, build, kind):
+    def test_captured_equals_eager_and_does_not_wait(self, kind):
         model = getattr(build, kind)(torch.float32).cuda()
-        ids, pixels = (t.cuda() for t in prompt(build, model))
+        ids, pixels = (t.cuda() for t in prompt(model))
         pixels = pixels.float()
         runner = li.PrefillRunner(model, *ids.shape)
         runner(ids, pixels)
@@ -188,23 +166,10 @@ class TestGraph:
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("kind", ["stf", "stock"])
-    def test_the_flash_kernels_serve_it(self, build, kind):
+    def test_the_flash_kernels_serve_it(self, kind):
         """With no other kernel to choose from, a mask would be an error."""
-        vision = build.clip(hidden_size=128, num_attention_heads=4, intermediate_size=256)
-        text = build.text(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, intermediate_size=256)
-        model = getattr(build, kind)(torch.float32, vision=vision, text=text).to("cuda", torch.bfloat16)
-        ids, pixels = (t.cuda() for t in prompt(build, model))
+        model = getattr(build, kind)(torch.float32, **build.wide()).to("cuda", torch.bfloat16)
+        ids, pixels = (t.cuda() for t in prompt(model))
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             logits = li.PrefillRunner(model, *ids.shape)(ids, pixels.bfloat16())
         assert logits.isfinite().all()
-
-    def test_the_image_path_of_the_eager_forward_does_not_wait_under_capture(self, build):
-        model = build.stf(torch.float32).cuda()
-        pixels = build.pixels(2, torch.float32).cuda()
-        model.model.project_images(pixels)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with torch.no_grad():
-                model.model.project_images(pixels)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

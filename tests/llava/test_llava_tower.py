@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModel
 
 from llava_integration.core.tower import tower_hidden_states
+from tests.llava import build
 
 
 def make_tower(config, attn="sdpa"):
@@ -14,7 +15,7 @@ def make_tower(config, attn="sdpa"):
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_bit_for_bit_the_stock_hidden_states(build, tower, attn):
+def test_bit_for_bit_the_stock_hidden_states(tower, attn):
     tower = make_tower(getattr(build, tower)(), attn)
     pixels = build.pixels(2, torch.float32)
     with torch.no_grad():
@@ -28,7 +29,7 @@ def test_bit_for_bit_the_stock_hidden_states(build, tower, attn):
 
 @pytest.mark.parametrize(("layers", "runs"), [([4, 2], 4), ([1, 3], 3), ([0], 0), ([6], 6)])
 @pytest.mark.parametrize("run_all", [False, True])
-def test_stops_after_the_deepest_block_unless_asked(build, layers, runs, run_all):
+def test_stops_after_the_deepest_block_unless_asked(layers, runs, run_all):
     tower, called = make_tower(build.clip()), []
     for layer in tower.encoder.layers:
         layer.register_forward_hook(lambda module, *_: called.append(module))
@@ -39,14 +40,15 @@ def test_stops_after_the_deepest_block_unless_asked(build, layers, runs, run_all
     assert all(map(torch.equal, found, tower_hidden_states(tower, pixels, layers)))
 
 
-@pytest.mark.parametrize("shape", [(3, 56, 56), (1, 3, 56, 70), (1, 1, 56, 56)])
-def test_pixels_of_another_shape_are_refused(build, shape):
-    tower = make_tower(build.siglip())
-    with pytest.raises(ValueError, match=r"pixel_values: expected \[images, 3, 56, 56\], got"):
-        tower_hidden_states(tower, torch.zeros(shape), [1])
+SHAPES = ((3, 56, 56), (1, 3, 56, 70), (1, 1, 56, 56))
+NO_FLOATS = (torch.zeros(1, 3, 56, 56, dtype=torch.uint8), [1.0], None)
 
 
-@pytest.mark.parametrize("pixels", [torch.zeros(1, 3, 56, 56, dtype=torch.uint8), [1.0], None])
-def test_pixels_that_are_no_float_tensor_are_refused(build, pixels):
-    with pytest.raises(TypeError, match="pixel_values: expected a floating-point tensor"):
-        tower_hidden_states(make_tower(build.clip()), pixels, [1])
+@pytest.mark.parametrize(
+    ("pixels", "error", "message"),
+    [(torch.zeros(shape), ValueError, r"\[images, 3, 56, 56\], got") for shape in SHAPES]
+    + [(pixels, TypeError, "a floating-point tensor") for pixels in NO_FLOATS],
+)
+def test_other_pixels_are_refused(pixels, error, message):
+    with pytest.raises(error, match=f"pixel_values: expected {message}"):
+        tower_hidden_states(make_tower(build.siglip()), pixels, [1])

@@ -5,10 +5,11 @@ import torch
 
 from llava_integration.core import model as core_model
 from llava_integration.core import tower
+from tests.llava import build
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sixteen_bit(build, dtype):
+def test_sixteen_bit(dtype):
     full, half = build.stf(torch.float32), build.stf(dtype)
     half.load_state_dict(full.state_dict())  # torch 2.11 draws other random numbers in 16 bit
     ids, mask = build.prompt([1, 2])
@@ -18,27 +19,11 @@ def test_sixteen_bit(build, dtype):
     assert (got.float() - expected)[mask.bool()].abs().max() < 0.1 * expected.abs().max()
 
 
-def test_gradient_checkpointing(build, stf):
-    ids, mask = build.prompt([1])
-    pixels = build.pixels(1)
-    stf.train()
-
-    def gradient():
-        stf.zero_grad()
-        stf(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=ids).loss.backward()
-        return stf.model.multi_modal_projector.mbtf.linear_1.weight.grad.clone()
-
-    expected = gradient()
-    stf.gradient_checkpointing_enable({"use_reentrant": False})
-    assert stf.model.vision_tower.encoder.layers[0].gradient_checkpointing
-    assert torch.allclose(gradient(), expected, rtol=1e-10)
-
-
 class TestChunks:
     """On a CPU a video is encoded frame by frame: same tokens, in order, as all at once."""
 
     @pytest.mark.parametrize("grad", [False, True])
-    def test_same_tokens(self, build, stf, monkeypatch, grad):
+    def test_same_tokens(self, stf, monkeypatch, grad):
         ids, mask = build.prompt([2, 0, 3])
         pixels, batches = build.pixels(5), []
         stf.model.vision_tower.embeddings.register_forward_hook(lambda m, args, out: batches.append(len(out)))
@@ -50,27 +35,24 @@ class TestChunks:
         assert torch.allclose(got.logits, expected.logits, rtol=0, atol=1e-12)
         assert torch.allclose(got.image_hidden_states, expected.image_hidden_states, rtol=0, atol=1e-12)
 
-    def test_offloaded_weights_are_loaded_once(self, build, stf):
+    def test_offloaded_weights_are_loaded_once(self, stf):
         assert [len(part) for part in tower.image_chunks(stf.model.vision_tower.to("meta"), build.pixels(3))] == [3]
 
 
-def test_low_rank_adapters_on_the_projector(build):
+def test_low_rank_adapters_on_the_projector():
     """PEFT replaces the projector's linears: the adapters must count, in place and plainly."""
     peft = pytest.importorskip("peft")
     stf, (ids, mask), pixels = build.stf(), build.prompt([1, 2]), build.pixels(3)
     before = build.run(stf, ids, pixels, mask).logits
     config = peft.LoraConfig(target_modules=r".*multi_modal_projector.*linear_\d", init_lora_weights=False)
     adapted = peft.get_peft_model(stf, config).double().eval()
-    in_place, plain = (
-        build.run(adapted, ids, pixels, mask).logits,
-        build.run(adapted, ids, pixels, mask, grad=True).logits,
-    )
+    in_place, plain = (build.run(adapted, ids, pixels, mask, grad=grad).logits for grad in (False, True))
     assert torch.allclose(in_place, plain, atol=1e-10)
     assert not torch.allclose(in_place, before, atol=1e-3)
     assert torch.allclose(build.run(adapted.merge_and_unload(), ids, pixels, mask).logits, plain, atol=1e-10)
 
 
-def test_offloaded_weights(build):
+def test_offloaded_weights():
     """accelerate leaves parameters on the meta device between calls."""
     accelerate = pytest.importorskip("accelerate")
     stf, (ids, mask), pixels = build.stf(), build.prompt([1, 2]), build.pixels(3)
@@ -80,7 +62,7 @@ def test_offloaded_weights(build):
     assert torch.allclose(build.run(stf, ids, pixels, mask).logits, expected, atol=1e-10)
 
 
-def test_tower_and_projector_compile_without_a_graph_break(build):
+def test_tower_and_projector_compile_without_a_graph_break():
     stf = build.stf(torch.float32, vision=build.clip(num_hidden_layers=1), vision_feature_layer=[1, 0])
     project = torch.compile(stf.model.project_images, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -89,17 +71,12 @@ def test_tower_and_projector_compile_without_a_graph_break(build):
             assert torch.allclose(project(pixels), stf.model.project_images(pixels), atol=1e-5)
 
 
-def test_the_whole_forward_compiles_to_two_graphs_without_a_break(build):
+def test_the_whole_forward_compiles_to_two_graphs_without_a_break():
     """One for the first batch size, one for all others: no loop over chunks of images in the graph."""
-    text, vision = build.text(num_hidden_layers=1), build.clip(num_hidden_layers=1)
+    text, vision = build.llama(num_hidden_layers=1), build.clip(num_hidden_layers=1)
     stf = build.stf(torch.float32, vision=vision, text=text, vision_feature_layer=[1, 0])
     graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(stf, fullgraph=True, backend=backend)
+    compiled = torch.compile(stf, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     with torch.no_grad():
         for batch in (1, 2, 3, 4, 5):
             ids, _ = build.prompt([1] * batch)
