@@ -62,7 +62,7 @@ class Run:
         self.fewest, self.most = (args.rounds, args.rounds) if args.rounds else (2, 20 if self.gpu else 6)
         self.process = models.image_processor(self.preset)
         self.cells: list[Eager] = []
-        tf32 = torch.backends.cuda.matmul.allow_tf32
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
         self.result = results.describe("prefill", device) | {
             "dtype": str(self.dtype).removeprefix("torch."),
             "preset": self.preset.name,

@@ -79,7 +79,7 @@ class GemmConfig:
 
     def compiler_options(self) -> dict[str, int | bool]:
         """The keyword arguments of a launch that are not the kernel's own."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return options | {"launch_pdl": True} if self.pdl else options
 
     def __str__(self) -> str:
