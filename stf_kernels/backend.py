@@ -37,7 +37,8 @@ def _switched(backend: str) -> Iterator[None]:
 def use_backend(backend: str):
     """Context manager: run the operators of this thread on "auto", "triton" or "torch"; ValueError for another name.
 
-    A backward takes the backend of its forward, in whatever thread autograd runs it.
+    A backward takes the backend of its forward, in whatever thread autograd runs it. Not one that computes its forward
+    again (activation checkpointing): wrap the checkpointed function itself, or set STF_KERNELS_BACKEND.
     """
     check_choice("backend", backend, BACKENDS)
     return _switched(backend)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu")
 FEATURE_ORDERS = ("patch_major", "channel_major")
-_ORDINARY = (Tensor, torch.nn.Parameter)
+ORDINARY = (Tensor, torch.nn.Parameter)
 _SEQUENCES = (list, tuple, Sequence)  # the first two first: to ask an abstract class is slow
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_BLOCKS = 32
@@ -68,7 +68,7 @@ def check_blocks(blocks: object, num_blocks: int | None = None) -> None:
     check_tokens("blocks[0]", blocks[0])
     shape, dtype, device = blocks[0].shape, blocks[0].dtype, blocks[0].device
     for i, block in enumerate(blocks):
-        if type(block) in _ORDINARY and block.shape == shape and block.dtype is dtype and block.device == device:
+        if type(block) in ORDINARY and block.shape == shape and block.dtype is dtype and block.device == device:
             continue
         check_tokens(f"blocks[{i}]", block)
         check_same(f"blocks[{i}]", block, "blocks[0]", blocks[0])
@@ -125,12 +125,12 @@ def check_linear(weight: object, bias: Any, k: int, k_meaning: str, x_name: str,
 
 def _is_linear(weight: Any, bias: Any, k: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Ordinary operands in which check_linear finds nothing: the usual call, in a third of the time."""
-    if type(weight) not in _ORDINARY or weight.dtype is not dtype or weight.device != device or weight.ndim != 2:
+    if type(weight) not in ORDINARY or weight.dtype is not dtype or weight.device != device or weight.ndim != 2:
         return False
     n, width = weight.shape
     if width != k or bias is None:
         return width == k
-    return type(bias) in _ORDINARY and bias.dtype is dtype and bias.device == device and bias.shape == (n,)
+    return type(bias) in ORDINARY and bias.dtype is dtype and bias.device == device and bias.shape == (n,)
 
 
 def check_skip(skip_tokens: Any, tokens: int) -> None:
@@ -167,7 +167,7 @@ def _rows_apart(out: Tensor) -> bool:
 
 
 def check_out(out: object, rows: object, count: int, width: int, x: Tensor) -> None:
-    """The target of a scatter: out [R, width] of x's dtype and device, rows int64 [count] inside it."""
+    """The target of an indexed result: out [R, width] of x's dtype and device, rows int64 [count] inside it."""
     if out is None or rows is None:
         raise ValueError(f"{'out' if out is None else 'rows'}: out and rows come together, got only the other")
     for name, tensor in (("out", out), ("rows", rows)):
@@ -183,7 +183,7 @@ def check_out(out: object, rows: object, count: int, width: int, x: Tensor) -> N
         raise ValueError(f"rows: expected int64 [{count}], one row of out per token, got {got}")
     if rows.device != x.device:
         raise ValueError(f"rows: expected the device of blocks[0] {x.device}, got device {rows.device}")
-    # Reading the values of a GPU tensor would synchronise; there a row outside `out` is not written.
+    # Reading the values of a GPU tensor would synchronise; see CompactTokenProjector.forward.
     if rows.device.type == "cpu" and count and not torch.compiler.is_compiling():
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= out.shape[0]:

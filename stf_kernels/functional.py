@@ -63,7 +63,7 @@ def spatial_merge_linear(
     feature_order: str = "patch_major",
     truncate: bool = False,
 ) -> Tensor:
-    """Linear layer over r x r neighbourhoods of a token grid, gathered on the fly: act(merge_rxr(x) @ W^T + b).
+    """Linear layer over r x r neighbourhoods of a token grid, merged on load: act(merge_rxr(x) @ W^T + b).
 
     Args:
         x: [B, skip_tokens + H*W, C], tokens row-major over the grid; fp16, bf16, fp32, or fp64 on the torch path.

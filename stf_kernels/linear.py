@@ -17,7 +17,6 @@ _GLOBAL_HOOKS = (  # torch's own dictionaries, of register_module_forward_hook a
     _module._global_backward_hooks,
     _module._global_backward_pre_hooks,
 )
-_ORDINARY = (Tensor, nn.Parameter)
 _FORWARD = nn.Linear.forward  # some tools put their own in the class, for every layer at once
 
 
@@ -40,7 +39,7 @@ def parameters_of(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if "weight" not in parameters or "bias" not in parameters:  # turned into a buffer or a plain attribute
         return None
     weight, bias = parameters["weight"], parameters["bias"]
-    if type(weight) not in _ORDINARY or (bias is not None and type(bias) not in _ORDINARY):
+    if type(weight) not in checks.ORDINARY or (bias is not None and type(bias) not in checks.ORDINARY):
         return None
     return weight, bias
 

@@ -213,8 +213,8 @@ class CompactTokenProjector(nn.Module):
 
         With out [R, out_dim] and rows [B*(H//r)*(W//r)] int64, token i of the flattened result is written to
         out[rows[i]] by the last GEMM itself and `out` is returned: how image tokens land in the language model's
-        inputs_embeds without another pass. Inference only. Rows must be distinct; on a GPU their values are not
-        checked, and one outside `out` is not written.
+        inputs_embeds without another pass. Inference only. Rows must be distinct and within `out`. On a
+        GPU their values are not checked: a kernel leaves one outside out, plain torch stops with CUDA's assertion.
         """
         checks.check_module_blocks(blocks, self.num_blocks, self.dim, self.skip_tokens)
         stf = self._modules["stf"]  # an attribute look-up of a child takes most of a microsecond

@@ -64,7 +64,7 @@ def _others(arch: str, dtype: str, problem: Problem, defaults: tuple[GemmConfig,
             yield case
             if config.form == "tma" and problem.num_blocks > 1:
                 yield replace(case, one_image=True)
-        if dtype == "float32":
+        if dtype == "float32" and not arch.startswith("gfx"):
             yield replace(case, tf32=True)
         if has_tma(arch, itemsize) and not problem.wgrad:  # where dependent launches are, too
             yield replace(case, config=replace(config, pdl=True))
@@ -79,15 +79,14 @@ def launch_of(case: Case) -> tuple[Any, dict[str, Any]]:
     def draw(*shape: int) -> torch.Tensor:
         if case.aligned:
             return torch.empty(shape, dtype=dtype, device="meta")
-        return torch.empty((*shape[:-1], shape[-1] + 1), dtype=dtype, device="meta")[
-            ..., 1:
-        ]  # an odd pitch and address
+        wide = torch.empty((*shape[:-1], shape[-1] + 1), dtype=dtype, device="meta")
+        return wide[..., 1:]  # an odd pitch and address
 
     operands = problem.operands(draw, 1 if case.one_image else 8)
     kernel, _, tensors, sizes, constants = problem.arguments(config, *operands)
     # What the launcher reads off the process
     if case.tf32:
         constants["INPUT_PRECISION"] = "tf32"
-    if case.arch.startswith("gfx") and dtype.itemsize == 2 and not problem.wgrad:
-        constants["FAST_ACTIVATION"] = 1
+    if case.arch.startswith("gfx") and not problem.wgrad:
+        constants |= {"ALIGNMENT": 0, "FAST_ACTIVATION": min(constants["FAST_ACTIVATION"], 1)}
     return kernel, dict(zip(kernel.arg_names, (*tensors, *sizes), strict=False)) | constants

@@ -4,6 +4,7 @@
     nothing spilled
     tensor-core instructions for 16-bit and tf32 operands (IEEE fp32 has none on NVIDIA)
     on NVIDIA, asynchronous copies and no plain load or store in the loop that multiplies
+    on AMD, blocks that are read by their own addresses
     on sm_90 and sm_100, no loads of constants there: each waits for the last, between the tensor cores' instructions
 
 The specialisation for memory that is not 16-byte aligned need only fit.
@@ -48,6 +49,9 @@ def violations(case: Case, code) -> list[str]:
             and case.config.split_k == 1,
             "no asynchronous copy in the loop": nvidia and not code.loop_async_copies,
             f"{code.loop_plain_copies} plain loads or stores in the loop": nvidia and code.loop_plain_copies,
+            "blocks of other allocations are read through one buffer": not nvidia
+            and PROBLEMS[case.problem].num_blocks > 1
+            and not code.loop_plain_copies,
             # One that stands for itself is none: sm_100 computes with no operand in constant memory, and a weight
             # gradient's loop, short of registers, loads its bounds again.
             f"{code.loop_constant_loads} loads of constants in the loop": warpgroups

@@ -28,7 +28,7 @@ class Words:
     branch: str
     instruction: str
     async_copy: str
-    plain_copy: str  # global loads and shared stores
+    plain_copy: str  # global loads and shared stores; AMD: loads by whole addresses, not within one buffer
     constant_load: str
 
 
@@ -45,7 +45,7 @@ GCN = Words(
     branch=r"\bs_c?branch\w*\s+(\.LBB\w+)",
     instruction=r"^\s+(?:[vs]|ds|global|buffer|flat)_",
     async_copy=r"\b(?:global|buffer)_load_lds",
-    plain_copy=r"\b(?:(?:global|buffer)_load|ds_write)",
+    plain_copy=r"\bglobal_load",
     constant_load=r"\bs_load",
 )
 _MATH = r"\b(?:HMMA|HGMMA|UTC\w*MMA|FFMA2?|v_mfma\w*|v_(?:pk_)?fmac?_f32|v_dot\w*)\b"

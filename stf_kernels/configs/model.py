@@ -162,5 +162,5 @@ def default_config(
 
 
 def smallest(itemsize: int) -> GemmConfig:
-    """A configuration that fits every GPU: 16 KB of shared memory, one warpgroup."""
+    """A configuration that fits every GPU: 8 KB of shared memory, one warpgroup."""
     return GemmConfig(32, 32, 32, 8, 4, 2) if itemsize == 2 else GemmConfig(32, 32, 16, 8, 4, 2)

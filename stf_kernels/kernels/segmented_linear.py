@@ -47,7 +47,7 @@ def pick(values, index, COUNT: tl.constexpr):
 
 @triton.jit
 def bytes_ahead(block_ptrs, base_ptr, index, COUNT: tl.constexpr):
-    """How far block_ptrs[index] lies behind base_ptr. Differences do not change in a loop, so registers hold them; a
+    """From base_ptr to block_ptrs[index]. Differences do not change in a loop, so registers hold them; a
     choice among the pointers themselves is a chain of constant loads in every step (sm_90)."""
     ahead = block_ptrs[0].to(tl.int64) - base_ptr.to(tl.int64)
     for i in tl.static_range(1, COUNT):
@@ -106,20 +106,20 @@ def accumulate(
         column = (step - segment * STEPS) * BLOCK_K
         block = segment // WINDOW
         offset = tl.cast(column, tl.int64)
-        if NUM_BLOCKS > 1:
+        if NUM_BLOCKS > 1 and ALIGNMENT > 0:
             ahead = bytes_ahead(block_ptrs, block_ptrs[0], block, NUM_BLOCKS) // ITEMSIZE
             offset += tl.multiple_of(ahead, ALIGNMENT)
         if MERGE_IN > 1:
             dy = (segment % WINDOW) // MERGE_IN
-            dx = segment % MERGE_IN
-            stride_t = x_strides_t[0] if UNIFORM_STRIDES else pick(x_strides_t, block, NUM_BLOCKS)
-            offset += (dy * grid_w + dx).to(tl.int64) * stride_t
-        if UNIFORM_STRIDES:
+            offset += (dy * grid_w + segment % MERGE_IN).to(tl.int64) * x_strides_t[0]
+        if UNIFORM_STRIDES and (NUM_BLOCKS == 1 or ALIGNMENT > 0):
             a_step = a_tile + offset
         else:
-            row_offset = image.to(tl.int64) * pick(x_strides_b, block, NUM_BLOCKS)
-            row_offset += token.to(tl.int64) * pick(x_strides_t, block, NUM_BLOCKS)
-            a_step = block_ptrs[0] + offset + row_offset[:, None] + k[None, :]
+            if not UNIFORM_STRIDES:
+                row_offset = image.to(tl.int64) * pick(x_strides_b, block, NUM_BLOCKS)
+                row_offset += token.to(tl.int64) * pick(x_strides_t, block, NUM_BLOCKS)
+            base = block_ptrs[0] if ALIGNMENT > 0 else pick(block_ptrs, block, NUM_BLOCKS)
+            a_step = base + offset + row_offset[:, None] + k[None, :]
         w_step = w_tile + (segment * C + column)
         if C % BLOCK_K == 0:
             a = tl.load(a_step)
@@ -190,7 +190,8 @@ def _segmented_linear_fwd_kernel(
     """Grid (tiles, SPLIT_K); one program, one BLOCK_M x BLOCK_N tile of y, or its share of the K steps (split_k.py).
 
     block_ptrs    NUM_BLOCKS pointers to [B, >= tokens, C], last axis contiguous, skipped tokens already behind;
-                  their distances are multiples of ALIGNMENT elements
+                  their distances are multiples of ALIGNMENT elements; 0: every block by its own pointer, for AMD, where
+                  a load is 32 bits from the pointer that it is written with, and another allocation may be farther
     x_strides_*   strides (image, token) in elements: one pair if UNIFORM_STRIDES, else one per block
     w_ptr         [N, NUM_BLOCKS * MERGE_IN^2 * C], row stride w_stride_n;  bias_ptr [N]
     y_ptr         row stride y_stride, last axis contiguous;  pre_ptr [M, N] contiguous if SAVE_PRE

@@ -3,7 +3,7 @@
 Kept at most, beside the caller's own blocks and weights: of each stage with an activation its pre-activation, of each
 other stage but the last its output. An activation's output is never kept: the backward reads the pre-activation once
 and writes both act'(pre) * dy and act(pre) from it. For the projector of LLaVA-1.5 in 16 bit that is 10.6 MB an image;
-plain PyTorch also keeps the concatenation and both activations' outputs, 9.4 MB each.
+plain PyTorch also keeps the concatenation and both activations' outputs, 9.4 MB twice.
 """
 
 from collections.abc import Sequence
@@ -40,6 +40,8 @@ def chain_fwd(
     path: see backend.resolve. biases may be empty. With out and rows the last stage writes its row i to out[rows[i]].
     """
     stages, skip = plan
+    if stages[0].merge_in > 1 and len(blocks) > 1:
+        raise ValueError(f"blocks: a stage that merges on load takes one block, got {len(blocks)}")
     x: Sequence[Tensor] = [block[:, skip:] for block in blocks] if skip else blocks
     saved: list[Tensor | None] = []
     last = len(stages) - 1

@@ -3,9 +3,9 @@
     run_stage             y = act(A @ W^T + b)    kernels/segmented_linear.py, tma.py or swap_ab.py
     run_activation_bwd    dy * act'(pre)          kernels/activations.py
 
-What a call repeats of an earlier one, it launches as that one did: the JIT's binding of arguments and our own look-ups
-cost more host time than the launch itself. Under the interpreter outputs are fp32 and torch rounds them: a store into
-bf16 truncates there.
+A call that repeats an earlier one in the pointer form on NVIDIA is launched as that one was: the JIT's binding of
+arguments and our own look-ups cost more host time than the launch itself. Under the interpreter outputs are fp32 and
+torch rounds them: a store into bf16 truncates there.
 """
 
 import warnings
@@ -87,7 +87,7 @@ def run_stage(
             try:
                 kernel, grid, operands, sizes, constants = ARGUMENTS[ready.config.form](ready.config, tensors, stage)
                 compiled = kernel[grid](*operands, *sizes, **constants, **ready.config.compiler_options())
-            except _errors() as error:
+            except Exception as error:  # another one is raised again
                 ready = Ready(_instead(ready.config, error, x, exact=config is not None))
                 continue
             if compiled is not None and ready.config.form == "pointer" and torch.version.hip is None:
@@ -107,12 +107,12 @@ def run_stage(
 def _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre) -> tuple:
     """All of a call that its configuration, its compiled kernel or an argument but a pointer can depend on."""
     x = blocks[0]
-    tensors = [tensor for tensor in (*blocks, weight, bias, out, rows) if tensor is not None]
+    tensors = [t for t in (*blocks, weight, bias, out, rows) if t is not None]
     return (
-        stage, config, forced, save_pre, x.device, x.dtype, x.shape, weight.shape, weight.stride(0), bias is None,
-        out is None or (out.dtype, out.shape[0], out.stride(0)),
+        stage, config, forced, save_pre, x.device, x.shape, weight.shape, weight.stride(0), bias is None,
+        out is None or (out.shape[0], out.stride(0)),
         input_precision(x.dtype),
-        tuple([block.stride() for block in blocks]), tuple([tensor.data_ptr() % 16 for tensor in tensors]),
+        tuple([block.stride() for block in blocks]), tuple([(t.dtype, t.data_ptr() % 16) for t in tensors]),
     )  # fmt: skip
 
 
@@ -127,10 +127,6 @@ def _instead(config: GemmConfig, error: Exception, x: Tensor, *, exact: bool) ->
     if exact or not isinstance(error, does_not_run()):
         raise error
     return config.portable() if refused else configs.reject(x.device, x.dtype, config, error)
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    return RuntimeError, *does_not_run()  # a driver's refusal is a RuntimeError
 
 
 def does_not_run() -> tuple[type[Exception], ...]:
@@ -148,13 +144,15 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 
 def with_contiguous_last(x: Tensor) -> Tensor:
-    """x itself where its last axis is contiguous, as of every hidden state; else a copy."""
+    """x itself where its last axis is contiguous, as of every hidden state; else a copy, and one of its own sign."""
+    x = x.resolve_neg() if x.is_neg() else x
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def input_precision(dtype: torch.dtype) -> str:
     """fp32 operands as torch multiplies them: IEEE unless torch.backends.cuda.matmul allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 def fast_activation(dtype: torch.dtype) -> int:
@@ -208,7 +206,7 @@ def _pointer(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     aligned = all(block.data_ptr() % 16 == 0 for block in blocks)
     constants |= {
         "NUM_BLOCKS": len(blocks),
-        "ALIGNMENT": 16 // weight.element_size() if aligned else 1,
+        "ALIGNMENT": 0 if torch.version.hip else 16 // weight.element_size() if aligned else 1,
         "MERGE_IN": stage.merge_in,
         "UNIFORM_STRIDES": uniform,
         "SPLIT_K": config.split_k,
