@@ -153,7 +153,7 @@ HALF = {name: INDEXED[name].half() for name in ("weight", "bias", "out")} | {"bl
 OTHER = {
     "tokens": {"blocks": [zeros(2, 4, 16)] * 2, "rows": torch.arange(8)},
     "batch": {"blocks": [zeros(1, 8, 16)] * 2, "rows": torch.arange(8)},
-    "columns": {"weight": zeros(5, 32), "bias": zeros(5), "out": zeros(20, 5)},
+    "columns": {"weight": zeros(5, 32), "bias": zeros(5), "out": zeros(20, 6)[:, :5]},
     "block-strides": {"blocks": [zeros(2, 8, 16), zeros(2, 8, 32)[..., :16]]},
     "block-address": {"blocks": [zeros(2, 8, 16), zeros(257)[1:].view(2, 8, 16)]},
     "dtype": HALF,

@@ -32,6 +32,13 @@ def test_rows(options, grid, order, dtype):
     compare_rows(twins("CompactTokenProjector", count, 8, 12, **options, dtype=dtype), blocks, grid, order)
 
 
+def test_a_subclass_goes_through_the_dispatcher():
+    (module, blocks), subclass = build(), type("Subclass", (torch.Tensor,), {})
+    rows = torch.tensor([8, 0, 3, 5])
+    out = module([block.as_subclass(subclass) for block in blocks], out=torch.zeros(9, 12), rows=rows)
+    assert torch.equal(out[rows], module(blocks)[0])
+
+
 def test_an_empty_batch_writes_nothing():
     module, _ = build()
     out = torch.ones(4, 12)

@@ -51,7 +51,6 @@ def test_a_search_cut_short_has_tried_every_promising_tile():
 def test_forms_are_tried_where_they_run(name, arch, itemsize, forms):
     configs = found(name, 144, itemsize, arch)
     assert {config.form for config in configs} == forms
-    # AMD's barrier does not publish a part of a split K
     assert any(config.split_k > 1 for config in configs) == ("wgrad" not in name and arch != "gfx942")
 
 
