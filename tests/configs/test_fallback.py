@@ -57,6 +57,9 @@ def test_it_falls_back_once_with_one_warning(gpu):
         warnings.simplefilter("error")
         launch.run_stage([X], WEIGHT, None, Stage())
     assert ran == [smallest(2)] * 2
+    refused[smallest(2)] = OutOfResources(400_000, 232_448, "shared memory")
+    with pytest.raises(OutOfResources, match="400000"):  # nothing is left that could serve
+        launch.run_stage([X], WEIGHT, None, Stage())
 
 
 def test_a_weight_gradient_falls_back_to_the_library(gpu, monkeypatch):

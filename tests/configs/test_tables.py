@@ -1,14 +1,13 @@
 """If these fail, a wrong or foreign table decides what runs on a user's GPU, or a good one is not used."""
 
 import json
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
 from stf_kernels import configs
-from stf_kernels.configs import GemmConfig, default_config, smallest, tables
+from stf_kernels.configs import GemmConfig, default_config, tables
 
 CONFIG = GemmConfig(128, 256, 64, 8, 8, 3)
 TMA = GemmConfig(128, 128, 64, 8, 8, 4, form="tma")
@@ -103,18 +102,6 @@ def test_a_weight_gradient_is_the_librarys_until_a_table_names_the_kernel(use):
         configs.reject(CUDA, torch.bfloat16, CONFIG, RuntimeError("too large"), wgrad=True)
     assert choose_wgrad() is None
     assert choose(1152) == CONFIG, "the forward's kernel of the same tile is another one"
-
-
-def test_a_configuration_that_does_not_run_is_replaced_with_one_warning(use):
-    use(table(entry()))
-    with pytest.warns(UserWarning, match="test-gpu.*out of shared memory.*stf_kernels.tune"):
-        assert configs.reject(CUDA, torch.bfloat16, CONFIG, RuntimeError("out of shared memory")) == smallest(2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        configs.reject(CUDA, torch.bfloat16, CONFIG, RuntimeError("out of shared memory"))
-    assert choose(576) == smallest(2)
-    with pytest.raises(RuntimeError, match="the smallest, too"):
-        configs.reject(CUDA, torch.bfloat16, smallest(2), RuntimeError("the smallest, too"))
 
 
 @pytest.mark.parametrize(

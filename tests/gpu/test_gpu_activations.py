@@ -9,17 +9,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from support.operators import ACTIVATIONS
 
+from reference import functional
 from stf_kernels.kernels.activations import activate, activation_derivative
 from stf_kernels.ops.launch import fast_activation
 
 pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["fast", "exact"])
-FUNCTIONS = {
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-}
+NAMES = pytest.mark.parametrize("name", ACTIVATIONS[1:])
 
 
 @triton.jit
@@ -39,7 +37,7 @@ def both(x, name, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("name", FUNCTIONS)
+@NAMES
 def test_error_before_rounding_over_the_whole_range(name, dtype):
     """Every finite bf16 number, and a fine line where the functions bend: 1e-6, relative where x is above one.
 
@@ -49,7 +47,7 @@ def test_error_before_rounding_over_the_whole_range(name, dtype):
     x = torch.cat([every[every.isfinite()], torch.linspace(-12, 12, 1_000_001, device="cuda")])
     x = x[x.abs() < 1e19]  # beyond, the cube of gelu_tanh is not finite in fp32; see the next test
     wide = x.double().requires_grad_()
-    expected = FUNCTIONS[name](wide)
+    expected = functional.activate(wide, name)
     slope = torch.autograd.grad(expected.sum(), wide)[0]
     for found, exact, most in zip(both(x, name, dtype), (expected.detach(), slope), (1e-6, 2e-6), strict=True):
         error = (found - exact).abs() / wide.detach().abs().clamp(min=1)
@@ -57,8 +55,8 @@ def test_error_before_rounding_over_the_whole_range(name, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("name", FUNCTIONS)
+@NAMES
 def test_infinities_nan_and_the_largest_numbers(name, dtype):
     x = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e30, -1e30, 3e38, -3e38], device="cuda")
-    expected = FUNCTIONS[name](x.double())
+    expected = functional.activate(x.double(), name)
     torch.testing.assert_close(both(x, name, dtype)[0], expected, equal_nan=True, rtol=1e-6, atol=1e-30)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.stages import compare, compare_wgrad, tower
+from support.stages import compare, compare_indexed, compare_wgrad, tower
 
 import stf_kernels
 from stf_kernels import configs
@@ -33,6 +33,11 @@ def test_every_tile_at_a_size_with_tails(dtype):
         if config.form == "pointer":
             for _ in range(2):  # split K counts from zero each time
                 compare(config, Stage(), tower(3, 3, 77, 200, dtype, device="cuda"), 300, save_pre=False)
+
+
+@pytest.mark.parametrize("config", [tiles(ARCH, 2)[0], *TMA[:1], *SWAP_AB[:1]], ids=str)
+def test_rows_outside_out_are_not_written(config):
+    compare_indexed(config, tower(1, 1, 144, 256, torch.bfloat16, skip=0, device="cuda"), 300)
 
 
 @needs_tma

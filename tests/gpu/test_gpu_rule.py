@@ -3,9 +3,8 @@
 import pytest
 import torch
 from support.compare import compare_functions, compare_modules, twins
-from support.operators import ACTIVATIONS, concat_operands, concat_pair, merge_operands, merge_pair
+from support.operators import ACTIVATIONS, CHANGES, changed, concat_operands, concat_pair, merge_operands, merge_pair
 
-import reference
 import stf_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_empty")]
@@ -17,9 +16,8 @@ CUDA = "cuda"
 @DTYPES
 @BACKENDS
 def test_projector_of_llava(dtype, backend):
-    classes = stf_kernels.CompactTokenProjector, reference.CompactTokenProjector
     batch = 2 if dtype != torch.float32 else 1
-    modules = twins(*classes, 8, 1024, 4096, skip_tokens=1, dtype=dtype, device=CUDA)
+    modules = twins("CompactTokenProjector", 8, 1024, 4096, skip_tokens=1, dtype=dtype, device=CUDA)
     blocks = [torch.randn(batch, 577, 1024, device=CUDA) for _ in range(8)]
     with stf_kernels.use_backend(backend):
         y = compare_modules(modules, blocks, dtype, gradients=True)
@@ -30,8 +28,7 @@ def test_projector_of_llava(dtype, backend):
 @pytest.mark.parametrize("batch", [1, 3, 8, 32])
 def test_projector_forward_at_every_bucket_of_rows(batch, dtype):
     """A quarter of the widths, so that the rows decide the configuration."""
-    classes = stf_kernels.CompactTokenProjector, reference.CompactTokenProjector
-    modules = twins(*classes, 8, 256, 1024, skip_tokens=1, dtype=dtype, device=CUDA)
+    modules = twins("CompactTokenProjector", 8, 256, 1024, skip_tokens=1, dtype=dtype, device=CUDA)
     blocks = [torch.randn(batch, 577, 256, device=CUDA) for _ in range(8)]
     with torch.no_grad(), stf_kernels.use_backend("triton"):
         compare_modules(modules, blocks, dtype)
@@ -67,25 +64,16 @@ def test_spatial_merge_linear(merge_size, grid, dtype):
 
 
 @DTYPES
-def test_unlike_strides_and_unaligned_pointers(dtype):
-    """Views that start one element off a 16-byte boundary, and one block whose strides are its own."""
-
-    def call(run):
-        def changed(weight, bias, a, b):
-            shifted = torch.cat([a.new_zeros(1), a.flatten()])[1:].view(a.shape)
-            return run(weight, bias, shifted, b.transpose(0, 1).contiguous().transpose(0, 1))
-
-        return changed
-
+@pytest.mark.parametrize("what", ["unaligned-and-another", "each-block-another"])
+def test_strides(what, dtype):
     with stf_kernels.use_backend("triton"):
-        operands = concat_operands(2, 3, 17, 64, 96, device=CUDA)
-        compare_functions(*map(call, concat_pair(2, activation="gelu")), operands, dtype, gradients=True)
+        pair = changed(concat_pair(3, activation="gelu"), CHANGES[what])
+        compare_functions(*pair, concat_operands(3, 3, 17, 64, 96, device=CUDA), dtype, gradients=True)
 
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_small_batches(batch):
-    classes = stf_kernels.CompactTokenProjector, reference.CompactTokenProjector
-    modules = twins(*classes, 3, 32, 64, dtype=torch.bfloat16, device=CUDA)
+    modules = twins("CompactTokenProjector", 3, 32, 64, dtype=torch.bfloat16, device=CUDA)
     with stf_kernels.use_backend("triton"):
         blocks = [torch.randn(batch, 16, 32, device=CUDA) for _ in range(3)]
         compare_modules(modules, blocks, torch.bfloat16, gradients=True)

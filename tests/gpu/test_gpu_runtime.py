@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from support.compare import compare_modules, compare_rows, twins
 
-import reference
 import stf_kernels
 from stf_kernels.configs import GemmConfig
 from stf_kernels.ops.launch import run_stage
@@ -151,32 +151,13 @@ def test_no_host_synchronisation(no_sync, grad, backend):
 
 @BACKENDS
 def test_indexed_rows(backend):
-    module, blocks = build()
-    module.requires_grad_(False)
-    rows = torch.randperm(60, device="cuda")[:32]
-    wide = torch.full((60, 300), 7.0, dtype=torch.bfloat16, device="cuda")
+    _, blocks = build()
     with stf_kernels.use_backend(backend):
-        expected = module(blocks).flatten(0, 1)
-        out = module(blocks, out=wide[:, 8:264], rows=rows)
-    torch.testing.assert_close(out[rows], expected)
-    wide[rows, 8:264] = 7.0
-    assert bool((wide == 7).all())
-
-
-def test_rows_outside_are_not_written():
-    """On a GPU the values of rows are not read back, so the kernel guards."""
-    module, blocks = build()
-    module.requires_grad_(False)
-    memory = torch.full((96, 256), 7.0, dtype=torch.bfloat16, device="cuda")
-    rows = torch.arange(32, device="cuda")
-    rows[3], rows[4], rows[5] = -1, 32, 2**40
-    with stf_kernels.use_backend("triton"):
-        out = module(blocks, out=memory[32:64], rows=rows)
-        expected = module(blocks).flatten(0, 1)
-    inside = [i for i in range(32) if i not in (3, 4, 5)]
-    torch.testing.assert_close(out[inside], expected[inside])
-    memory[32:64][inside] = 7.0
-    assert bool((memory == 7).all())
+        compare_rows(
+            twins("CompactTokenProjector", 4, 128, 256, skip_tokens=1, dtype=torch.bfloat16, device="cuda"),
+            blocks,
+            (8, 8),
+        )
 
 
 def test_autograd_sees_that_out_was_changed():
@@ -244,24 +225,18 @@ def test_autocast_is_nn_linears():
 
 
 def test_float64_takes_the_torch_path():
-    module, blocks = build(dtype=torch.float64)
-    theirs = reference.CompactTokenProjector(4, 128, 256, skip_tokens=1, dtype=torch.float64, device="cuda")
-    theirs.load_state_dict(module.state_dict())
-    torch.testing.assert_close(module(blocks), theirs(blocks))
+    modules = twins("CompactTokenProjector", 4, 128, 256, skip_tokens=1, dtype=torch.float64, device="cuda")
+    compare_modules(modules, build()[1], torch.float64, gradients=True)
 
 
 def test_the_other_device():
     """Tensors on cuda:1 while cuda:0 is current: the launch must follow the tensors."""
     # with one GPU the same code runs, without the change of device
     device = "cuda:0" if torch.cuda.device_count() < 2 else "cuda:1"
-    module, blocks = build(device)
-    theirs = reference.CompactTokenProjector(4, 128, 256, skip_tokens=1, dtype=torch.bfloat16, device=device)
-    theirs.load_state_dict(module.state_dict())
+    modules = twins("CompactTokenProjector", 4, 128, 256, skip_tokens=1, dtype=torch.bfloat16, device=device)
     with stf_kernels.use_backend("triton"):
-        y = module(blocks)
-        y.sum().backward()
+        y = compare_modules(modules, build(device)[1], torch.bfloat16, gradients=True)
     assert str(y.device) == device
-    torch.testing.assert_close(y, theirs(blocks), rtol=2e-2, atol=2e-2)
     assert torch.cuda.current_device() == 0
 
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from support.stages import compare, tower
+from support.stages import compare, compare_indexed, tower
 
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
 from stf_kernels.configs.model import others, tiles
-from stf_kernels.ops.launch import run_stage
 from stf_kernels.ops.segments import Stage
 
 CONFIGS = [
@@ -56,27 +55,8 @@ def test_blocks_of_unlike_strides(config):
 @EVERY
 @DTYPES
 def test_rows_outside_out_are_not_written(config, dtype):
-    """The kernel itself guards memory: on a GPU the values of rows are not looked at before."""
-    blocks, weight, bias = tower(2, 2, 11, 20, dtype), torch.randn(40, 40).to(dtype), torch.randn(40).to(dtype)
-    memory = torch.full((40, 40), 7.0, dtype=dtype)
-    out, rows = memory[10:30], torch.arange(22) - 1
-    rows[5], rows[6], rows[7] = 2**40, -(2**40), 20
-    y, _ = run_stage(blocks, weight, bias, Stage("gelu"), config, out=out, rows=rows)
-    assert y is out
-    dense, _ = run_stage(blocks, weight, bias, Stage("gelu"), config)
-    written = [i for i, row in enumerate(rows.tolist()) if 0 <= row < 20]
-    assert torch.equal(out[rows[written]], dense.flatten(0, 1)[written])
-    memory[10 + rows[written]] = 7.0
-    assert len(written) == 17
-    assert bool((memory == 7).all())
-
-
-@pytest.mark.parametrize("config", [config for config in CONFIGS if config.split_k > 1], ids=str)
-def test_two_launches_of_a_split_k_give_the_same_bits(config):
-    """Each has counters of its own that begin at zero, in whatever state the one before left its own."""
-    blocks, weight = tower(1, 2, 30, 35), torch.randn(45, 35)
-    first, second = (run_stage(blocks, weight, None, Stage("gelu"), config)[0] for _ in range(2))
-    assert torch.equal(first, second)
+    """Two launches with the same result: each of a split K has counters of its own that begin at zero."""
+    compare_indexed(config, tower(2, 2, 11, 20, dtype), 40)
 
 
 SHIPPED = {

@@ -1,6 +1,7 @@
 """If this fails, the way from a call to its kernel has grown longer, reads the environment, makes a copy or is another
 backend's, or a launch is repeated with operands that lie otherwise."""
 
+import functools
 import os
 import sys
 import threading
@@ -13,8 +14,10 @@ from support.modules import ARGUMENTS, build, draw
 from torch import zeros
 
 import stf_kernels
+from stf_kernels.configs import GemmConfig
 from stf_kernels.kernels import segmented_linear
 from stf_kernels.ops import autograd, launch
+from stf_kernels.ops.segments import Stage
 
 NAME = "_segmented_linear_fwd_kernel"
 PACKAGE = str(Path(stf_kernels.__file__).parent)
@@ -138,90 +141,62 @@ def test_an_fp32_out_under_autocast_is_written_itself(kernel, monkeypatch):
     assert torch.equal(out[others], before[others])
 
 
-class Compiled:
-    """What a launch on a GPU returns: the kernel, to be launched again without the JIT."""
-
-    def __init__(self):
-        self.launches = []
-
-    def __getitem__(self, grid):
-        return lambda *arguments: self.launches.append(arguments)
-
-
-def operands():
-    """blocks, weight, bias, out, rows: an indexed stage of two blocks."""
-    return [zeros(2, 8, 16), zeros(2, 8, 16)], zeros(6, 32), zeros(6), zeros(20, 6), torch.arange(16)
-
-
-def spread(x):
-    """The same shape with twice the stride between rows."""
-    return torch.cat([x, x], -1)[..., : x.shape[-1]]
-
-
-def shifted(x):
-    """The same shape and strides at an address that is no multiple of 16."""
-    return torch.cat([x.flatten(), x.flatten()])[1 : 1 + x.numel()].view(x.shape)
-
-
-SAME = {
-    "nothing": lambda blocks, w, b, out, rows: (blocks, w, b, out, rows),
-    "other-values": lambda blocks, w, b, out, rows: ([x + 1 for x in blocks], w + 1, b + 1, out + 1, rows.flip(0)),
+INDEXED = {
+    "blocks": [zeros(2, 8, 16)] * 2,
+    "weight": zeros(6, 32),
+    "bias": zeros(6),
+    "stage": Stage("gelu"),
+    "out": zeros(20, 6),
+    "rows": torch.arange(16),
 }
+HALF = {name: INDEXED[name].half() for name in ("weight", "bias", "out")} | {"blocks": [zeros(2, 8, 16).half()] * 2}
 OTHER = {
-    "tokens": lambda blocks, w, b, out, rows: ([x[:, :4].contiguous() for x in blocks], w, b, out, rows[:8].clone()),
-    "batch": lambda blocks, w, b, out, rows: ([x[:1].clone() for x in blocks], w, b, out, rows[:8].clone()),
-    "columns": lambda blocks, w, b, out, rows: (blocks, zeros(5, 32), zeros(5), zeros(20, 5), rows),
-    "block-strides": lambda blocks, w, b, out, rows: ([blocks[0], spread(blocks[1])], w, b, out, rows),
-    "block-address": lambda blocks, w, b, out, rows: ([blocks[0], shifted(blocks[1])], w, b, out, rows),
-    "dtype": lambda blocks, w, b, out, rows: ([x.half() for x in blocks], w.half(), b.half(), out.half(), rows),
-    "weight-stride": lambda blocks, w, b, out, rows: (blocks, spread(w), b, out, rows),
-    "no-bias": lambda blocks, w, b, out, rows: (blocks, w, None, out, rows),
-    "no-out": lambda blocks, w, b, out, rows: (blocks, w, b, None, None),
-    "out-rows": lambda blocks, w, b, out, rows: (blocks, w, b, out[:17], rows),
-    "out-stride": lambda blocks, w, b, out, rows: (blocks, w, b, spread(out), rows),
-    "out-dtype": lambda blocks, w, b, out, rows: (blocks, w, b, out.half(), rows),
+    "tokens": {"blocks": [zeros(2, 4, 16)] * 2, "rows": torch.arange(8)},
+    "batch": {"blocks": [zeros(1, 8, 16)] * 2, "rows": torch.arange(8)},
+    "columns": {"weight": zeros(5, 32), "bias": zeros(5), "out": zeros(20, 6)[:, :5]},
+    "block-strides": {"blocks": [zeros(2, 8, 16), zeros(2, 8, 32)[..., :16]]},
+    "block-address": {"blocks": [zeros(2, 8, 16), zeros(257)[1:].view(2, 8, 16)]},
+    "dtype": HALF,
+    "weight-stride": {"weight": zeros(6, 40)[:, :32]},
+    "no-bias": {"bias": None},
+    "no-out": {"out": None, "rows": None},
+    "out-rows": {"out": zeros(17, 6)},
+    "out-stride": {"out": zeros(20, 8)[:, :6]},
+    "out-dtype": {"out": zeros(20, 6).half()},
+    "stage": {"stage": Stage("silu")},
+    "configuration": {"config": GemmConfig(16, 16, 16)},
+    "save_pre": {"save_pre": True},
+    "forced": {"forced": True},
+    "precision": {},
 }
 
 
-@pytest.mark.parametrize("what", [*SAME, *OTHER])
-def test_a_launch_that_is_repeated(what, kernel, monkeypatch):
-    """With the new operands and the old sizes and constants; whatever those depend on is another launch."""
-    kernel.compiled = compiled = Compiled()
+@pytest.fixture
+def repeated(kernel, monkeypatch):
+    """Two calls, the second with changes -> what the JIT launched, and what was launched again past it."""
+    again = []
+    kernel.compiled = type("Compiled", (), {"__getitem__": lambda _, grid: lambda *launched: again.append(launched)})()
     monkeypatch.setattr(launch, "_ready", {})
-    stage = stf_kernels.ops.segments.Stage("gelu")
 
-    def run(blocks, weight, bias, out, rows):
-        launch.run_stage(blocks, weight, bias, stage, out=out, rows=rows)
+    def run(changes, between=lambda: None):
+        launch.run_stage(**INDEXED)
+        between()
+        launch.run_stage(**INDEXED | changes)
+        return kernel.launches, again
 
-    run(*operands())
-    blocks, weight, bias, out, rows = (SAME | OTHER)[what](*operands())
-    run(blocks, weight, bias, out, rows)
-    if what in OTHER:
-        assert (len(kernel.launches), len(compiled.launches)) == (2, 0)
-        return
-    assert (len(kernel.launches), len(compiled.launches)) == (1, 1)
-    first, options = kernel.launches[0]
-    [again] = compiled.launches
-    assert all(mine is theirs for mine, theirs in zip(again[0], blocks, strict=True))
-    assert again[1] is weight
+    return run
+
+
+def test_a_launch_is_repeated_with_the_new_operands(repeated, kernel):
+    other = {"blocks": [torch.ones(2, 8, 16), torch.ones(2, 8, 16)], "weight": torch.ones(6, 32)}
+    [(first, options)], [again] = repeated(other)
+    assert [*map(id, (*again[0], again[1]))] == [*map(id, (*other["blocks"], other["weight"]))]
     assert again[6:8] == (None, None)  # K is not split
-    constants = [options[name] for name in kernel.arg_names[len(first) :]]
-    assert again[8:] == (*first[8:], *constants)
+    assert again[8:] == (*first[8:], *(options[name] for name in kernel.arg_names[len(first) :]))
 
 
-@pytest.mark.parametrize("what", ["stage", "configuration", "save_pre", "forced", "precision"])
-def test_options_of_a_launch_that_is_repeated(what, kernel, monkeypatch):
-    kernel.compiled = compiled = Compiled()
-    monkeypatch.setattr(launch, "_ready", {})
-    blocks, weight, bias, *_ = operands()
-    stages = [stf_kernels.ops.segments.Stage(activation) for activation in ("gelu", "silu")]
-    launch.run_stage(blocks, weight, bias, stages[0])
-    options = {
-        "configuration": {"config": stf_kernels.configs.GemmConfig(16, 16, 16)},
-        "save_pre": {"save_pre": True},
-        "forced": {"forced": True},
-    }.get(what, {})
-    if what == "precision":
-        monkeypatch.setattr(launch, "input_precision", lambda dtype: "tf32")
-    launch.run_stage(blocks, weight, bias, stages[what == "stage"], **options)
-    assert (len(kernel.launches), len(compiled.launches)) == (2, 0)
+@pytest.mark.parametrize("what", OTHER)
+def test_what_lies_otherwise_is_another_launch(what, repeated, monkeypatch):
+    tf32 = functools.partial(monkeypatch.setattr, launch, "input_precision", lambda dtype: "tf32")
+    launched, again = repeated(OTHER[what], tf32 if what == "precision" else lambda: None)
+    assert (len(launched), again) == (2, [])

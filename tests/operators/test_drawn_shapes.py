@@ -6,9 +6,6 @@ from hypothesis import strategies as st
 from support.compare import compare_functions, compare_modules, twins
 from support.operators import ACTIVATIONS, concat_operands, concat_pair, merge_operands, merge_pair
 
-import reference
-import stf_kernels
-
 DRAWN = settings(
     deadline=None,
     derandomize=True,
@@ -46,7 +43,6 @@ def test_spatial_merge_linear(merge_size, height, width, batch, channels, n, cro
 def test_projector(count, dim, out_dim, merge_size, height, width, batch, bias, options, dtype):
     widths = {"mbtf_hidden_dim": 2 * dim, "stf_hidden_dim": 24}
     options = {"merge_size": merge_size, "bias": bias, "truncate": True, **widths, **options}
-    classes = stf_kernels.CompactTokenProjector, reference.CompactTokenProjector
-    modules = twins(*classes, count, dim, out_dim, **options, dtype=dtype)
+    modules = twins("CompactTokenProjector", count, dim, out_dim, **options, dtype=dtype)
     blocks = [torch.randn(batch, options["skip_tokens"] + height * width, dim) for _ in range(count)]
     compare_modules(modules, blocks, dtype, lambda module, x: module(x, (height, width)), gradients=True)

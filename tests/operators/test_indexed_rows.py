@@ -2,13 +2,9 @@
 
 import pytest
 import torch
-from support.compare import twins
-from support.rule import assert_within_rule
+from support.compare import compare_rows, twins
 
-import reference
 import stf_kernels
-
-CLASSES = stf_kernels.CompactTokenProjector, reference.CompactTokenProjector
 
 
 def build(**options):
@@ -30,42 +26,16 @@ GEOMETRIES = {
 @pytest.mark.parametrize("order", ["forward", "shuffled", "strided"])
 @pytest.mark.parametrize(("options", "grid"), GEOMETRIES.values(), ids=GEOMETRIES)
 def test_rows(options, grid, order, dtype):
-    """out is columns of something wider: the rows that are not named and the columns beside it stay."""
     count = 1 if "mbtf" in options else 3
-    ours, same, exact = (m.requires_grad_(False) for m in twins(*CLASSES, count, 8, 12, **options, dtype=dtype))
     tokens = grid[0] * grid[1] + options.get("skip_tokens", 0)
     blocks = [torch.randn(2, tokens, 8).to(dtype) for _ in range(count)]
-    expected = exact([block.double() for block in blocks], grid).flatten(0, 1)
-    total = len(expected) + 12
-    rows = torch.arange(3, 3 + len(expected)) if order == "forward" else torch.randperm(total)[: len(expected)]
-    if order == "strided":
-        rows = torch.stack([rows, torch.zeros_like(rows)], 1).flatten()[::2]
-    wide = torch.randn(total, 30).to(dtype)
-    before, out = wide.clone(), wide[:, 5:17]
-    assert ours(blocks, grid, out=out, rows=rows) is out
-    assert_within_rule("indexed rows", out[rows], same(blocks, grid).flatten(0, 1), expected)
-    before[rows, 5:17] = out[rows]
-    assert torch.equal(wide, before)
+    compare_rows(twins("CompactTokenProjector", count, 8, 12, **options, dtype=dtype), blocks, grid, order)
 
 
-def test_without_the_fused_chain():
-    """A hook on a layer takes the projector off the chain; the rows are written all the same."""
-    module, blocks = build()
-    expected, seen, rows = module(blocks)[0], [], torch.tensor([8, 0, 3, 5])
-    module.stf.linear_2.register_forward_hook(lambda *_: seen.append(1))
-    out = module(blocks, out=torch.zeros(9, 12), rows=rows)
-    torch.testing.assert_close(out[rows], expected, rtol=1e-4, atol=1e-5)
-    assert seen == [1]
-
-
-class Subclass(torch.Tensor):
-    """It may have operators of its own, so it goes through the dispatcher."""
-
-
-def test_through_the_dispatcher():
-    module, blocks = build()
+def test_a_subclass_goes_through_the_dispatcher():
+    (module, blocks), subclass = build(), type("Subclass", (torch.Tensor,), {})
     rows = torch.tensor([8, 0, 3, 5])
-    out = module([block.as_subclass(Subclass) for block in blocks], out=torch.zeros(9, 12), rows=rows)
+    out = module([block.as_subclass(subclass) for block in blocks], out=torch.zeros(9, 12), rows=rows)
     assert torch.equal(out[rows], module(blocks)[0])
 
 
@@ -78,10 +48,13 @@ def test_an_empty_batch_writes_nothing():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_under_autocast(fused):
-    """out in the blocks' own dtype, as a model's embeddings are; the other rows keep all of their digits."""
-    module, blocks = build()
+    """out in the blocks' own dtype, as a model's embeddings are; the other rows keep all of their digits.
+
+    A hook on a layer takes the projector off the chain; the rows are written all the same.
+    """
+    (module, blocks), seen = build(), []
     if not fused:
-        module.stf.linear_2.register_forward_hook(lambda *_: None)
+        module.stf.linear_2.register_forward_hook(lambda *_: seen.append(1) and None)
     out = torch.randn(9, 12)
     before, rows = out.clone(), torch.tensor([8, 0, 3, 5])
     with torch.autocast("cpu", torch.bfloat16):
@@ -90,6 +63,7 @@ def test_under_autocast(fused):
     assert expected.dtype == torch.bfloat16
     before[rows] = expected.float()
     assert torch.equal(out, before)
+    assert len(seen) == (0 if fused else 2)
 
 
 @pytest.mark.parametrize("carrier", ["parameters", "out"])

@@ -4,7 +4,10 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+import reference
+import stf_kernels
 
 from .rule import assert_within_rule
 
@@ -33,33 +36,38 @@ def compare_functions(
 
     tensors are rounded to dtype first. Views (a CLS crop) belong inside the callables: leaves are their bases.
     """
-    rounded = leaves_of(tensors, dtype, grad=False)
-    results = []
-    for function, run_dtype in ((ours, dtype), (theirs, dtype), (theirs, torch.float64)):
+    return _compare((ours, theirs, theirs), tensors, dtype, gradients=gradients)
+
+
+def _compare(runs, tensors, dtype, *, gradients, parameters=({}, {}, {})) -> Tensor:
+    """(ours, the reference in dtype, in float64), each of fresh leaves; parameters of each that get gradients, too."""
+    rounded, results = leaves_of(tensors, dtype, grad=False), []
+    for run, own, run_dtype in zip(runs, parameters, (dtype, dtype, torch.float64), strict=True):
         leaves = leaves_of(rounded, run_dtype, grad=gradients)
-        y = function(*leaves)
+        y = run(*leaves)
         if gradients:
             y.backward(upstream(y.shape, dtype, y.device).to(y.dtype))
-        results.append((y.detach(), [None if leaf is None else leaf.grad for leaf in leaves]))
-        if function is ours:
+        found = {f"operand {i}": None if leaf is None else leaf.grad for i, leaf in enumerate(leaves)}
+        results.append((y.detach(), found | {name: parameter.grad for name, parameter in own.items()}))
+        if not results[1:]:
             for i, (leaf, before) in enumerate(zip(leaves, rounded, strict=True)):
                 assert leaf is None or torch.equal(leaf.detach(), before), f"operand {i} was changed"
     (y, grads), (same_y, same_grads), (exact_y, exact_grads) = results
     assert_within_rule("output", y, same_y, exact_y)
-    if gradients:
-        for i, triple in enumerate(zip(grads, same_grads, exact_grads, strict=True)):
-            assert_within_rule(f"gradient of operand {i}", *triple)
+    assert grads.keys() == exact_grads.keys()
+    for name in grads if gradients else ():
+        assert_within_rule(f"gradient of {name}", grads[name], same_grads[name], exact_grads[name])
     return y
 
 
-def twins(ours: type[nn.Module], theirs: type[nn.Module], *args, dtype: torch.dtype, device="cpu", **options):
+def twins(name: str, *args, dtype: torch.dtype, device="cpu", **options):
     """(our module, the reference in dtype, the reference in float64), one state dict, weights of order one."""
     with torch.device(device):  # drawing 170 million weights on a CPU would be most of a GPU test's time
-        same = theirs(*args, **options).to(dtype)
+        same = getattr(reference, name)(*args, **options).to(dtype)
     with torch.no_grad():
         for parameter in same.parameters():  # biases that matter, outputs of order one
             parameter.mul_(1.5).add_(torch.randn(parameter.shape, device=device).to(dtype), alpha=0.05)
-    mine = ours(*args, **options, dtype=dtype, device=device)
+    mine = getattr(stf_kernels, name)(*args, **options, device=device).to(dtype)
     mine.load_state_dict(same.state_dict())
     return mine, same, copy.deepcopy(same).double()
 
@@ -67,24 +75,23 @@ def twins(ours: type[nn.Module], theirs: type[nn.Module], *args, dtype: torch.dt
 def compare_modules(modules, blocks: Sequence[Tensor], dtype: torch.dtype, call=None, *, gradients: bool = False):
     """The three of `twins` on blocks: output and, with gradients, those of every block and parameter. Our output."""
     call = call or (lambda module, blocks: module(blocks))
-    rounded = leaves_of(blocks, dtype, grad=False)
-    results = []
-    for module, run_dtype in zip(modules, (dtype, dtype, torch.float64), strict=True):
-        leaves = leaves_of(rounded, run_dtype, grad=gradients)
-        y = call(module, leaves)
-        if gradients:
-            module.zero_grad()
-            y.backward(upstream(y.shape, dtype, y.device).to(y.dtype))
-        found = {f"blocks[{i}]": leaf.grad for i, leaf in enumerate(leaves)}
-        found |= {name: parameter.grad for name, parameter in module.named_parameters()}
-        results.append((y.detach(), found))
-        if module is modules[0]:
-            for leaf, before in zip(leaves, rounded, strict=True):
-                assert torch.equal(leaf.detach(), before), "a block was changed"
-    (y, grads), (same_y, same_grads), (exact_y, exact_grads) = results
-    assert_within_rule("output", y, same_y, exact_y)
-    if gradients:
-        assert grads.keys() == exact_grads.keys()
-        for name in grads:
-            assert_within_rule(f"gradient of {name}", grads[name], same_grads[name], exact_grads[name])
-    return y
+    for module in modules:
+        module.zero_grad()
+    runs = [lambda *leaves, module=module: call(module, list(leaves)) for module in modules]
+    return _compare(runs, blocks, dtype, gradients=gradients, parameters=[dict(m.named_parameters()) for m in modules])
+
+
+def compare_rows(modules, blocks: Sequence[Tensor], grid: tuple[int, int], order: str = "shuffled") -> None:
+    """The three of `twins` into rows of `out`, columns of something wider: the rest of that stays as it is."""
+    ours, same, exact = (module.requires_grad_(False) for module in modules)
+    expected = exact([block.double() for block in blocks], grid).flatten(0, 1)
+    total, device = len(expected) + 12, blocks[0].device
+    rows = torch.arange(3, 3 + len(expected)) if order == "forward" else torch.randperm(total)[: len(expected)]
+    if order == "strided":
+        rows = torch.stack([rows, torch.zeros_like(rows)], 1).flatten()[::2]
+    rows, wide = rows.to(device), torch.randn(total, expected.shape[1] + 18, device=device).to(blocks[0].dtype)
+    before, out = wide.clone(), wide[:, 5:-13]
+    assert ours(blocks, grid, out=out, rows=rows) is out
+    assert_within_rule("indexed rows", out[rows], same(blocks, grid).flatten(0, 1), expected)
+    before[rows, 5:-13] = out[rows]
+    assert torch.equal(wide, before)

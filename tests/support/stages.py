@@ -55,6 +55,22 @@ def compare(config: GemmConfig | None, stage: Stage, blocks: list[Tensor], n: in
     return y
 
 
+def compare_indexed(config: GemmConfig, blocks: list[Tensor], n: int) -> None:
+    """Into rows of `out`, three of them outside it: a GPU's rows are not looked at before, so the kernel guards."""
+    x, m = blocks[0], blocks[0].shape[0] * blocks[0].shape[1]
+    weight = torch.randn(n, len(blocks) * x.shape[2], device=x.device).to(x.dtype)
+    memory = torch.full((m + 30, n), 7.0, dtype=x.dtype, device=x.device)
+    out, rows = memory[10:-10], torch.randperm(m + 10, device=x.device)[:m]
+    rows[3], rows[4], rows[5] = m + 10, -1, 2**40
+    expected, _ = run_stage(blocks, weight, None, Stage("gelu"), config)
+    y, _ = run_stage(blocks, weight, None, Stage("gelu"), config, out=out, rows=rows)
+    assert y is out
+    inside = [i for i in range(m) if i not in (3, 4, 5)]
+    torch.testing.assert_close(out[rows[inside]], expected.flatten(0, 1)[inside])
+    out[rows[inside]] = 7.0
+    assert bool((memory == 7).all())
+
+
 def compare_wgrad(config: GemmConfig, stage: Stage, blocks: list[Tensor], n: int, g: Tensor | None = None) -> Tensor:
     """The weight gradient for g, [rows, n], of one's own or drawn -> dW, held to the rule."""
     a = matrix(blocks, stage).flatten(0, 1)

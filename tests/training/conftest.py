@@ -1,4 +1,4 @@
-"""Every test here runs with poisoned memory, on one thread: the tensors are too small for two."""
+"""Every test here runs with poisoned memory."""
 
 import pytest
 

