@@ -122,6 +122,9 @@ def test_whatever_is_wrong_with_the_code_goes_red():
         [wrong] = violations(CONCAT, replace(fine, **changes))
         assert re.search(found, wrong)
     assert violations(replace(CONCAT, arch="sm_80"), replace(fine, loop_constant_loads=3, shared=9999)) == []
+    amd, near = replace(CONCAT, arch="gfx942"), replace(fine, shared=9999)
+    assert violations(amd, replace(near, loop_plain_copies=2)) == []
+    assert violations(amd, near) == ["blocks of other allocations are read through one buffer"]
     assert violations(replace(CONCAT, aligned=False), replace(fine, spilled=8)) == [], "unaligned code need only fit"
 
 

@@ -69,3 +69,17 @@ def test_a_gradient_of_stride_zero():
         for package in (stf_kernels, reference)
     )
     torch.testing.assert_close(found, exact)
+
+
+@pytest.mark.parametrize("change", ["blocks-interleaved", "each-block-another"])
+def test_blocks_by_their_own_pointers(change, monkeypatch):
+    """As on AMD, where a block may lie farther from another one than a load reaches; alike and unlike strides."""
+    monkeypatch.setattr(torch.version, "hip", "7")
+    pair = changed(concat_pair(3, activation="gelu"), CHANGES[change])
+    compare_functions(*pair, concat_operands(3, 2, 9, 16, 40), torch.float32)
+
+
+def test_a_sign_that_is_still_to_be_applied():
+    x = torch.randn(1, 6, 8)
+    y = stf_kernels.concat_linear([torch._neg_view(x)], torch.eye(8))
+    assert torch.equal(y, -x)

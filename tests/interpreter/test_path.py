@@ -163,6 +163,7 @@ OTHER = {
     "out-rows": {"out": zeros(17, 6)},
     "out-stride": {"out": zeros(20, 8)[:, :6]},
     "out-dtype": {"out": zeros(20, 6).half()},
+    "bias-dtype": {"bias": zeros(6).half()},
     "stage": {"stage": Stage("silu")},
     "configuration": {"config": GemmConfig(16, 16, 16)},
     "save_pre": {"save_pre": True},

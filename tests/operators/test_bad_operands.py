@@ -10,6 +10,7 @@ from support.recording import Recorder
 from torch import zeros
 
 import stf_kernels
+from stf_kernels.ops import operators
 
 M, B, T, C, N = 3, 2, 6, 8, 5
 BLOCK, WEIGHT = zeros(B, T, C), zeros(N, M * C)
@@ -118,3 +119,10 @@ def test_the_unchanged_arguments_are_accepted():
     stf_kernels.concat_linear(**GOOD_CONCAT)
     for grid in (GRID, list(GRID), torch.Size(GRID)):
         stf_kernels.spatial_merge_linear(**GOOD_MERGE | {"grid": grid})
+
+
+def test_several_blocks_are_not_merged():
+    """The kernel and torch.func would order the columns otherwise, and a gradient has no shape to take."""
+    blocks, weight = [torch.randn(1, 16, 4)] * 2, torch.randn(3, 32)
+    with pytest.raises(ValueError, match="blocks: a stage that merges on load takes one block, got 2"):
+        operators.spatial_merge_linear(blocks, [weight], [], None, 0, 2, 4, 4)
