@@ -1,4 +1,4 @@
-"""If this fails, a run of pytest leaves tests out without saying so, or skips them for more than a missing GPU or C compiler."""
+"""If this fails, pytest leaves tests out without saying so, or skips them for more than a missing GPU or C compiler."""
 
 import runpy
 
