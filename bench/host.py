@@ -62,10 +62,10 @@ def main(argv: list[str] | None = None) -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = {**results.describe("host", device), "rows": measure(device), "complete": True}
-    path = args.json or results.results_folder(device) / "host.json"
-    results.write(path, result)
+    results.write(path := args.json or results.results_folder(device) / "host.json", result)
     shown = [[r["what"], *(f"{r[name]:.2f}" for name in ("us", "reference_us", "ratio"))] for r in result["rows"]]
-    print(f"{result['device']}\n\n{command.table(('host time', 'us', 'reference us', 'ratio'), shown)}\n\n{path}")
+    heads = "host time", "us", "reference us", "reference / ours"
+    print(result["device"], command.table(heads, shown), path, sep="\n\n")
     return 0
 
 

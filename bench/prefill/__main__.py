@@ -55,7 +55,7 @@ def llava_folder(text: str) -> Path:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="LLaVA-1.5 against LLaVA-STF, by stages.")
     add, many = parser.add_argument, {"type": positive_int, "nargs": "+", "metavar": "N"}
-    add("--preset", choices=sorted(SIZES), help="sizes; default: 7b with a GPU, cpu without")
+    add("--preset", choices=sorted(SIZES), help="default: 7b with a GPU, else cpu: 2 of its layers; tiny: a toy")
     add("--model", type=llava_folder, metavar="FOLDER", help="a LLaVA-1.5 checkpoint instead of a preset")
     add("--image", type=photograph, metavar="FILE", help="default: the photograph in bench/assets")
     add("--batch", help="batch sizes", **many)
@@ -114,9 +114,8 @@ def measure(args: argparse.Namespace, device: str, began: float) -> int:
     args.modes = args.modes or (["eager", "graph", *["compile"] * args.full] if gpu else ["eager"])
     # On a CPU torch.compile builds C++ for every layer of tower and language model: a minute a row, even of a toy.
     patience = 420.0 if gpu else 600.0 if "compile" in args.modes else 300.0 if args.full else 100.0
-    path = args.json or results.results_folder(device) / "prefill.json"
-    flags = {name: os.environ.get(name) for name in FLAGS}
-    run = Run(args, device, began + (args.budget or patience), path, flags)
+    path = args.json or results.results_folder(device) / {"tiny": "tiny.json"}.get(args.preset.name, "prefill.json")
+    run = Run(args, device, began + (args.budget or patience), path, {name: os.environ.get(name) for name in FLAGS})
     try:
         run.measure()
     except KeyboardInterrupt:

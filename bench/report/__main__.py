@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(filter(None, (note, str(path)))))
     except ResultError as error:
         return command.bad_input(NAME, str(error))
-    except (NotADirectoryError, PermissionError, FileExistsError) as error:
+    except (FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError) as error:
         return command.bad_input(NAME, f"--out: {error}")
     return 0
 

@@ -65,8 +65,9 @@ def headline(result: dict[str, Any]) -> list[str]:
         rows.get((name, place(c), c["mode"])) for name in (c["row"], c["baseline"], "llava-stf/reference")
     )
     how = f"{c['ratio']:.2f}x sooner" if c["ratio"] >= 1 else f"LATER, at {c['ratio']:.2f}x the speed,"
+    noise = f"No difference beyond noise between LLaVA-STF and LLaVA-1.5 ({c['ratio']:.2f}x)"
     said = [
-        f"LLaVA-STF gives its first token {how} than LLaVA-1.5",
+        noise if c["beyond_noise"] is False else f"LLaVA-STF gives its first token {how} than LLaVA-1.5",
         f"{ours['total_ms']:,.1f} ms instead of {theirs['total_ms']:,.1f}, with {ours['image_tokens']} image tokens "
         f"instead of {theirs['image_tokens']}: {result['preset']} on {result['device']}, {c['mode']}, {place(c)}.",
     ]
