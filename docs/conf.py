@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import stf_kernels
 
 project = "stf-kernels"
-author = "The stf-kernels contributors"
+author = copyright = "The stf-kernels contributors"
 version = release = stf_kernels.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,15 +14,17 @@ from .cases import cases
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stf_kernels.aot", description=check.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m stf_kernels.aot", description=__doc__)
     archs = list(SHARED_MEMORY_LIMIT)
-    parser.add_argument("--target", nargs="+", choices=archs, default=archs, metavar="ARCH", help=f"of {archs}")
+    parser.add_argument("--target", nargs="+", choices=archs, default=archs, metavar="ARCH", help=" ".join(archs))
     parser.add_argument("--defaults", action="store_true", help="only what serves when no table matches")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was read of every case")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {options.jobs}")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: the folder {options.json.parent} does not exist; make it first")
     if not has_triton():
         parser.error("triton is not installed, which compiles the kernels: pip install triton")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -47,4 +48,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
