@@ -116,6 +116,7 @@ def has_tma(arch: str, itemsize: int) -> bool:
 
 def cycles(config: GemmConfig, m: int, n: int, k: int, itemsize: int, arch: str, multiprocessors: int) -> float:
     """The model's estimate for y [m, n] = A [m, k] @ W^T with an activation behind it."""
+    m, n = max(m, 1), max(n, 1)  # a batch of no images has a configuration, too
     device = ARCHITECTURES.get(arch, ARCHITECTURES["sm_89"])
     threads = config.num_warps * (64 if arch.startswith("gfx") else 32)
     registers = min(255, config.rows * config.block_n // threads + 64)

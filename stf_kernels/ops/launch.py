@@ -110,8 +110,7 @@ def _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre) -> tu
     tensors = [t for t in (*blocks, weight, bias, out, rows) if t is not None]
     return (
         stage, config, forced, save_pre, x.device, x.shape, weight.shape, weight.stride(0), bias is None,
-        out is None or (out.shape[0], out.stride(0)),
-        input_precision(x.dtype),
+        out is None or (out.shape[0], out.stride(0)), input_precision(x.dtype),
         tuple([block.stride() for block in blocks]), tuple([(t.dtype, t.data_ptr() % 16) for t in tensors]),
     )  # fmt: skip
 

@@ -71,6 +71,15 @@ def test_other_sizes_and_dtypes_get_the_model(use):
     assert choose(576, dtype=torch.float16) == model(576)
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "sm_89", "gfx942"])
+def test_nothing_to_compute_has_a_configuration_too(pretend, arch):
+    """A batch of no images asks as any other does; the cost model must not divide by its tiles."""
+    pretend(arch)
+    assert choose(0) == choose(1)
+    assert choose(576, 0) == choose(576, 1)
+    assert choose(0, stage="concat_wgrad", forced=True) is not None
+
+
 def test_torch_is_named_by_the_table_unless_triton_was_asked_for(use):
     use(table(entry(None, provider="torch")))
     assert choose(576) is None
