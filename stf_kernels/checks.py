@@ -9,7 +9,7 @@ from torch import Tensor
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu")
 FEATURE_ORDERS = ("patch_major", "channel_major")
-ORDINARY = (Tensor, torch.nn.Parameter)
+ORDINARY = frozenset((Tensor, torch.nn.Parameter))  # no subclass, which may have operators of its own
 _SEQUENCES = (list, tuple, Sequence)  # the first two first: to ask an abstract class is slow
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_BLOCKS = 32

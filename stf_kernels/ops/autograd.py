@@ -14,10 +14,11 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backend import BACKENDS, chosen_backend, current_backend, resolve
+from ..checks import ORDINARY
 from .backward import Needs, chain_bwd, shapes_of
 from .chain import Plan, chain_fwd, without_autocast
 from .torch_path import differentiable_chain
@@ -26,7 +27,6 @@ NAMESPACE = "stf_kernels"
 TENSORS = "Tensor[] blocks, Tensor[] weights, Tensor[] biases"
 KEPT = "Tensor?[] saved, Tensor?[] blocks, Tensor?[] weights, SymInt[] block, SymInt[] widths"
 STATIC = "str? activation, int skip_tokens, int merge_size, int grid_h, int grid_w"
-_ORDINARY = frozenset((Tensor, nn.Parameter))
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -175,7 +175,7 @@ def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
 
 def is_ordinary(tensors: Sequence[Tensor]) -> bool:
     """No subclass, which may have operators of its own."""
-    return _ORDINARY.issuperset(map(type, tensors))
+    return ORDINARY.issuperset(map(type, tensors))
 
 
 def is_recorded(x: Tensor) -> bool:
