@@ -60,12 +60,15 @@ def run_stage(
     out [R, N], rows [M] int64: row i of the GEMM is written to out[rows[i]], and y is out; rows outside [0, R) are
         not written.
     """
-    blocks, weight = [with_contiguous_last(block) for block in blocks], with_contiguous_last(weight)
-    bias, rows = (None if vector is None else vector.contiguous() for vector in (bias, rows))
-    x, n = blocks[0], weight.shape[0]
-    m = x.shape[0] * stage.tokens(x.shape)
     key = _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre)
     ready = _ready.get(key)
+    if ready is None:  # perhaps for operands that are copied first
+        blocks, weight = [with_contiguous_last(block) for block in blocks], with_contiguous_last(weight)
+        bias, rows = (None if vector is None else vector.contiguous() for vector in (bias, rows))
+        key = _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre)
+        ready = _ready.get(key)
+    x, n = blocks[0], weight.shape[0]
+    m = x.shape[0] * stage.tokens(x.shape)
     if ready is None:
         what = x.device, stage.kind(len(blocks)), x.dtype, m, *weight.shape
         ready = Ready(config or configs.choose(*what, forced=forced, save_pre=save_pre))
@@ -101,7 +104,9 @@ def run_stage(
         out.copy_(y)
     elif out is not None and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # written through a pointer: tell autograd
-    return y.to(x.dtype) if out is None else out, None if pre is None else pre.to(x.dtype)
+    if store_dtype is not x.dtype:
+        y, pre = y.to(x.dtype), None if pre is None else pre.to(x.dtype)
+    return y if out is None else out, pre
 
 
 def _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre) -> tuple:
@@ -109,9 +114,9 @@ def _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre) -> tu
     x = blocks[0]
     tensors = [t for t in (*blocks, weight, bias, out, rows) if t is not None]
     return (
-        stage, config, forced, save_pre, x.device, x.shape, weight.shape, weight.stride(0), bias is None,
-        out is None or (out.shape[0], out.stride(0)), input_precision(x.dtype),
-        tuple([block.stride() for block in blocks]), tuple([(t.dtype, t.data_ptr() % 16) for t in tensors]),
+        stage, config, forced, save_pre, x.device, x.shape, weight.shape, bias is None,
+        None if out is None else out.shape[0], input_precision(x.dtype),
+        tuple([(t.stride(), t.dtype, t.data_ptr() % 16, t.is_neg()) for t in tensors]),
     )  # fmt: skip
 
 
@@ -150,8 +155,9 @@ def with_contiguous_last(x: Tensor) -> Tensor:
 
 def input_precision(dtype: torch.dtype) -> str:
     """fp32 operands as torch multiplies them: IEEE unless torch.backends.cuda.matmul allows TF32."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def fast_activation(dtype: torch.dtype) -> int:

@@ -55,6 +55,8 @@ def test_only_the_first_launch_of_a_layout_binds_its_arguments(ask, arch):
     for name, turns in found.items():
         kernel = turns[0]["launches"][0]["kernel"]
         expected = {POINTER: [1, 1, 0], WGRAD: [0, 0, 0]}.get(kernel, [1, 1, 1])
+        if "copied" in name:  # then it is an earlier call
+            expected = [1, 0, 0]
         assert [turn["bound"] for turn in turns] == expected, name
 
 

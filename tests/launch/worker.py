@@ -52,12 +52,15 @@ def calls():
     yield stage("an unaligned block", blocks=[*blocks[:7], shifted(blocks[7])])
     yield stage("an unaligned weight", weight=shifted(weight))
     yield stage("an unaligned bias", bias=shifted(bias))
+    yield stage("a pending sign", blocks=[*blocks[:7], torch._neg_view(blocks[7])])
     yield stage("rows of the weight apart", weight=torch.zeros(512, 2056, dtype=bf16)[:, :2048])
     yield stage("float16", [b.half() for b in blocks], weight.half(), bias.half())
     wide = tower(8, 2, 576, 256, torch.float32), weight.float(), bias.float()
     yield stage("float32", *wide)
     yield stage("split K", config=replace(TILE, split_k=4))
     yield stage("merged on load", [x], merged, stage=Stage("gelu", merge_in=2, grid=(24, 24)))
+    across = torch.zeros(2, 256, 576, dtype=bf16).transpose(1, 2)
+    yield stage("merged on load once copied", [across], merged, stage=Stage("gelu", merge_in=2, grid=(24, 24)))
     yield stage("merged on store", [x], square, stage=Stage(merge_out=2, grid=(24, 24)))
     yield stage("indexed", [x], square, out=out, rows=rows)
     yield stage("indexed in fewer rows", [x], square, out=out[:1500], rows=rows)
@@ -86,6 +89,9 @@ def repeated() -> dict:
             return memory.setdefault((next(allocation), str(a), str(k)), _allocate(*a, **k))
 
         setattr(torch, allocate.__name__, same)
+
+    copied = launch.with_contiguous_last
+    launch.with_contiguous_last = lambda x: memory.setdefault((x.data_ptr(), x.stride(), x.is_neg()), copied(x))
 
     def seen(call) -> dict:
         nonlocal allocation
