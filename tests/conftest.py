@@ -22,6 +22,7 @@ SLOW = (
     "tests/aot/",
     "tests/bench/",
     "tests/convert/test_convert_folder.py",
+    "tests/learn/",
     "tests/llava/test_llava_loading.py",
     "tests/llava/test_llava_save_load.py",
     "tests/training/test_compile.py",

@@ -72,5 +72,5 @@ def test_metadata(wheel):
     assert len(required) == 1
     assert required[0].startswith("torch")
     extras = {line.split(": ")[1] for line in text.splitlines() if line.startswith("Provides-Extra")}
-    assert extras == {"llava", "convert", "bench", "docs", "dev", "test-quantized"}
+    assert extras == {"llava", "convert", "train", "bench", "quality", "docs", "dev", "test-quantized"}
     assert "Apache-2.0" in text

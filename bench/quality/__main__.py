@@ -1,0 +1,160 @@
+"""What answers lose with fewer vision tokens.
+
+    python -m bench.quality [--seeds 0 1 2]     the study of study.py; goes on where an interrupted one stopped
+    python -m bench.quality --smoke             one of minutes; exit code 1 unless a trained STF has learnt
+    python -m bench.quality --checkpoint DIR --questions FILE     any LLaVA or LLaVA-STF on a question file
+
+The result file is written anew after every row. Exit codes: 0, 1 failed, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import command
+
+NAME = "bench.quality"
+WORK = Path(__file__).resolve().parents[2] / ".work" / "quality"
+SMOKE_ROWS = (("all tokens", "stage one"), ("average pooling", "untrained"), ("STF", "warm"))
+CHANCE = 0.1 + 0.2  # of ten digits, and well above it
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Answers against vision tokens.")
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    add("--smoke", action="store_true", help="one small seed of three rows, under five minutes on two cores")
+    add(
+        "--work",
+        type=Path,
+        default=WORK,
+        metavar="DIR",
+        help="parts of the study, to go on from; default .work/quality",
+    )
+    add("--json", type=command.writable_file, metavar="FILE", help="default: quality.json in --work; a .png beside it")
+    add("--checkpoint", type=Path, metavar="DIR", help="score this LLaVA or LLaVA-STF instead; with --questions")
+    add("--questions", type=Path, metavar="FILE", help="a line: image, text, answer or answers")
+    add("--images", type=Path, metavar="DIR", help="where image names start; default: the folder of FILE")
+    add("--answers", type=Path, metavar="FILE", help="answers, to go on from; default: beside FILE")
+    add("--batch", type=command.positive_int, default=8, metavar="N", help="questions at once, default 8")
+    add("--tokens", type=command.positive_int, default=16, metavar="N", help="longest answer, default 16")
+    args = parser.parse_args(argv)
+    if bool(args.checkpoint) != bool(args.questions):
+        parser.error("--checkpoint, --questions: give both or neither")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.checkpoint:
+        return score_checkpoint(args)
+    try:
+        import easy_vqa
+        import sklearn
+        import transformers
+    except ImportError as error:
+        return command.bad_input(NAME, f"{error.name} is missing; install it: pip install '.[quality]'")
+    transformers.logging.set_verbosity_error()
+    del easy_vqa, sklearn
+    from . import study
+
+    try:
+        return run(args, study)
+    except study.StudyError as error:
+        return command.bad_input(NAME, str(error))
+    except OSError as error:
+        print(f"python -m {NAME}: error: {error}; what is finished is in {args.work}", file=sys.stderr)
+        return 1
+
+
+def score_checkpoint(args: argparse.Namespace) -> int:
+    from . import score
+
+    answers = args.answers or args.questions.with_suffix(f".{args.checkpoint.resolve().name}.answers.jsonl")
+    images = args.images or args.questions.parent
+    try:
+        found = score.checkpoint(args.checkpoint, args.questions, images, answers, args.batch, args.tokens)
+    except (score.QuestionError, OSError) as error:
+        return command.bad_input(NAME, str(error).splitlines()[0])
+    rows = [[kind, f"{100 * exact:.1f}", f"{100 * found['vqa'][kind]:.1f}"] for kind, exact in found["exact"].items()]
+    print(command.table(["kind", "exact match %", "VQA accuracy %"], rows))
+    return 0
+
+
+def run(args: argparse.Namespace, study: Any) -> int:
+    import torch
+
+    from .. import results
+
+    wanted = [row for row in study.ROWS if not args.smoke or (row.model, row.start) in SMOKE_ROWS]
+    seeds = args.seeds[:1] if args.smoke else args.seeds
+    args.work = args.work / "smoke" if args.smoke else args.work
+    args.work.mkdir(parents=True, exist_ok=True)
+    made = study.Study(args.work, study.SMOKE if args.smoke else study.Budget())
+    path, found = args.json or args.work / "quality.json", {row: [] for row in wanted}
+    result = results.describe("quality", "cpu") | {"seeds": [], "rows": [], "budget": made.budget._asdict()}
+    with command.Progress(len(seeds) * len(wanted)) as progress:
+        for seed in seeds:
+            for row in wanted:
+                progress.step(f"seed {seed}: {row.model}, {row.start}")
+                torch.manual_seed(seed)
+                if row.trained or not found[row]:
+                    found[row].append(made.row(row, seed))
+                result["rows"] = [study.summary(row, ones) for row, ones in found.items() if ones]
+                results.write(path, result)
+            result["seeds"].append(seed)
+    result["complete"] = True
+    results.write(path, result)
+    print(table(result["rows"]))
+    print(f"\n{path}  {plot(result['rows'], path.with_suffix('.png'))}")
+    if args.smoke:
+        trained = next(row for row in result["rows"] if row["model"] == "STF")
+        return int(trained["accuracy"]["digit"]["mean"] < CHANCE)
+    return 0
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    kinds = list(rows[0]["accuracy"])
+    cells = []
+    for row in rows:
+        accuracy = [
+            f"{100 * row['accuracy'][kind]['mean']:.1f} ± {100 * row['accuracy'][kind]['std']:.1f}" for kind in kinds
+        ]
+        facts = [
+            row["image_tokens"],
+            *accuracy,
+            command.number(row["prefill_ms"]),
+            f"{row['parameters']:,}",
+            row["seeds"],
+        ]
+        cells.append([row["model"], row["start"], *map(str, facts)])
+    return command.table(["model", "start", "tokens", *kinds, "prefill ms", "projector", "seeds"], cells, left=2)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Accuracy on the detail and the coarse questions against vision tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, kind in zip(axes, ("detail", "coarse"), strict=True):
+        for index, row in enumerate(rows):
+            point, marker = row["accuracy"][kind], "osD^v<>PX"[index % 9]
+            place = row["image_tokens"] * 1.03 ** (index - len(rows) / 2)  # rows of as many tokens side by side
+            name = f"{row['model']}, {row['start']}"
+            axis.errorbar(place, 100 * point["mean"], 100 * point["std"], fmt=marker, capsize=3, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="vision tokens", title=f"{kind} questions")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("exact match, %")
+    axes[1].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    command.run(main)

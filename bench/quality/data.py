@@ -1,0 +1,190 @@
+"""Questions on real images, in LLaVA's format: `python -m bench.quality.data OUT`.
+
+    OUT/images/*.png   64x64: 5,000 of easy-vqa, one coloured shape each; boards of 8x8 handwritten digits
+    OUT/train.json     [{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}...]}...]
+    OUT/scenes.json    such questions with the scene written as words in place of the image
+    OUT/patches.json   {image: [65 classes]} of the training images: the shape, then what stands in each patch
+    OUT/test.jsonl     {"question_id", "image", "text", "answer", "kind"} a line
+
+easy-vqa (MIT licence) and scikit-learn's digits (UCI, CC BY 4.0) are in their packages; nothing is fetched. Digits that
+stand on a board of the test are on none of the training. What a digit is, which of two neighbours is larger, and
+how often one stands in a row cannot be told from an average of patches that hold one digit each.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import command
+
+NAME = "bench.quality.data"
+SIDE, PIXELS = 8, 8  # digits along a board, pixels along a digit
+ROWS = "ABCDEFGH"
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+DETAIL = ("digit", "larger", "count")  # kinds of questions on boards
+COARSE = ("shape", "colour", "yes/no")  # kinds of questions on easy-vqa
+TRAINED = ("read", "digit", "digit", "larger", "larger", "count", "count")  # the turns of a training board
+SCENES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+IGNORED = -100  # a class that is not trained on
+TRAINING_DIGITS = 1297  # of 1,797 in scikit-learn; the others are drawn for the test
+
+Turn = tuple[str, str, str]  # question, answer, kind
+
+
+def cell(row: int, column: int) -> str:
+    return f"{ROWS[row]}{column + 1}"
+
+
+def ask(board: list[list[int]], rows: list[int], kind: str, draw: random.Random) -> Turn:
+    """A question on one of `rows` of a board."""
+    row, column = draw.choice(rows), draw.randrange(SIDE)
+    if kind == "digit":
+        return f"Which digit stands in {cell(row, column)}?", str(board[row][column]), kind
+    if kind == "larger":
+        column = draw.randrange(SIDE - 1)
+        question = f"Is {cell(row, column)} larger than {cell(row, column + 1)}?"
+        return question, "yes" if board[row][column] > board[row][column + 1] else "no", kind
+    if kind == "read":
+        return f"Read row {ROWS[row]}.", in_words(board, [row]), kind
+    counts = {digit: board[row].count(digit) for digit in range(10)}
+    wanted = draw.choice(sorted(set(counts.values())))  # else most answers would be 0 or 1
+    digit = draw.choice([digit for digit, count in counts.items() if count == wanted])
+    return f"How many digits {digit} stand in row {ROWS[row]}?", str(wanted), kind
+
+
+def in_words(board: list[list[int]], rows: list[int]) -> str:
+    return " ".join(f"{cell(row, column)} {board[row][column]}" for row in rows for column in range(SIDE))
+
+
+def board_record(draw: random.Random, rows: int, split: str) -> tuple[list[list[int]], str, list[Turn]]:
+    """A board, so many of its rows in words, and questions on these."""
+    board = [[draw.randrange(10) for _ in range(SIDE)] for _ in range(SIDE)]
+    shown = sorted(draw.sample(range(SIDE), rows))
+    kinds = draw.sample(TRAINED, len(TRAINED)) if split == "train" else DETAIL
+    return board, in_words(board, shown), [ask(board, shown, kind, draw) for kind in kinds]
+
+
+def draw_board(board: list[list[int]], digits: dict[int, Any], draw: random.Random) -> Any:
+    """PIL image of a board, every digit by another hand."""
+    import numpy
+    from PIL import Image
+
+    rows = [numpy.hstack([draw.choice(digits[digit]) for digit in row]) for row in board]
+    return Image.fromarray((numpy.vstack(rows) * 15).astype("uint8")).convert("RGB")
+
+
+def easy_scenes(split: str) -> Iterator[tuple[Path, str, list[Turn]]]:
+    """(image, scene in words, questions) of easy-vqa's images of which color and shape can be told from the answers."""
+    import easy_vqa
+
+    folder = Path(easy_vqa.__file__).parent / "data" / split
+    asked: dict[int, list[Turn]] = {}
+    for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
+        kind = "shape" if answer in SHAPES else "colour" if answer in COLOURS else "yes/no"
+        asked.setdefault(image, []).append((question[0].upper() + question[1:], answer, kind))
+    for image, turns in sorted(asked.items()):
+        yield folder / "images" / f"{image}.png", scene_of(turns), turns
+
+
+def scene_of(turns: list[Turn]) -> str:
+    """What questions and answers say about the one shape, as words: "blue rectangle"; "" where they leave it open."""
+    found = {}
+    for kind, names in (("colour", COLOURS), ("shape", SHAPES)):
+        left = set(names)
+        for question, answer, _ in turns:
+            named = set(names).intersection(question.lower().rstrip("?").split())
+            positive = (answer == "yes") != (" not " in question or " no " in question)
+            if answer in names:
+                left &= {answer}
+            elif answer in ("yes", "no"):
+                left = left & named if named and positive else left - named
+            else:
+                left &= named or left  # "what shape is the blue ..." takes the colour for granted
+        found[kind] = left.pop() if len(left) == 1 else ""
+    return f"{found['colour']} {found['shape']}" if all(found.values()) else ""
+
+
+def conversation(start: str, turns: list[Turn]) -> list[dict[str, str]]:
+    said = []
+    for index, (question, answer, _) in enumerate(turns):
+        said.append({"from": "human", "value": question if index else f"{start}\n{question}"})
+        said.append({"from": "gpt", "value": answer})
+    return said
+
+
+def make(
+    out: Path, *, boards: int = 5000, easy: int = 4000, scenes: int = 30000, test_boards: int = 500, seed: int = 0
+) -> None:
+    """Write a data set into `out`: so many boards, images of easy-vqa and scenes, 2 * test_boards test images."""
+    from sklearn.datasets import load_digits
+
+    draw, (pictures, labels) = random.Random(seed), load_digits(return_X_y=True)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    train, words, test, patches = [], [], [], {}
+    for split, count, own in (
+        ("train", boards, slice(TRAINING_DIGITS)),
+        ("test", test_boards, slice(TRAINING_DIGITS, None)),
+    ):
+        digits: dict[int, list] = {digit: [] for digit in range(10)}
+        for picture, label in zip(pictures[own], labels[own], strict=True):
+            digits[int(label)].append(picture.reshape(PIXELS, PIXELS))
+        found = []
+        for index in range(count):
+            name, (board, _, turns) = f"board-{split}-{index}.png", board_record(draw, SIDE, split)
+            draw_board(board, digits, draw).save(out / "images" / name)
+            found.append((name, turns))
+            patches[name] = [IGNORED, *(digit for row in board for digit in row)]
+        for path, scene, turns in itertools.islice(easy_scenes(split), easy if split == "train" else count):
+            name = f"easy-{split}-{path.name}"
+            shutil.copyfile(path, out / "images" / name)
+            found.append((name, draw.sample(turns, min(len(turns), 5 if split == "train" else 2))))
+            patches[name] = [SCENES.index(scene) if scene else IGNORED, *[IGNORED] * SIDE**2]
+            if split == "train" and scene:
+                words.append((scene, turns[:5]))
+        if split == "test":
+            asked = [(name, *turn) for name, turns in found for turn in turns]
+            test = [dict(zip(("image", "text", "answer", "kind"), entry, strict=True)) for entry in asked]
+        else:
+            train = [
+                {"id": name, "image": name, "conversations": conversation("<image>", turns)} for name, turns in found
+            ]
+    for _ in range(scenes):
+        _, scene, turns = board_record(draw, draw.choice((1, 2, 3)), "train")
+        words.append((scene, turns))
+    draw.shuffle(train)
+    draw.shuffle(words)
+    write(out / "train.json", json.dumps(train))
+    write(out / "scenes.json", json.dumps([{"conversations": conversation(scene, turns)} for scene, turns in words]))
+    write(out / "patches.json", json.dumps(patches))
+    write(out / "test.jsonl", "".join(json.dumps({"question_id": i} | entry) + "\n" for i, entry in enumerate(test)))
+
+
+def write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Make the questions of bench.quality.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    args = parser.parse_args(argv)
+    try:
+        make(args.out)
+    except ImportError as error:
+        return command.bad_input(NAME, f"{error.name} is missing; install it: pip install '.[quality]'")
+    except OSError as error:
+        return command.bad_input(NAME, f"OUT: {error}")
+    print(f"{args.out}: images/, train.json, scenes.json, patches.json, test.jsonl")
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,136 @@
+"""Answers of a model to a question file, and how many are right.
+
+    FILE    a line: {"image", "text", "answer" or "answers": [...], "question_id", "kind" or "category"}, as LLaVA's
+    OUT     a line: {"question_id", "text", "exact", "vqa", "kind"}; questions that it holds are not asked again
+
+exact    the answer is one of those given, after lower case, without articles and punctuation
+vqa      mean over the people asked of min(1, agreeing others / 3), arXiv 1505.00468; for one answer as exact
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+LEFT_OUT = ("a", "an", "the")
+
+
+class QuestionError(ValueError):
+    """A question that cannot be asked; the message names file and line."""
+
+
+def plain(answer: str) -> str:
+    words = re.findall(r"[\w']+(?:\.\d+)?", answer.lower())
+    words = [str(NUMBERS.index(word)) if word in NUMBERS else word for word in words if word not in LEFT_OUT]
+    return " ".join(words)
+
+
+def grade(said: str, answers: Sequence[str]) -> tuple[float, float]:
+    """(exact, vqa) of an answer, each from 0 to 1."""
+    agree = [plain(answer) == plain(said) for answer in answers]
+    if len(answers) == 1:
+        return float(agree[0]), float(agree[0])
+    others = [sum(agree) - own for own in agree]
+    return float(any(agree)), sum(min(1.0, count / 3) for count in others) / len(answers)
+
+
+def read(file: Path, images: Path) -> list[dict[str, Any]]:
+    """The questions; QuestionError names the line of one without text, image or answer."""
+    questions = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise QuestionError(f"{file}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file}: line {number}"
+        try:
+            entry = json.loads(line)
+            answers = entry["answers"] if "answers" in entry else [entry["answer"]]
+            texts = [entry["text"], entry["image"], *answers]
+        except (ValueError, TypeError, KeyError) as error:
+            raise QuestionError(f"{where}: expected JSON with image, text and answer ({error})") from None
+        if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
+            raise QuestionError(f"{where}: image, text, answer: expected strings, got {texts!r}")
+        if not (images / entry["image"]).is_file():
+            raise QuestionError(f"{where}: image: {images / entry['image']} does not exist")
+        kind = entry.get("kind") or entry.get("category") or "all"
+        known = {"id": entry.get("question_id", number), "kind": kind, "answers": answers, "where": where}
+        questions.append({"text": entry["text"], "image": images / entry["image"], **known})
+    return questions
+
+
+def answered(out: Path) -> dict[Any, dict[str, Any]]:
+    """The whole lines of an answer file, which an interruption may have cut short."""
+    if not out.exists():
+        return {}
+    whole = out.read_text(encoding="utf-8").rpartition("\n")[0]
+    out.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    return {entry["question_id"]: entry for entry in map(json.loads, whole.splitlines())}
+
+
+def ask(model: Any, processor: Any, questions: Sequence[dict[str, Any]], tokens: int) -> Iterator[str]:
+    """Greedy answers of at most so many tokens, to all questions at once."""
+    import torch
+
+    from llava_integration.train_cache import DataError, open_image
+
+    images, prompts = [], []
+    for question in questions:
+        content = [{"type": "image"}, {"type": "text", "text": question["text"].replace("<image>", "").strip()}]
+        prompts.append(
+            processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        )
+        try:
+            images.append(open_image(question["image"]))
+        except DataError as error:
+            raise QuestionError(f"{question['where']}: {error}") from None
+    processor.tokenizer.padding_side = "left"
+    inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt").to(model.device)
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    yield from processor.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def score(
+    model: Any, processor: Any, questions: list, out: Path, *, batch: int = 16, tokens: int = 16
+) -> dict[str, Any]:
+    """Ask what `out` does not hold yet -> {"exact": {kind: mean}, "vqa": {kind: mean}, "questions": number}."""
+    from tqdm import tqdm
+
+    known = answered(out)
+    left = sorted((q for q in questions if q["id"] not in known), key=lambda question: len(question["text"]))
+    with out.open("a", encoding="utf-8") as file:
+        for start in tqdm(range(0, len(left), batch), desc="questions", unit=f"x{batch}", disable=None):
+            part = left[start : start + batch]
+            for question, text in zip(part, ask(model, processor, part, tokens), strict=True):
+                exact, vqa = grade(text, question["answers"])
+                entry = {"question_id": question["id"], "text": text.strip(), "exact": exact, "vqa": vqa}
+                known[question["id"]] = entry | {"kind": question["kind"]}
+                file.write(json.dumps(known[question["id"]]) + "\n")
+            file.flush()
+    result: dict[str, Any] = {"questions": len(questions)}
+    for measure in ("exact", "vqa"):
+        by_kind: dict[str, list[float]] = {}
+        for question in questions:
+            by_kind.setdefault(question["kind"], []).append(known[question["id"]][measure])
+        result[measure] = {kind: sum(values) / len(values) for kind, values in sorted(by_kind.items())}
+    return result
+
+
+def checkpoint(folder: Path, file: Path, images: Path, out: Path, batch: int, tokens: int) -> dict[str, Any]:
+    """`score` of a folder with a LLaVA or LLaVA-STF."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import llava_integration  # noqa: F401
+
+    questions = read(file, images)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
+    print(f"{len(questions)} questions, answers into {out}", file=sys.stderr)
+    return score(model, AutoProcessor.from_pretrained(folder), questions, out, batch=batch, tokens=tokens)

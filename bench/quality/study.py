@@ -1,0 +1,311 @@
+"""The comparison of arXiv 2506.07138 at a size that two cores train: a LLaVA-1.5 of under a million parameters.
+
+    tower    CLIP, 64x64 pixels, 8x8 patches; trained to say what stands in each patch, then frozen
+    text     Llama, trained on the questions with the scene in words
+    stage1   stock projector, trained alone on images: the checkpoint that every row starts from
+    ROWS     each trained as the paper does, first the projector, then the language model too; same data, same steps
+
+Every part is a folder that a second run finds done. The loop is transformers' Trainer throughout.
+"""
+
+import copy
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from llava_integration import LlavaStfConfig, LlavaStfForConditionalGeneration, LlavaStfProcessor, from_llava
+from llava_integration.train import from_random, train
+from llava_integration.train_cache import FeatureCache, open_image
+from llava_integration.train_data import Conversations
+
+from . import data, score
+
+SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
+TEMPLATE = (
+    "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}{% for c in m['content'] %}"
+    "{{ '<image>\n' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+CLASSES = 10 + len(data.SCENES)  # of a patch, then of a whole image
+PIXELS = data.SIDE * data.PIXELS
+
+
+class Budget(NamedTuple):
+    """Steps of each part, and the size of the data."""
+
+    tower: int = 1000
+    text: int = 2000
+    stage1: int = 500
+    pretrain: int = 150
+    finetune: int = 450
+    batch: int = 16
+    boards: int = 5000
+    easy: int = 4000
+    scenes: int = 30000
+    test_boards: int = 500
+
+
+SMOKE = Budget(300, 800, 150, 50, 100, 16, 800, 300, 12000, 60)
+
+
+class StudyError(ValueError):
+    """A folder that holds another study."""
+
+
+class Row(NamedTuple):
+    model: str  # as the table names it
+    start: str
+    tokens: int
+    build: Callable[[nn.Module], nn.Module]
+    trained: bool = True
+
+
+class Pooled(LlavaMultiModalProjector):
+    """The stock projector, then the mean of every 2x2 neighbourhood."""
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        image = super().forward(image_features).transpose(1, 2).unflatten(2, (data.SIDE, data.SIDE))
+        return F.avg_pool2d(image, 2).flatten(2).transpose(1, 2)
+
+
+def pooled(stock: nn.Module) -> nn.Module:
+    stock.model.multi_modal_projector.__class__ = Pooled
+    stock.config.image_seq_length = data.SIDE**2 // 4
+    return stock
+
+
+def compact(merge_size: int, *, mbtf: bool = True, random: bool = False) -> Callable[[nn.Module], nn.Module]:
+    """LLaVA-STF from a stock model; without MBTF the tokens of the layer that the stock projector reads."""
+
+    def build(stock: nn.Module) -> nn.Module:
+        blocks = (
+            None if mbtf else [stock.config.vision_feature_layer % (stock.config.vision_config.num_hidden_layers + 1)]
+        )
+        model = from_llava(stock, blocks=blocks, merge_size=merge_size)
+        if not mbtf:
+            weights = model.state_dict()
+            model = LlavaStfForConditionalGeneration(LlavaStfConfig(**model.config.to_dict() | {"use_mbtf": False}))
+            model.load_state_dict({name: value for name, value in weights.items() if ".mbtf." not in name})
+        if random:
+            from_random(model)
+        return model
+
+    return build
+
+
+ROWS = [
+    Row("all tokens", "stage one", 64, lambda stock: stock),
+    Row("average pooling", "untrained", 16, compact(2), trained=False),
+    Row("average pooling", "stage one", 16, pooled),
+    Row("STF", "warm", 16, compact(2, mbtf=False)),
+    Row("STF", "random", 16, compact(2, mbtf=False, random=True)),
+    Row("MBTF", "warm", 64, compact(1)),
+    Row("STF + MBTF", "warm", 16, compact(2)),
+    Row("STF + MBTF", "random", 16, compact(2, random=True)),
+    Row("STF + MBTF, r = 4", "warm", 4, compact(4)),
+]
+
+
+def make_processor(folder: Path) -> LlavaProcessor:
+    """Word by word, the words of the data in `folder`."""
+    made = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex("[?,.]"), "")])
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    texts = (text.replace("<image>", "") for name in ("scenes", "train") for text in _turns(folder / f"{name}.json"))
+    made.train_from_iterator(["USER: ASSISTANT:", *texts], trainers.WordLevelTrainer(special_tokens=list(SPECIAL)))
+    made.add_special_tokens(list(SPECIAL))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
+    special = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), SPECIAL, strict=False))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, extra_special_tokens={"image_token": "<image>"}, **special
+    )
+    side = {"height": PIXELS, "width": PIXELS}
+    images = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=side)
+    sizes = {"patch_size": data.PIXELS, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    return LlavaProcessor(images, tokenizer, chat_template=TEMPLATE, **sizes)
+
+
+def _turns(file: Path) -> list[str]:
+    records = json.loads(file.read_text(encoding="utf-8"))
+    return [turn["value"] for record in records for turn in record["conversations"]]
+
+
+class Seeing(nn.Module):
+    """A tower and what it says of each patch, for its training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
+        self.tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=PIXELS, patch_size=data.PIXELS))
+        self.head = nn.Linear(sizes["hidden_size"], CLASSES)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.tower(pixel_values).last_hidden_state)
+        shape, patches = F.cross_entropy(logits[:, 0], labels[:, 0]), F.cross_entropy(logits[:, 1:].mT, labels[:, 1:])
+        return {"loss": shape + patches}
+
+
+class Study:
+    """The parts of a study in `folder`, made when they are asked for."""
+
+    def __init__(self, folder: Path, budget: Budget) -> None:
+        self.folder, self.budget = folder, budget
+        self.data = folder / "data"
+        settings = folder / "budget.json"
+        if settings.exists() and json.loads(settings.read_text()) != list(budget):
+            raise StudyError(f"--work: {folder} holds a study of another budget; give another folder, or delete it")
+        if not (self.data / "test.jsonl").exists():
+            options = {name: getattr(budget, name) for name in ("boards", "easy", "scenes", "test_boards")}
+            data.make(self.data, **options)
+        data.write(settings, json.dumps(list(budget)))
+        self.processor, self.read = make_processor(self.data), {}
+
+    def arguments(self, out: Path, steps: int, rate: float, seed: int) -> TrainingArguments:
+        shown = {"logging_steps": 50, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
+        shape = {"per_device_train_batch_size": self.budget.batch, "max_steps": steps, "learning_rate": rate}
+        schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "seed": seed, "use_cpu": True}
+        return TrainingArguments(str(out), **shown, **shape, **schedule, dataloader_num_workers=0)
+
+    def part(self, name: str, make: Callable[[Path], None]) -> Path:
+        """Folder `name`, made beside its place first."""
+        done = self.folder / name
+        if not done.exists():
+            beside = self.folder / f".{name}.part"
+            shutil.rmtree(beside, ignore_errors=True)
+            began = time.monotonic()
+            make(beside)
+            data.write(beside / "seconds.json", json.dumps(round(time.monotonic() - began)))
+            beside.rename(done)
+        return done
+
+    def tower(self, out: Path) -> None:
+        labels = json.loads((self.data / "patches.json").read_text(encoding="utf-8"))
+        labels = {name: row for name, row in labels.items() if "-train-" in name}
+
+        def collate(names: list[str]) -> dict[str, Tensor]:
+            images = [open_image(self.data / "images" / name) for name in names]
+            pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            return {"pixel_values": pixels, "labels": torch.tensor([labels[name] for name in names])}
+
+        set_seed(0)
+        model, arguments = Seeing(), self.arguments(out, self.budget.tower, 2e-3, 0)
+        arguments.remove_unused_columns, arguments.per_device_train_batch_size = False, 32
+        Trainer(model, arguments, collate, train_dataset=sorted(labels)).train()
+        model.tower.save_pretrained(out)
+
+    def text(self, out: Path) -> None:
+        set_seed(0)
+        tower = CLIPVisionModel.from_pretrained(self.part("tower", self.tower))
+        tokenizer = self.processor.tokenizer
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+        sizes |= {"num_key_value_heads": 4, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
+        # Wider than the usual 0.02: at this width the model would not start to look things up within its budget.
+        sizes |= {"initializer_range": 0.06, "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}}
+        sizes |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "tie_word_embeddings": False}
+        options = {"vision_config": tower.config, "text_config": LlamaConfig(**sizes)}
+        options |= {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "image_seq_length": data.SIDE**2}
+        model = LlavaForConditionalGeneration(LlavaConfig(**options))
+        model.model.vision_tower.load_state_dict(tower.state_dict())
+        records = self.conversations("scenes", model)
+        train(model, self.processor, records, self.arguments(out, self.budget.text, 3e-3, 0), recipe="finetune")
+
+    def stage1(self, out: Path) -> None:
+        set_seed(0)
+        model = LlavaForConditionalGeneration.from_pretrained(self.part("text", self.text))
+        self.conversations("train", from_llava(model), cache=True)  # the layers of every row
+        records = self.conversations("train", model, cache=True)
+        train(model, self.processor, records, self.arguments(out, self.budget.stage1, 3e-3, 0), recipe="pretrain")
+
+    def conversations(self, name: str, model: nn.Module, *, cache: bool = False) -> Conversations:
+        """Records read once; with `cache`, for the layers of `model`."""
+        if name not in self.read:
+            options = {"max_length": 512, "image_tokens": data.SIDE**2}
+            self.read[name] = Conversations(self.data / f"{name}.json", self.data / "images", self.processor, **options)
+        records = copy.copy(self.read[name])
+        if cache:
+            records.cache = FeatureCache(self.folder / "features", model, self.processor)
+            records.cache.fill(records.image_files(), batch=64)
+        return records
+
+    def row(self, row: Row, seed: int) -> dict[str, Any]:
+        """Train a row and ask it the test's questions; what a second run finds done."""
+        name = f"{row.model}-{row.start}-{seed if row.trained else 0}".replace(" ", "_")
+        done = self.folder / "rows" / f"{name}.json"
+        if not done.exists():
+            done.parent.mkdir(exist_ok=True)
+            stage1 = self.part("stage1", self.stage1)
+            set_seed(seed)
+            began = time.monotonic()
+            model = row.build(LlavaForConditionalGeneration.from_pretrained(stage1))
+            if row.trained:
+                for recipe, rate in (("pretrain", 1e-3), ("finetune", 1e-3)):
+                    records = self.conversations("train", model, cache=True)
+                    steps = getattr(self.budget, recipe)
+                    arguments = self.arguments(self.folder / ".training", steps, rate, seed)
+                    train(model, self.processor, records, arguments, recipe=recipe)
+            took = round(time.monotonic() - began)
+            data.write(
+                done, json.dumps(self.measure(row, model.eval(), done.with_suffix(".jsonl")) | {"seconds": took})
+            )
+        return json.loads(done.read_text(encoding="utf-8"))
+
+    def measure(self, row: Row, model: nn.Module, out: Path) -> dict[str, Any]:
+        """What the result file says of one seed of a row."""
+        merge = data.SIDE // math.isqrt(row.tokens)
+        processor = LlavaStfProcessor.from_llava(self.processor, merge_size=merge)
+        questions = score.read(self.data / "test.jsonl", self.data / "images")
+        accuracy = score.score(model, processor, questions, out, batch=64, tokens=2)["exact"]
+        for name, kinds in (("detail", data.DETAIL), ("coarse", data.COARSE)):
+            accuracy[name] = statistics.mean(accuracy[kind] for kind in kinds)
+        image, taken = open_image(questions[0]["image"]), []
+        inputs = processor(images=image, text=f"USER: <image>\n{questions[0]['text']} ASSISTANT:", return_tensors="pt")
+        with torch.inference_mode():
+            for _ in range(25):
+                began = time.perf_counter()
+                model(**inputs, logits_to_keep=1)
+                taken.append(1e3 * (time.perf_counter() - began))
+        parameters = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
+        return {"accuracy": accuracy, "prefill_ms": statistics.median(taken), "parameters": parameters}
+
+
+def summary(row: Row, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row of the result file, of the seeds that are finished."""
+
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+    kinds = found[0]["accuracy"]
+    return {
+        "model": row.model,
+        "start": row.start,
+        "image_tokens": row.tokens,
+        "accuracy": {kind: spread([one["accuracy"][kind] for one in found]) for kind in kinds},
+        "prefill_ms": statistics.median(one["prefill_ms"] for one in found),
+        "parameters": found[0]["parameters"],
+        "seeds": len(found),
+        "seconds": statistics.mean(one["seconds"] for one in found),
+    }

@@ -1,0 +1,180 @@
+"""What a frozen vision tower says about each image, kept on disk: a step then reads M x T x C values and runs no tower.
+
+    DIR/cache.json                  tower, processor, layers: whose features these are
+    DIR/ab/abcdef....safetensors    {"blocks": [M, T, C]}, CLS included, of the image file with this SHA-256
+
+A tower is known by its configuration and weights, a processor by its settings, an image by its bytes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .core.config import prefix_tokens, resolve_layers, vision_grid
+from .core.model import CompactModel
+from .core.tower import tower_hidden_states
+
+RESERVE = 2**28  # bytes that filling leaves free
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on; the message names file, line and field."""
+
+
+class CacheError(ValueError):
+    """A cache that cannot be used; the message names the folder."""
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of a module's tensors and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """Blocks of a model's frozen tower, by image file; a model with fewer layers reads those it has of them.
+
+    Raises CacheError for a folder that another tower, processor or choice of layers filled.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+        self.folder, self.tower, self.process = folder, model.model.vision_tower, processor.image_processor
+        config = model.config
+        self.layers = resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)
+        settings = json.dumps(self.process.to_dict(), sort_keys=True, default=str).encode()
+        owner = {"tower": fingerprint(self.tower), "processor": hashlib.sha256(settings).hexdigest()}
+        folder.mkdir(parents=True, exist_ok=True)
+        about = folder / "cache.json"
+        self.stored = self.layers
+        if about.exists():
+            found = json.loads(about.read_text(encoding="utf-8"))
+            self.stored = found["layers"]
+            different = [name for name in owner if found[name] != owner[name]]
+            different += ["choice of layers"] * (not set(self.layers) <= set(self.stored))
+            if different:
+                what = " and another ".join(different)
+                raise CacheError(
+                    f"--cache-features: {folder} was filled with another {what}; delete it, or give another"
+                )
+        elif any(folder.iterdir()):
+            raise CacheError(f"--cache-features: {folder} holds files and no cache.json; give a new folder")
+        else:
+            text = json.dumps(owner | {"layers": self.layers})
+            write_whole(about, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def path(self, image: Path) -> Path:
+        digest = hashlib.sha256(image.read_bytes()).hexdigest()
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+    def __getitem__(self, image: Path) -> Tensor:
+        """[M, T, C] of the model's own layers, memory-mapped."""
+        path = self.path(image)
+        if not path.exists():
+            open_image(image)  # DataError: why it was left out
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored = file.get_slice("blocks")
+                return torch.stack([stored[self.stored.index(layer)] for layer in self.layers])
+        except (OSError, SafetensorError) as error:
+            raise CacheError(f"--cache-features: {path}, of {image}, cannot be read ({error}); delete it") from None
+
+    def fill(self, images: Sequence[Path], batch: int = 8) -> None:
+        """Encode what is not there yet; every process its share. Images that do not decode are left out."""
+        state = PartialState()
+        missing = [image for image in images if not self.path(image).exists()]
+        config, size = self.tower.config, next(self.tower.parameters()).element_size()
+        tokens = vision_grid(config)[0] ** 2 + prefix_tokens(config)
+        need = len(missing) * len(self.stored) * tokens * config.hidden_size * size
+        free = shutil.disk_usage(self.folder).free - RESERVE
+        if need > free:
+            raise CacheError(
+                f"--cache-features: {len(missing)} images need {need / 2**30:.1f} GiB in {self.folder}, "
+                f"{free / 2**30:.1f} GiB are free; give a folder on a larger disk, or train without"
+            )
+        mine = missing[state.process_index :: state.num_processes]
+        began, device = time.monotonic(), next(self.tower.parameters()).device
+        for start in tqdm(range(0, len(mine), batch), desc="features", unit=f"x{batch}", disable=None):
+            opened = {}
+            for image in mine[start : start + batch]:
+                try:
+                    opened[image] = open_image(image)
+                except DataError:
+                    continue  # named, with its record, when that is read
+            if opened:
+                pixels = self.process(list(opened.values()), return_tensors="pt")["pixel_values"].to(device)
+                for image, blocks in zip(opened, self.encode(pixels), strict=True):
+                    write_whole(self.path(image), lambda path, blocks=blocks: save_file({"blocks": blocks}, path))
+        state.wait_for_everyone()
+        if mine:
+            each = (time.monotonic() - began) / len(mine)
+            print(
+                f"features of {len(missing)} images, {need / 2**20:.0f} MiB, {each * 1e3:.0f} ms each", file=sys.stderr
+            )
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> list[Tensor]:
+        """pixel_values [N, 3, S, S] -> N tensors [M, T, C] on the CPU."""
+        blocks = torch.stack(tower_hidden_states(self.tower, pixels, self.stored), dim=1)
+        return [block.contiguous() for block in blocks.cpu()]
+
+
+def open_image(path: Path) -> Image.Image:
+    """RGB, decoded now."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"image: {path} does not decode ({error})") from None
+
+
+def accept_blocks(model: PreTrainedModel) -> None:
+    """Let forward take image_blocks [N, M, T, C] in place of pixel_values, for LLaVA-1.5 and LLaVA-STF alike.
+
+    The hook is on the inner model: inside the forward that DDP, FSDP, autocast and PEFT wrap.
+    """
+    model.model.register_forward_pre_hook(_project, with_kwargs=True)
+
+
+def _project(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    given = kwargs.pop("image_blocks", None)
+    if given is None:
+        return None
+    blocks = [block.to(base.dtype) for block in given.unbind(1)]
+    if isinstance(base, CompactModel):
+        tokens = base.multi_modal_projector(blocks, base.vision_grid)
+    else:
+        skip = base.config.vision_feature_select_strategy == "default"
+        tokens = base.multi_modal_projector(torch.cat(blocks, dim=-1)[:, int(skip) :])
+    features = BaseModelOutputWithPooling(pooler_output=list(tokens))
+    return args, kwargs | {"mm_encoder_outputs": {"image": features}}
+
+
+def write_whole(path: Path, write: Any) -> None:
+    """`write` a file beside `path`, then rename it."""
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

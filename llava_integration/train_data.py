@@ -1,0 +1,241 @@
+"""Conversations in LLaVA's format, and the batches of a training on their answers.
+
+    [{"image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": "human", "value": "<image>\nQ"},
+                                                           {"from": "gpt", "value": "A"}, ...]}, ...]
+
+labels[t] = input_ids[t] where token t belongs to an answer or to the end-of-text token behind it, else -100.
+The file is a JSON array or a record a line; records are decoded and images opened when their turn comes.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import ProcessorMixin
+
+from .train_cache import DataError, FeatureCache, open_image
+
+IGNORED = -100
+SHOWN = 20  # bad records that a message lists
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class Place(NamedTuple):
+    """Where a record stands in the text of its file."""
+
+    line: int
+    start: int
+    end: int
+
+
+def records(text: str, name: str) -> Iterator[Place]:
+    """The JSON objects of `text`, in an array or one behind the other."""
+    position, line, counted, decoder = 0, 1, 0, json.JSONDecoder()
+    while True:
+        while position < len(text) and text[position] in "[], \t\r\n":
+            position += 1
+        line, counted = line + text.count("\n", counted, position), position
+        if position == len(text):
+            return
+        try:
+            _, end = decoder.raw_decode(text, position)
+        except JSONDecodeError as error:
+            raise DataError(f"{name}: line {error.lineno}: no JSON ({error.msg}); is the file cut short?") from None
+        yield Place(line, position, end)
+        position = end
+
+
+class Conversations(Dataset):
+    """Records as {"input_ids", "labels": lists with one image token an image, "images" or "blocks": one an image}.
+
+    Args:
+        file: records, in LLaVA's format.
+        images: folder that the records' image names start from.
+        processor: of the model; its chat template makes the prompts.
+        max_length: tokens that the model takes, images included.
+        image_tokens: tokens an image becomes.
+        need_images: refuse records without an image, from which a projector alone learns nothing.
+        skip_bad: leave bad records out and say so, instead of raising.
+        cache: gives "blocks" in place of "images".
+
+    Raises DataError naming the lines of bad records: not LLaVA's format, an image that is not there, too long.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        images: Path,
+        processor: ProcessorMixin,
+        *,
+        max_length: int,
+        image_tokens: int,
+        need_images: bool = False,
+        skip_bad: bool = False,
+        cache: FeatureCache | None = None,
+    ) -> None:
+        self.file, self.folder, self.processor, self.cache, self.skip_bad = file, images, processor, cache, skip_bad
+        try:
+            self.text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: cannot be read ({error})") from None
+        self.places: list[Place] = []
+        self.lengths: list[int] = []
+        bad = []
+        for place in tqdm(list(records(self.text, str(file))), desc="records", unit="", disable=None):
+            try:
+                names, text, spans = self._parse(place)
+                if need_images and not names:
+                    raise DataError("image: expected one, for a projector learns from nothing else; got none")
+                ids, labels = encode(processor, text, spans)
+                length = len(ids) + len(names) * (image_tokens - 1)
+                if length > max_length:
+                    raise DataError(f"conversations: expected at most {max_length} tokens, got {length}; cut it")
+                if all(label == IGNORED for label in labels):
+                    raise DataError("conversations: expected an answer with text in it, got none")
+            except DataError as error:
+                bad.append(f"{file}: line {place.line}: {error}")
+                continue
+            self.places.append(place)
+            self.lengths.append(length)
+        self._report(bad)
+
+    def _report(self, bad: list[str]) -> None:
+        listed = "\n".join([*bad[:SHOWN], *[f"and {len(bad) - SHOWN} more"] * (len(bad) > SHOWN)])
+        if bad and not self.skip_bad:
+            raise DataError(f"{listed}\n{len(bad)} bad record(s); mend them, or leave them out: --skip-bad-records")
+        if bad:
+            print(f"{listed}\n{len(bad)} bad record(s) left out", file=sys.stderr)
+        if not self.places:
+            raise DataError(f"{self.file}: expected records, found none that can be used")
+
+    def _parse(self, place: Place) -> tuple[list[str], str, list[tuple[int, int]]]:
+        record = json.loads(self.text[place.start : place.end])
+        names, turns = parse(record)
+        for name in names:
+            if not (self.folder / name).is_file():
+                raise DataError(f"image: {self.folder / name} does not exist")
+        return names, *prompt(self.processor, turns)
+
+    def files_of(self, index: int) -> list[Path]:
+        place = self.places[index]
+        return [self.folder / name for name in parse(json.loads(self.text[place.start : place.end]))[0]]
+
+    def image_files(self) -> list[Path]:
+        """Every image once, in the order of the records."""
+        return list(dict.fromkeys(file for index in range(len(self)) for file in self.files_of(index)))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = self.places[index]
+        names, text, spans = self._parse(place)
+        ids, labels = encode(self.processor, text, spans)
+        try:
+            if self.cache:
+                return {
+                    "input_ids": ids,
+                    "labels": labels,
+                    "blocks": [self.cache[self.folder / name] for name in names],
+                }
+            return {"input_ids": ids, "labels": labels, "images": [open_image(self.folder / name) for name in names]}
+        except DataError as error:
+            where = f"{self.file}: line {place.line}: {error}"
+            if not self.skip_bad:
+                raise DataError(where) from None
+            print(f"{where}; the next record takes its place", file=sys.stderr)
+            return self[(index + 1) % len(self)]
+
+
+def parse(record: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    """Image names, and turns in the form of chat templates with the images in front; DataError for another format."""
+    if not isinstance(record, dict):
+        raise DataError(f"expected an object with conversations, got {type(record).__name__}")
+    names, said = record.get("image") or [], record.get("conversations")
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"image: expected a file name or a list of them, got {names!r}")
+    if not isinstance(said, list) or not said or len(said) % 2:
+        raise DataError("conversations: expected questions and answers in turns, none of them alone")
+    turns, found = [], 0
+    for index, turn in enumerate(said):
+        speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        expected = ("human", "gpt")[index % 2]
+        if speaker != expected or not isinstance(value, str):
+            raise DataError(f"conversations: expected a text from {expected!r} in turn {index}, got {turn!r:.80}")
+        here = value.count("<image>")
+        if here and speaker == "gpt":
+            raise DataError(f"conversations: expected no <image> in the answer of turn {index}")
+        words = {"type": "text", "text": value.replace("<image>", "").strip()}
+        turns.append({"role": ROLES[speaker], "content": [{"type": "image"}] * here + [words]})
+        found += here
+    if found != len(names):
+        raise DataError(f"conversations: expected {len(names)} <image>, one for each image, got {found}")
+    return names, turns
+
+
+def prompt(processor: ProcessorMixin, turns: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation in the words of the chat template, and where its answers stand, each with its end of text."""
+    text, spans, seen, end = "", [], "", processor.tokenizer.eos_token
+    for index in range(0, len(turns), 2):
+        asked = processor.apply_chat_template(turns[: index + 1], add_generation_prompt=True)
+        answered = processor.apply_chat_template(turns[: index + 2])
+        if not asked.startswith(seen) or not answered.startswith(asked):
+            raise DataError("chat_template: expected one that only adds text at its end from turn to turn")
+        text += asked[len(seen) :]
+        answer, seen = answered[len(asked) :].rstrip(), answered
+        answer = answer.removesuffix(end) + end  # many templates close no answer: a model would never learn to stop
+        spans.append((len(text), len(text) + len(answer)))
+        text += answer
+    return text, spans
+
+
+def encode(processor: ProcessorMixin, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """input_ids, and labels: the tokens that share a character with a span."""
+    encoded = processor.tokenizer(text, return_offsets_mapping=True)
+    ids, spans = list(encoded["input_ids"]), list(spans)
+    labels = [
+        token if any(first < stop and begin < last for begin, stop in spans) and first < last else IGNORED
+        for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True)
+    ]
+    return ids, labels
+
+
+class Collator:
+    """Items of Conversations -> input_ids, attention_mask, labels [B, S], padded on the right, and their images.
+
+    These are pixel_values [N, 3, S, S] or image_blocks [N, M, T, C], all of the batch in order; neither without any.
+    """
+
+    def __init__(self, processor: ProcessorMixin, image_token_id: int, image_tokens: int) -> None:
+        self.processor, self.image_token_id, self.image_tokens = processor, image_token_id, image_tokens
+
+    def _expanded(self, ids: list[int], values: list[int]) -> list[int]:
+        """`values` with those at image tokens repeated."""
+        pairs = zip(ids, values, strict=True)
+        return [v for i, v in pairs for _ in range(self.image_tokens if i == self.image_token_id else 1)]
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = [
+            {name: self._expanded(item["input_ids"], item[name]) for name in ("input_ids", "labels")} for item in items
+        ]
+        length = max(len(row["labels"]) for row in rows)
+        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORED}
+        batch = {
+            name: torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in rows])
+            for name, fill in padding.items()
+        }
+        counts = torch.tensor([len(row["labels"]) for row in rows])
+        batch["attention_mask"] = (torch.arange(length) < counts[:, None]).long()
+        if blocks := [block for item in items for block in item.get("blocks", ())]:
+            batch["image_blocks"] = torch.stack(blocks)
+        if images := [image for item in items for image in item.get("images", ())]:
+            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return batch
