@@ -1,28 +1,16 @@
-"""What the commands share: values checked before torch is imported, progress, tables, an exit without a traceback."""
+"""What the commands share: values checked before torch is imported, progress, tables."""
 
 import argparse
 import io
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from stf_kernels.command import run
 
-def run(main: Callable[[], int]) -> NoReturn:
-    """End the process with the status of `main`, 130 when interrupted, 141 when whoever read the output has gone."""
-    try:
-        status = main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    sys.exit(status)
+__all__ = ["Progress", "bad_input", "number", "positive_float", "positive_int", "run", "table", "writable_file"]
 
 
 def bad_input(command: str, message: str) -> int:

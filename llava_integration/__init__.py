@@ -3,14 +3,11 @@
 LLaVA-1.5 at a quarter of the image tokens, arXiv 2506.07138; `from_llava` starts it exactly from any LLaVA-1.5.
 """
 
-import importlib
-import sys
 from typing import TYPE_CHECKING
 
-# argv is ["-m", ...] while Python looks for the module of `python -m`: commands answer --help before torch is imported.
-_STARTING = sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sys.orig_argv)
+from stf_kernels.command import STARTED, lazy
 
-if TYPE_CHECKING or not _STARTING:
+if TYPE_CHECKING or not STARTED:
     from .llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration, LlavaStfModel
     from .processing import LlavaStfProcessor
     from .runner import PrefillRunner
@@ -25,10 +22,6 @@ __all__ = [
     "from_llava",
 ]
 
-
-def __getattr__(name: str) -> object:
-    """What a command left out at its start."""
-    if _STARTING and name in __all__:
-        importlib.reload(sys.modules[__name__])
-        return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(
+    __name__, "llava_stf", "processing", "runner", "warm_start"
+)  # a command registers when it asks for a name

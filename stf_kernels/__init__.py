@@ -1,12 +1,17 @@
 """Fused Triton kernels for LLaVA-STF (arXiv 2506.07138): fewer vision tokens, one pass over memory.
 
-Imports without a GPU, without Triton and without transformers.
+Imports without a GPU, without Triton and without transformers. Importing it registers its operators with torch.
 """
 
-from .backend import use_backend
-from .functional import concat_linear, spatial_merge_linear
-from .modules import CompactTokenProjector, MultiBlockTokenFusion, SpatialTokenFusion
-from .relayout import channel_to_patch_major, patch_to_channel_major
+from typing import TYPE_CHECKING
+
+from .command import STARTED, lazy
+
+if TYPE_CHECKING or not STARTED:
+    from .backend import use_backend
+    from .functional import concat_linear, spatial_merge_linear
+    from .modules import CompactTokenProjector, MultiBlockTokenFusion, SpatialTokenFusion
+    from .relayout import channel_to_patch_major, patch_to_channel_major
 
 __version__ = "0.2.0.dev0"
 
@@ -20,3 +25,5 @@ __all__ = [
     "spatial_merge_linear",
     "use_backend",
 ]
+
+__getattr__ = lazy(__name__, "backend", "functional", "modules", "relayout")

@@ -15,20 +15,14 @@
 Tensor by tensor, into safetensors of at most 2 GB, and nothing at DST until it is whole.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from stf_kernels.command import lazy
 
 if TYPE_CHECKING:
     from .llava import convert_llava
     from .official import convert_official
     from .report import ConversionError, Report
 
-_HOMES = {"ConversionError": "report", "Report": "report", "convert_llava": "llava", "convert_official": "official"}
 __all__ = ["ConversionError", "Report", "convert_llava", "convert_official"]
-
-
-def __getattr__(name: str) -> object:
-    """Imported when asked for: the command answers --help before torch is imported."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+__getattr__ = lazy(__name__, "llava", "official", "report")  # the command answers --help before torch is imported

@@ -1,19 +1,20 @@
-"""The command line. Exit code 0: DST is whole; 2: one line on stderr says what is wrong, and DST is not there."""
+"""The command line. Exit code 0: DST is whole; 2: one line on stderr says what is wrong, and DST is not there.
+
+When it is stopped by a signal (130, 143, 129) DST is not there either; 141 and 74: DST is whole, the report was lost.
+"""
 
 import argparse
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+
+from stf_kernels.command import run
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
-    for stop in (signal.SIGTERM, signal.SIGHUP):  # the half-written folder goes then too; nohup ignores SIGHUP
-        if signal.getsignal(stop) is not signal.SIG_IGN:
-            signal.signal(stop, lambda number, _: sys.exit(128 + number))
     # Only now: these imports take seconds, and --help should not.
     import torch
     from transformers.utils import logging
@@ -29,9 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConversionError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("convert: interrupted; nothing is left at DST", file=sys.stderr)
-        return 130
     print("\n".join(report.lines()))
     return 0
 
@@ -62,4 +60,4 @@ def _layers(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

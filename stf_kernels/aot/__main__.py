@@ -2,21 +2,16 @@
 
 import argparse
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
-from ..backend import has_triton
-from ..configs import SHARED_MEMORY_LIMIT
-from ..tune.search import write_json
-from . import check
-from .cases import cases
+from ..command import run, shielded
+
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stf_kernels.aot", description=__doc__)
-    archs = list(SHARED_MEMORY_LIMIT)
-    parser.add_argument("--target", nargs="+", choices=archs, default=archs, metavar="ARCH", help=" ".join(archs))
+    parser.add_argument("--target", nargs="+", choices=ARCHS, default=ARCHS, metavar="ARCH", help=" ".join(ARCHS))
     parser.add_argument("--defaults", action="store_true", help="only what serves when no table matches")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was read of every case")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
@@ -25,6 +20,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--jobs: expected at least 1, got {options.jobs}")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json: the folder {options.json.parent} does not exist; make it first")
+    # Only now: torch is imported.
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    from ..backend import has_triton
+    from ..tune.search import write_json
+    from . import check
+    from .cases import cases
+
     if not has_triton():
         parser.error("triton is not installed, which compiles the kernels: pip install triton")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -32,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     todo = [case for arch in options.target for case in cases(arch, defaults_only=options.defaults)]
     broken, records = 0, []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(check.examine, case) for case in todo]
+        with shielded():
+            futures = [pool.submit(check.examine, case) for case in todo]
         for done, future in enumerate(as_completed(futures), 1):
             line, found, record = future.result()
             violations = "".join(f"\n    VIOLATION: {violation}" for violation in found)
@@ -48,4 +53,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

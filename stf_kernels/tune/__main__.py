@@ -1,28 +1,21 @@
 """python -m stf_kernels.tune: search the configurations of the GPU at hand and write its table."""
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
-import torch
+from ..command import run
 
-from ..backend import triton_serves
-from ..configs import device_identity
-from ..configs.tables import DTYPES, multiprocessors, table_path
-from .candidates import candidates
-from .measure import ProblemBench
-from .problems import PROBLEMS
-from .search import TableFile, entry_for
-
-_TUNED = [name for name, problem in PROBLEMS.items() if not problem.save_pre]
+# Written out for --help, which answers before torch is imported.
+DTYPES = ("float16", "bfloat16", "float32")
+TUNED = ("concat", "linear_merge", "linear", "merge", "linear_scatter", "concat_wgrad", "merge_wgrad")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stf_kernels.tune", description=__doc__)
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help="images")
-    parser.add_argument("--problem", nargs="+", choices=_TUNED, default=_TUNED)
+    parser.add_argument("--problem", nargs="+", choices=TUNED, default=TUNED)
     parser.add_argument("--most", type=int, default=24, help="configurations to measure of each problem")
     parser.add_argument("--out", type=Path, help="default: the package's own table of this device")
     parser.add_argument("--again", action="store_true", help="measure what the table already has, too")
@@ -30,6 +23,17 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if min(options.batch) < 1 or options.most < 1:
         parser.error(f"--batch, --most: expected at least 1, got {options.batch}, {options.most}")
+    import torch
+
+    from ..backend import triton_serves
+    from ..configs import device_identity
+    from ..configs.tables import DTYPES as SIZES
+    from ..configs.tables import multiprocessors, table_path
+    from .candidates import candidates
+    from .measure import ProblemBench
+    from .problems import PROBLEMS
+    from .search import TableFile, entry_for
+
     if not torch.cuda.is_available() or not triton_serves(torch.device("cuda", torch.cuda.current_device())):
         parser.error("this command measures, and there is no GPU here that Triton serves; the model serves without")
 
@@ -48,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 began = time.monotonic()
                 bench = ProblemBench(problem, getattr(torch, dtype), batch)
-                configs = candidates(problem, m, DTYPES[dtype], arch, multiprocessors(index))[: options.most]
+                configs = candidates(problem, m, SIZES[dtype], arch, multiprocessors(index))[: options.most]
                 bench.compile(configs)
                 entry = entry_for(problem, dtype, m, configs, bench.microseconds)
                 table.add(entry)
@@ -62,4 +66,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -27,9 +27,10 @@ MAY_IMPORT = {
     "ops": ["kernels", "configs", "backend", "checks"],
     "functional": ["ops", "checks", "relayout"],
     "modules": ["functional", "ops", "linear", "checks"],
-    "__init__": ["functional", "modules", "backend", "relayout"],
-    "tune": ["ops", "configs", "backend"],
-    "aot": ["tune", "ops", "configs", "kernels", "backend"],
+    "command": [],
+    "__init__": ["functional", "modules", "backend", "relayout", "command"],
+    "tune": ["ops", "configs", "backend", "command"],
+    "aot": ["tune", "ops", "configs", "kernels", "backend", "command"],
 }
 
 
@@ -119,8 +120,9 @@ def test_reference_imports_torch_and_einops_only():
 
 
 def test_llava_integration_uses_the_public_surface():
-    """stf_kernels by its package alone, and never what is used from the checkout."""
-    public = ["stf_kernels", *(f"stf_kernels.{name}" for name in stf_kernels.__all__)]
+    """stf_kernels by its package and how a command ends, and never what is used from the checkout."""
+    commands = [f"stf_kernels.command{name}" for name in ("", ".STARTED", ".lazy", ".run", ".shielded")]
+    public = ["stf_kernels", *commands, *(f"stf_kernels.{name}" for name in stf_kernels.__all__)]
     assert not offending(
         files("llava_integration"),
         lambda name: name in public or not under(name, "stf_kernels", "reference", "bench", "tests", "support"),

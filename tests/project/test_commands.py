@@ -1,0 +1,253 @@
+"""If this fails, a command ends in a traceback, runs on after Ctrl-C, leaves a child, or lets --help wait for torch.
+
+The real commands run, and small programs on stf_kernels.command stand for what cannot be had of them at will.
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import ROOT, clean_environment, python
+
+FOLDERS = ("stf_kernels", "llava_integration", "bench")
+SOURCES = {path: path.read_text(encoding="utf-8") for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+ENDING = '\nif __name__ == "__main__":\n'
+COMMANDS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for path, source in SOURCES.items()
+    if ENDING in source
+)
+# Arguments with which a command imports torch; without a GPU or a folder it then has nothing to do.
+IMPORTING = {
+    "llava_integration.convert": ["official", "/nowhere", "/nowhere/dst"],
+    "bench.prefill": ["--preset", "tiny"],
+    "bench.report": None,  # it needs no torch
+}
+
+
+def start(*arguments, **options):
+    """In a group of its own, where SIGINT is not ignored, as it is in a shell's background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    try:
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env=clean_environment(**options.pop("environment", {})),
+            start_new_session=True,
+            **options,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def group(process):
+    """The processes of a command's group, those that ended and wait for their parent left out."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _parent, of = stat.read_text().rpartition(")")[2].split()[:3]
+            found += [stat.parent.name] if of == str(process.pid) and state != "Z" else []
+    return found
+
+
+def interrupted(process, send, code=130):
+    """Within two seconds, with nothing said and nobody left -> its stdout."""
+    began = time.monotonic()
+    send()
+    out, err = process.communicate(timeout=30)
+    taken = time.monotonic() - began
+    assert (process.returncode, "Traceback" in err, "Exception" in err) == (code, False, False), err
+    assert taken < 2.5, taken  # two, and what a busy machine takes to start its clock
+    until(lambda: not group(process), 2.0)
+    return out
+
+
+def program(body):
+    """As a command, so that nothing imports torch."""
+    started = "import sys, time, os, signal\nsys.orig_argv = ['python', '-m', 'bench.host']\n"
+    return f"{started}from stf_kernels import command\n{body}\ncommand.run(main)"
+
+
+def test_every_command_ends_by_the_same_helper():
+    assert {"bench.host", "bench.prefill", "llava_integration.convert", "stf_kernels.aot"} <= set(COMMANDS)
+    for path, source in SOURCES.items():
+        if ENDING in source:
+            assert source.endswith((f"{ENDING}    run(main)\n", f"{ENDING}    command.run(main)\n")), path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_at_once(command, tmp_path):
+    """Without torch, and in less than a second of this process's time: a loaded machine gives it later."""
+    for name in ("torch", "transformers", "jinja2"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} is imported')")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = python("-m", command, "--help", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"usage: python -m {command}" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if IMPORTING.get(command, ()) is not None])
+def test_ctrl_c_while_torch_is_imported(command):
+    process = start("-m", command, *IMPORTING.get(command, ()))
+    maps = Path(f"/proc/{process.pid}/maps")
+    until(lambda: process.poll() is not None or "libtorch" in maps.read_text())
+    assert process.poll() is None, "it has ended without torch: give it arguments in IMPORTING"
+    interrupted(process, lambda: process.send_signal(signal.SIGINT))
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["of a terminal", "of one process"])
+def test_ctrl_c_ends_the_compiler_and_its_workers(whole_group):
+    pytest.importorskip("triton")
+    process = start("-m", "stf_kernels.aot", "--target", "sm_80", "--jobs", "2")
+    until(lambda: len(group(process)) >= 4)  # itself, multiprocessing's tracker, two workers
+    interrupted(process, lambda: (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT))
+
+
+STUCK = {
+    "a long call into C": """
+import hashlib
+def main(): print(1, flush=True); hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)""",
+    "swallowed by an except": """
+def main():
+    print(1, flush=True)
+    while True:
+        try: time.sleep(60)
+        except BaseException: pass""",
+    "another error in its place": """
+def main():
+    print(1, flush=True)
+    try: time.sleep(60)
+    except KeyboardInterrupt: raise ValueError("a pool of workers is broken")""",
+    "in a destructor": """
+class Slow:
+    def __del__(self): print(1, flush=True); time.sleep(60)
+def main(): Slow(); time.sleep(60)""",
+    "a thread that goes on": """
+import threading
+def main(): threading.Thread(target=time.sleep, args=(60,)).start(); print(1, flush=True); time.sleep(60)""",
+    "children, one of them forked": """
+import subprocess
+def main():
+    with command.shielded(): child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    if os.fork() == 0: time.sleep(60)
+    print(1, flush=True)
+    child.wait()""",
+    "saved on the way": """
+def main():
+    try: print(1, flush=True); time.sleep(60)
+    except KeyboardInterrupt: time.sleep(0.3); print("saved"); return 0""",
+}
+
+
+@pytest.mark.parametrize("what", STUCK)
+def test_ctrl_c_wherever_it_comes(what):
+    process = start("-c", program(STUCK[what]))
+    assert process.stdout.readline() == "1\n"
+    time.sleep(0.1)
+    out = interrupted(process, lambda: os.killpg(process.pid, signal.SIGINT))
+    assert out == ("saved\n" if what == "saved on the way" else "")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_other_signals_end_it_alike(sent, code):
+    process = start("-c", program("def main(): print(1, flush=True); time.sleep(60)"))
+    assert process.stdout.readline() == "1\n"
+    interrupted(process, lambda: process.send_signal(sent), code)
+
+
+def test_nohup_outlives_its_terminal():
+    """SIGHUP is ignored then, and what it writes to stderr has no taker."""
+    body = "def main(): print(1, flush=True); time.sleep(0.5); print('x', file=sys.stderr); print(2); return 3"
+    process = start("-c", "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + program(body))
+    assert process.stdout.readline() == "1\n"
+    process.send_signal(signal.SIGHUP)
+    process.stderr.close()
+    assert (process.stdout.read(), process.wait(30)) == ("2\n", 3)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        ("| true", 141, ""),
+        ("> /dev/full", os.EX_IOERR, "error: stdout: No space left on device\n"),
+        (">&-", 0, ""),
+        (">&- 2>&- <&-", 0, ""),
+        ("2> /dev/full", 0, ""),
+    ],
+)
+def test_where_the_output_goes(redirection, status, said, tmp_path):
+    """The job, a file in the working folder, is done in every case."""
+    body = f"""
+def main():
+    time.sleep(0.2)  # the reader has gone
+    print("progress", file=sys.stderr)
+    open({str(tmp_path / "done")!r}, "w").close()
+    print("report")
+    return 0"""
+    file = tmp_path / "program.py"
+    file.write_text(program(body))
+    script = f"{sys.executable} {file} {redirection}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == status
+    assert done.stderr.removeprefix("progress\n").endswith(said)
+    assert done.stderr.count("\n") <= 2
+    assert (tmp_path / "done").is_file()
+
+
+def test_a_file_on_a_full_disk_is_one_sentence():
+    done = python("-c", program("def main():\n    with open('/dev/full', 'w') as file: file.write('x')"))
+    assert (done.returncode, done.stderr.count("\n")) == (os.EX_IOERR, 1)
+    assert "No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_text_that_stdout_cannot_encode(encoding):
+    done = python("-c", program("def main(): print('模型', '\\udce9'); return 3"), PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "\\u6a21\\u578b \\udce9\n", "")
+
+
+def test_a_mistake_keeps_its_traceback():
+    done = python("-c", program("def main(): return {}['x']"))
+    assert done.returncode == 1
+    assert "KeyError: 'x'" in done.stderr
+
+
+def test_names_come_when_they_are_asked_for():
+    """A command's packages have imported nothing; then every public name is there, the Auto classes know the model."""
+    code = """
+import sys
+sys.orig_argv = ["python", "-m", "bench.host"]
+import stf_kernels, llava_integration, llava_integration.convert
+assert "torch" not in sys.modules
+for package in (stf_kernels, llava_integration, llava_integration.convert):
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    assert not hasattr(package, "nothing")
+from transformers import AutoConfig
+assert type(AutoConfig.for_model("llava_stf")) is llava_integration.LlavaStfConfig
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_registers_its_operators():
+    done = python("-c", "import stf_kernels, torch; torch.ops.stf_kernels.token_fusion_mlp.default")
+    assert done.returncode == 0, done.stderr
