@@ -42,7 +42,12 @@ def processor():
     images = CLIPImageProcessorPil(size={"shortest_edge": build.PIXELS}, crop_size=side)
     tokenizer = build.tokenizer(extra_special_tokens={"image_token": "<image>"})
     return LlavaProcessor(
-        images, tokenizer, patch_size=build.PATCH, chat_template=TEMPLATE, num_additional_image_tokens=1
+        images,
+        tokenizer,
+        patch_size=build.PATCH,
+        chat_template=TEMPLATE,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
     )
 
 
