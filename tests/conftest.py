@@ -1,7 +1,8 @@
 """What every test shares: the checkout on the path, one random seed a test, and who runs where.
 
-tests/interpreter needs TRITON_INTERPRET=1 before the kernels are imported, so it is a process of its own. Two folders
-may skip: tests/gpu without a GPU that Triton serves, and tests/launch without a C compiler.
+tests/clients is left out (norecursedirs): a client has an environment and a make target of its own, which names its
+folder. tests/interpreter needs TRITON_INTERPRET=1 before the kernels are imported, so it is a process of its own. Two
+folders may skip: tests/gpu without a GPU that Triton serves, and tests/launch without a C compiler.
 """
 
 import os

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from .. import serving
 from ..kernels import table as kernels
 from ..prefill import table as prefill
 from ..prefill.speedup import doubt, label, place, same_mode
@@ -49,6 +50,8 @@ def shown(result: dict[str, Any]) -> dict[str, Any]:
     if result["kind"] == "host":
         rows = [{name: v if name == "what" else f"{v:.2f}" for name, v in row.items()} for row in result["rows"]]
         return {"title": "Host time of an eager call", "verdict": [], "rows": rows}
+    if result["kind"] == "serving":
+        return {"title": "Served by vLLM", "verdict": serving.sentences(result), "rows": serving.cells(result)}
     counts = f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped."
     return {"title": "Tests on the device", "verdict": [counts, *result["failures"]], "rows": []}
 

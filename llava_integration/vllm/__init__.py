@@ -1,4 +1,4 @@
-"""LLaVA-STF for vLLM, which finds `register` by its entry point vllm.general_plugins wherever this package is installed.
+"""LLaVA-STF for vLLM, which finds `register` by its entry point vllm.general_plugins where this package is.
 
     vllm serve FOLDER            a folder of llava_integration.convert or save_pretrained, of model_type llava_stf
 

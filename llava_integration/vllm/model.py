@@ -53,7 +53,7 @@ class ProcessingInfo(LlavaProcessingInfo):
     LlavaMultiModalProcessor, info=ProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class LlavaStf(LlavaForConditionalGeneration):
-    """Serves folders with the tensor names of any transformers: vision_tower.[vision_model.]*, with or without model."""
+    """Serves folders with the tensor names of every transformers: [model.]vision_tower.[vision_model.]*"""
 
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
         orig_to_new_regex={re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"): "vision_tower.vision_model."}

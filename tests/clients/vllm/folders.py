@@ -1,0 +1,68 @@
+"""Small LLaVA-STF folders whose attention vLLM's CPU kernels take, and what transformers answers from them."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
+
+import llava_integration as li
+from llava_integration.convert import convert_llava
+from tests.llava import build
+
+NEW_TOKENS = 12
+TEMPLATE = "{% for m in messages %}{{ m['role'] }} : {% for c in m['content'] %}"
+TEMPLATE += "{{ '<image> ' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}{% endfor %}ASSISTANT :"
+# One image, several, none; the words of a chat with the template.
+PROMPTS = [
+    ("USER : <image> what is ASSISTANT :", [1]),
+    ("USER : <image> a <image> cat ASSISTANT :", [2, 3]),
+    ("USER : what is a cat ASSISTANT :", []),
+]
+
+
+def images(seeds: list[int]) -> list:
+    return [build.image(seed) for seed in seeds]
+
+
+def processor(kind: type, **options):
+    side = {"height": build.PIXELS, "width": build.PIXELS}
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": build.PIXELS}, crop_size=side)
+    return kind(pictures, build.tokenizer(), patch_size=build.PATCH, chat_template=TEMPLATE, **options)
+
+
+def make(folder: Path, tower: str = "clip", names: str = "new") -> Path:
+    """A random model and its processor; names="oldest": tensors as the checkpoints of 2023 call them."""
+    sizes = build.wide()
+    if tower == "siglip":
+        sizes["vision"] = build.siglip(hidden_size=128, intermediate_size=256)
+    build.randomize(build.stf(torch.float32, **sizes)).save_pretrained(folder)
+    processor(li.LlavaStfProcessor).save_pretrained(folder)
+    if names == "oldest":
+        file = folder / "model.safetensors"
+        tensors = {build.oldest_name(name): tensor for name, tensor in load_file(file).items()}
+        assert any(name.startswith("vision_tower.vision_model.") for name in tensors)
+        save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def converted(folder: Path, **options) -> Path:
+    """What `python -m llava_integration.convert llava` writes."""
+    source, made = folder / "stock", folder / "stf"
+    build.stock(torch.float32, **build.wide()).save_pretrained(source)
+    options_of_stock = {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    processor(LlavaProcessor, **options_of_stock).save_pretrained(source)
+    convert_llava(source, made, **options)
+    return made
+
+
+def expected(folder: Path) -> list[list[int]]:
+    """The greedy tokens of transformers for each of PROMPTS."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    reader, answers = AutoProcessor.from_pretrained(folder), []
+    for text, seeds in PROMPTS:
+        inputs = reader(images=images(seeds) or None, text=text, return_tensors="pt")
+        options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+        answers.append(model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist())
+    assert len({tuple(answer) for answer in answers}) == len(answers)
+    return answers

@@ -1,0 +1,133 @@
+"""If this fails, vLLM does not answer from LLaVA-STF folders as transformers does, or runs another projector."""
+
+import contextlib
+import logging
+import subprocess
+import sys
+
+import pytest
+import vllm
+from clients.vllm import folders
+
+import llava_integration.vllm as plugin
+from bench.server import SETTINGS
+from stf_kernels import CompactTokenProjector
+
+SMALL = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4}
+SMALL |= {"max_num_batched_tokens": 256, "limit_mm_per_prompt": {"image": 2}, "disable_log_stats": True}
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
+
+
+@contextlib.contextmanager
+def engine(folder, **options):
+    """Its worker processes end with the block."""
+    llm = vllm.LLM(str(folder), **SMALL | options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def answers(llm):
+    prompts = [
+        {"prompt": text} | ({"multi_modal_data": {"image": folders.images(seeds)}} if seeds else {})
+        for text, seeds in folders.PROMPTS
+    ]
+    options = {"temperature": 0, "max_tokens": folders.NEW_TOKENS, "ignore_eos": True}
+    return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, vllm.SamplingParams(**options), use_tqdm=False)]
+
+
+def fused(model):
+    """In vLLM's worker: its own linear layers would send the projector back to plain matrix products."""
+    projector = model.multi_modal_projector
+    linears = [layer for part in (projector.mbtf, projector.stf) for layer in (part.linear_1, part.linear_2)]
+    return type(projector).__qualname__, *(type(layer).__module__ for layer in linears)
+
+
+@pytest.mark.parametrize(("tower", "names"), [("clip", "new"), ("siglip", "oldest")])
+def test_greedy_tokens(tmp_path, monkeypatch, tower, names):
+    """One image, two, none."""
+    folder = folders.make(tmp_path, tower, names)
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # apply_model sends a function
+    with engine(folder) as llm:
+        assert answers(llm) == folders.expected(folder)
+        assert llm.apply_model(fused) == [(CompactTokenProjector.__qualname__, *["torch.nn.modules.linear"] * 4)]
+
+
+def test_a_converted_folder(tmp_path):
+    folder = folders.converted(tmp_path)
+    with engine(folder) as llm:
+        assert answers(llm) == folders.expected(folder)
+
+
+def test_an_auto_map_folder_by_the_transformers_backend(tmp_path):
+    """Where this package is not installed."""
+    folder = folders.converted(tmp_path, auto_map=True)
+    with engine(folder, model_impl="transformers", trust_remote_code=True) as llm:
+        assert answers(llm) == folders.expected(folder)
+
+
+def test_tensor_parallel(tmp_path):
+    """The projector is whole on both ranks."""
+    folder = folders.make(tmp_path)
+    with engine(folder, tensor_parallel_size=2) as llm:
+        assert answers(llm) == folders.expected(folder)
+
+
+def test_no_image_allowed(tmp_path):
+    """vLLM then leaves the tower and the projector out."""
+    folder = folders.make(tmp_path)
+    with engine(folder, limit_mm_per_prompt={"image": 0}) as llm:
+        text, _ = folders.PROMPTS[2]
+        options = vllm.SamplingParams(temperature=0, max_tokens=folders.NEW_TOKENS, ignore_eos=True)
+        (answer,) = llm.generate([text], options, use_tqdm=False)
+        assert list(answer.outputs[0].token_ids) == folders.expected(folder)[2]
+
+
+def test_names_between():
+    """transformers 4.52 to 5.x: model.vision_tower.vision_model.*"""
+    from llava_integration.vllm.model import LlavaStf
+
+    name = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert {LlavaStf.hf_to_vllm_mapper.map_name(before + name) for before in ("", "model.")} == {name}
+    assert LlavaStf.hf_to_vllm_mapper.map_name("model.vision_tower.embeddings.class_embedding") == (
+        "vision_tower.vision_model.embeddings.class_embedding"
+    )
+
+
+def test_the_package_does_not_import_vllm():
+    code = "import sys, llava_integration; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    said, logger = [], logging.getLogger("vllm.plugins.llava_stf")
+    monkeypatch.setattr(logger, "warning", lambda text, *args: said.append(text % args))
+    return said
+
+
+def test_the_tested_version_says_nothing(warnings):
+    plugin.register()
+    assert not warnings
+
+
+def test_another_version(monkeypatch, warnings):
+    monkeypatch.setattr(vllm, "__version__", "0.99.1")
+    plugin.register()
+    (text,) = warnings
+    assert "tested with vLLM 0.32, this is 0.99.1: pip install" in text
+
+
+def test_a_version_that_registers_otherwise(monkeypatch, warnings):
+    """Every vLLM process of the machine calls `register`, for other models too: it says so and goes on."""
+    monkeypatch.setattr(vllm, "ModelRegistry", object())
+    plugin.register()
+    (text,) = warnings
+    assert "cannot be served" in text
+    assert "tested with vLLM 0.32" in text
