@@ -59,9 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if (folder := getattr(args, name)) and not (folder / "config.json").is_file():
             parser.error(f"argument --{name}: {str(folder)!r} has no config.json")
     if not find_spec("vllm"):
-        parser.error(
-            "vLLM is not installed: run make .venv-vllm/.installed, then .venv-vllm/bin/python -m bench.serving"
-        )
+        parser.error("vLLM is not installed: make .venv-vllm/.installed, then .venv-vllm/bin/python -m bench.serving")
     return args
 
 

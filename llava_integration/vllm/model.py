@@ -8,7 +8,7 @@ chain in a wait.
 
 import re
 
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
@@ -55,6 +55,7 @@ class ProcessingInfo(LlavaProcessingInfo):
 class LlavaStf(LlavaForConditionalGeneration):
     """Serves folders with the tensor names of every transformers: [model.]vision_tower.[vision_model.]*"""
 
+    multi_modal_projector: nn.Module
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
         orig_to_new_regex={re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"): "vision_tower.vision_model."}
     )

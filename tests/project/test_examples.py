@@ -22,7 +22,9 @@ BATCHES = "batches = [{**inputs, 'labels': inputs['input_ids']}]\n"
 
 
 def snippets(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    """Not those of "Use it with", which tests/clients run where the client is."""
+    text = re.sub(r"^## Use it with\n.*?^## ", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def run(code, folder):

@@ -1,17 +1,21 @@
 """If this fails, vLLM does not answer from LLaVA-STF folders as transformers does, or runs another projector."""
 
 import contextlib
+import functools
 import logging
+import re
 import subprocess
 import sys
 
 import pytest
 import vllm
 from clients.vllm import folders
+from support.processes import ROOT
 
 import llava_integration.vllm as plugin
 from bench.server import SETTINGS
 from stf_kernels import CompactTokenProjector
+from tests.llava import build
 
 SMALL = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4}
 SMALL |= {"max_num_batched_tokens": 256, "limit_mm_per_prompt": {"image": 2}, "disable_log_stats": True}
@@ -87,6 +91,17 @@ def test_no_image_allowed(tmp_path):
         options = vllm.SamplingParams(temperature=0, max_tokens=folders.NEW_TOKENS, ignore_eos=True)
         (answer,) = llm.generate([text], options, use_tqdm=False)
         assert list(answer.outputs[0].token_ids) == folders.expected(folder)[2]
+
+
+def test_the_three_lines_of_the_readme(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^\*\*vLLM\*\*.*?^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(code.splitlines()) == 3
+    folders.make(tmp_path / "llava-stf")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vllm, "LLM", functools.partial(vllm.LLM, **SMALL))  # or it compiles for a minute
+    exec(code, {"image": build.image()})
+    assert set(capsys.readouterr().out.split()) & set(build.WORDS)
 
 
 def test_names_between():
