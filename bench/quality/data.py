@@ -120,7 +120,7 @@ def conversation(start: str, turns: list[Turn]) -> list[dict[str, str]]:
 
 
 def make(
-    out: Path, *, boards: int = 5000, easy: int = 4000, scenes: int = 30000, test_boards: int = 500, seed: int = 0
+    out: Path, *, boards: int = 5000, easy: int = 4000, scenes: int = 12000, test_boards: int = 500, seed: int = 0
 ) -> None:
     """Write a data set into `out`: so many boards, images of easy-vqa and scenes, 2 * test_boards test images."""
     from sklearn.datasets import load_digits
@@ -156,7 +156,7 @@ def make(
                 {"id": name, "image": name, "conversations": conversation("<image>", turns)} for name, turns in found
             ]
     for _ in range(scenes):
-        _, scene, turns = board_record(draw, draw.choice((1, 2, 3)), "train")
+        _, scene, turns = board_record(draw, draw.choice((1, 1, 2)), "train")
         words.append((scene, turns))
     draw.shuffle(train)
     draw.shuffle(words)

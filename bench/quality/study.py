@@ -58,14 +58,14 @@ class Budget(NamedTuple):
     """Steps of each part, and the size of the data."""
 
     tower: int = 1000
-    text: int = 2000
+    text: int = 1200
     stage1: int = 500
     pretrain: int = 150
     finetune: int = 450
     batch: int = 16
     boards: int = 5000
     easy: int = 4000
-    scenes: int = 30000
+    scenes: int = 12000
     test_boards: int = 500
 
 
@@ -187,8 +187,14 @@ class Study:
     def arguments(self, out: Path, steps: int, rate: float, seed: int) -> TrainingArguments:
         shown = {"logging_steps": 50, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
         shape = {"per_device_train_batch_size": self.budget.batch, "max_steps": steps, "learning_rate": rate}
-        schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "seed": seed, "use_cpu": True}
-        return TrainingArguments(str(out), **shown, **shape, **schedule, dataloader_num_workers=0)
+        schedule = {
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.03,
+            "adam_beta2": 0.98,
+            "seed": seed,
+            "use_cpu": True,
+        }
+        return TrainingArguments(str(out), **shown, **shape, **schedule)
 
     def part(self, name: str, make: Callable[[Path], None]) -> Path:
         """Folder `name`, made beside its place first."""

@@ -209,6 +209,7 @@ BAD = {
     "conversations: .* none of them alone": {"conversations": [ASKED]},
     "conversations: expected 2 <image>, one for each image, got 1": {"image": ["1.png", "0.png"]},
     "image: expected one": {"image": None, "conversations": record(1, 2)["conversations"][2:]},
+    "conversations: expected answers with text": {"conversations": [ASKED, {"from": "gpt", "value": " "}]},
     r"conversations: expected at most 512 tokens, got \d+": record(1, 100),
 }
 
