@@ -11,6 +11,7 @@ if TYPE_CHECKING or not STARTED:
     from .backend import use_backend
     from .functional import concat_linear, spatial_merge_linear
     from .modules import CompactTokenProjector, MultiBlockTokenFusion, SpatialTokenFusion
+    from .preparation import prepare
     from .relayout import channel_to_patch_major, patch_to_channel_major
 
 __version__ = "0.2.0.dev0"
@@ -22,8 +23,9 @@ __all__ = [
     "channel_to_patch_major",
     "concat_linear",
     "patch_to_channel_major",
+    "prepare",
     "spatial_merge_linear",
     "use_backend",
 ]
 
-__getattr__ = lazy(__name__, "backend", "functional", "modules", "relayout")
+__getattr__ = lazy(__name__, "backend", "functional", "modules", "preparation", "relayout")

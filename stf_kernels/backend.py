@@ -1,7 +1,7 @@
 """Which path computes: Triton kernels or plain torch.
 
-    auto     Triton for tensors on a GPU that Triton serves, plain torch elsewhere; where the device's table names
-             plain torch for a product, plain torch for that product
+    auto     on a GPU that Triton serves, for each product what the device's table says or what was selected on it at
+             first use, a kernel or plain torch (configs/selection.py); plain torch elsewhere
     triton   Triton always; CPU tensors need TRITON_INTERPRET=1
     torch    plain torch always
 
@@ -13,7 +13,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -83,6 +83,13 @@ def triton_serves(device: torch.device) -> bool:
     if device.type != "cuda" or not has_triton() or interpreting():
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """A launch goes to the current device; make that the tensors' own."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def resolve(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:

@@ -7,6 +7,7 @@ folders may skip: tests/gpu without a GPU that Triton serves, and tests/launch w
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ sys.path.insert(0, str(ROOT))  # plain `pytest` does not put the checkout there
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 os.environ.pop("STF_KERNELS_BACKEND", None)  # the tests choose the backend themselves
+os.environ["STF_KERNELS_SELECT"] = "off"  # and what is selected
+os.environ["STF_KERNELS_CACHE"] = os.path.join(tempfile.gettempdir(), "stf_kernels-no-cache")
 
 # What takes long, by the beginning of a test's name: run last, and left out of `make test-quick`.
 SLOW = (

@@ -1,7 +1,7 @@
 """Steps in their order: operands, float64, agreement, time; one row for every provider.
 
 us is of the call captured as a CUDA graph, us_eager of the call as it is, on an idle device; before either the L2 is
-flushed (stf_kernels/tune/timing.py). On a CPU only us_eager remains, with warm caches.
+flushed (stf_kernels/ops/timing.py). On a CPU only us_eager remains, with warm caches.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stf_kernels.tune.timing import Flush, capture, replay
+from stf_kernels.ops.timing import Flush, capture, replay
 
 from .. import results, roofline
 from ..command import Progress

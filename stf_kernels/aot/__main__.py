@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     from multiprocessing import get_context
 
     from ..backend import has_triton
-    from ..tune.search import write_json
+    from ..configs.tables import write_json
     from . import check
     from .cases import cases
 

@@ -154,6 +154,18 @@ def cycles(config: GemmConfig, m: int, n: int, k: int, itemsize: int, arch: str,
     return max(compute, memory) + reduction
 
 
+def library_cycles(
+    config: GemmConfig, kind: str, m: int, n: int, k: int, itemsize: int, arch: str, multiprocessors: int
+) -> float:
+    """The same of plain torch: a library's product that is as good as ours in the best form (config), and what it reads
+    and writes beside that. A concatenation or a merge on load copies A and passes over y again for its activation, a
+    merge on store copies y; whether a plain linear layer has an activation is not known here."""
+    device = ARCHITECTURES.get(arch, ARCHITECTURES["sm_89"])
+    moved = {"concat": m * k + m * n, "merge": m * k + m * n, "linear_merge": m * n}.get(kind, 0)
+    copies = 2 * moved * itemsize / (device.memory * multiprocessors) + _FILL if moved else 0
+    return cycles(config, m, n, k, itemsize, arch, multiprocessors) + copies
+
+
 def default_config(
     arch: str, itemsize: int, m: int, n: int, k: int, *, multiprocessors: int | None = None, **which: bool
 ) -> GemmConfig:

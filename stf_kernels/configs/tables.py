@@ -11,7 +11,7 @@ faster; `us`, `rival` and `rival_us` are that measurement: cold-cache microsecon
 
 import functools
 import json
-import logging
+import os
 import re
 import warnings
 from pathlib import Path
@@ -21,14 +21,13 @@ import torch
 from .config import GemmConfig, check_fields
 from .model import SHARED_MEMORY_LIMIT, has_tma
 
-_log = logging.getLogger(__name__)
 TABLE_VERSION = 2
-WGRAD_STAGES = ("concat_wgrad", "merge_wgrad")
+WGRAD_STAGES = ("concat_wgrad", "merge_wgrad", "linear_wgrad")
 STAGES = ("concat", "merge", "linear", "linear_merge", *WGRAD_STAGES)
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _FOLDER = Path(__file__).with_name("tables")
 _TOP = {"version", "device", "arch", "commit", "torch", "triton", "entries"}
-_ENTRY = {"stage", "dtype", "n", "k", "m_max", "provider", "config", "us", "rival", "rival_us"}
+ENTRY = {"stage", "dtype", "n", "k", "m_max", "provider", "config", "us", "rival", "rival_us"}
 
 # (stage, dtype, n, k) -> (m_max, configuration) in ascending order; None is plain torch.
 Table = dict[tuple[str, str, int, int], list[tuple[int, GemmConfig | None]]]
@@ -63,7 +62,6 @@ def table_of(slug: str, arch: str) -> Table:
     """A device's table; empty where it has none, or one that is refused with a warning."""
     path = table_path(slug)
     if not path.exists():
-        _log.warning("no table for %s (%s): a model serves; `python -m stf_kernels.tune` measures one", slug, arch)
         return {}
     try:
         return parse_table(path.read_text(encoding="utf-8"), arch)
@@ -84,24 +82,29 @@ def parse_table(text: str, arch: str) -> Table:
         raise ValueError(f"arch: the table is for {table['arch']!r}, this device is {arch!r}")
     parsed: Table = {}
     for number, entry in enumerate(table["entries"]):
-        where = f"entries[{number}]"
-        check_fields(where, entry, _ENTRY)
-        for name, known in (("stage", STAGES), ("dtype", DTYPES), ("provider", ("triton", "torch"))):
-            if entry[name] not in known:
-                raise ValueError(f"{where}.{name}: expected one of {list(known)}, got {entry[name]!r}")
-        for name in ("n", "k", "m_max"):
-            if type(entry[name]) is not int or entry[name] < 1:
-                raise ValueError(f"{where}.{name}: expected a positive int, got {entry[name]!r}")
-        config, dtype = None, entry["dtype"]
-        if entry["provider"] == "triton":
-            config = GemmConfig.from_dict(entry["config"])
-            if reason := does_not_suit(config, arch, entry["stage"], DTYPES[dtype]):
-                raise ValueError(f"{where}.config: {reason}")
-        key = entry["stage"], dtype, entry["n"], entry["k"]
+        config = check_entry(f"entries[{number}]", entry, arch)
+        key = entry["stage"], entry["dtype"], entry["n"], entry["k"]
         parsed.setdefault(key, []).append((entry["m_max"], config))
     for choices in parsed.values():
         choices.sort(key=lambda pair: pair[0])
     return parsed
+
+
+def check_entry(where: str, entry: dict, arch: str, known: set[str] = ENTRY) -> GemmConfig | None:
+    """The configuration of an entry, None for plain torch; ValueError names what is wrong."""
+    check_fields(where, entry, known)
+    for name, choices in (("stage", STAGES), ("dtype", DTYPES), ("provider", ("triton", "torch"))):
+        if entry[name] not in choices:
+            raise ValueError(f"{where}.{name}: expected one of {list(choices)}, got {entry[name]!r}")
+    for name in ("n", "k", "m_max"):
+        if type(entry[name]) is not int or entry[name] < 1:
+            raise ValueError(f"{where}.{name}: expected a positive int, got {entry[name]!r}")
+    if entry["provider"] == "torch":
+        return None
+    config = GemmConfig.from_dict(entry["config"])
+    if reason := does_not_suit(config, arch, entry["stage"], DTYPES[entry["dtype"]]):
+        raise ValueError(f"{where}.config: {reason}")
+    return config
 
 
 def does_not_suit(config: GemmConfig, arch: str, stage: str, itemsize: int) -> str | None:
@@ -137,3 +140,11 @@ def shipped_configs(arch: str, dtype: str, *, wgrad: bool) -> list[GemmConfig]:
             if entry_dtype == dtype and (stage in WGRAD_STAGES) == wgrad:
                 found += [config for _, config in choices]
     return [config for config in dict.fromkeys(found) if config is not None]
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Written beside and renamed: whoever reads finds the whole file, old or new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -1,4 +1,4 @@
-"""A stage in Triton: configuration in, kernel started; nothing is searched.
+"""A stage in Triton: configuration in, kernel started.
 
     run_stage             y = act(A @ W^T + b)    kernels/segmented_linear.py, tma.py or swap_ab.py
     run_activation_bwd    dy * act'(pre)          kernels/activations.py
@@ -8,18 +8,18 @@ arguments and our own look-ups cost more host time than the launch itself. Under
 torch rounds them: a store into bf16 truncates there.
 """
 
+import functools
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import configs
-from ..backend import interpreting
+from ..backend import interpreting, on_device
 from ..configs import GemmConfig
-from . import tma, torch_path
+from . import first_use, tma, torch_path
 from .segments import Stage
 
 # The elementwise backward: a program takes a strip of rows, tile by tile; 16 rows a tile spill with Triton 3.6.
@@ -70,8 +70,15 @@ def run_stage(
     x, n = blocks[0], weight.shape[0]
     m = x.shape[0] * stage.tokens(x.shape)
     if ready is None:
-        what = x.device, stage.kind(len(blocks)), x.dtype, m, *weight.shape
-        ready = Ready(config or configs.choose(*what, forced=forced, save_pre=save_pre))
+        ready = Ready(config)
+        if config is None:
+            what = x.device, stage.kind(len(blocks)), x.dtype, m, *weight.shape
+            options: dict[str, Any] = {"forced": forced, "save_pre": save_pre}
+            measure = functools.partial(_measure, (blocks, weight, bias), stage, save_pre, out)
+            ready = Ready(configs.choose(*what, **options, measure=measure if m and weight.numel() else None))
+            key = key if configs.settled(*what, **options) else None
+        if ready.config is None:
+            _keep(key, ready)
     if ready.config is None:
         return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
 
@@ -94,10 +101,8 @@ def run_stage(
                 ready = Ready(_instead(ready.config, error, x, exact=config is not None))
                 continue
             if compiled is not None and ready.config.form == "pointer" and torch.version.hip is None:
-                if len(_ready) >= _MOST_READY:
-                    _ready.clear()
                 in_order = tuple(constants[name] for name in kernel.arg_names[len(operands) + len(sizes) :])
-                _ready[key] = Ready(ready.config, compiled, grid, sizes + in_order)
+                _keep(key, Ready(ready.config, compiled, grid, sizes + in_order))
             break
 
     if out is not None and y is not out:
@@ -109,22 +114,49 @@ def run_stage(
     return y if out is None else out, pre
 
 
+def _measure(operands: tuple, stage: Stage, save_pre: bool, out: Tensor | None, candidates: list, failed: dict) -> dict:
+    """For configs.choose, at the first call of a product."""
+    return first_use.measure(product_of(operands, stage, save_pre, out), candidates, failed)
+
+
+def product_of(operands: tuple, stage: Stage, save_pre: bool = False, out: Tensor | None = None) -> first_use.Product:
+    """A stage as it is tried and timed at first use, on (blocks, weight, bias)."""
+
+    def arguments(config: GemmConfig, tensors: tuple) -> tuple:
+        return ARGUMENTS[config.form](config, tensors, stage)
+
+    return first_use.of_stage(arguments, operands, stage, save_pre, out)
+
+
+def _keep(key: tuple | None, ready: Ready) -> None:
+    """key None: the next call may choose otherwise."""
+    if key is not None:
+        if len(_ready) >= _MOST_READY:
+            _ready.clear()
+        _ready[key] = ready
+
+
+def forget() -> None:
+    """The next call of every product chooses anew, from what is known by now."""
+    _ready.clear()
+
+
 def _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre) -> tuple:
     """All of a call that its configuration, its compiled kernel or an argument but a pointer can depend on."""
     x = blocks[0]
     tensors = [t for t in (*blocks, weight, bias, out, rows) if t is not None]
     return (
         stage, config, forced, save_pre, x.device, x.shape, weight.shape, bias is None,
-        None if out is None else out.shape[0], input_precision(x.dtype),
+        None if out is None else out.shape[0], input_precision(x.dtype), torch.are_deterministic_algorithms_enabled(),
         tuple([(t.stride(), t.dtype, t.data_ptr() % 16, t.is_neg()) for t in tensors]),
     )  # fmt: skip
 
 
 def _instead(config: GemmConfig, error: Exception, x: Tensor, *, exact: bool) -> GemmConfig:
     """What serves in place of a configuration that did not run; raises an error that is not the configuration's."""
-    refused = isinstance(error, tma.Refused)
-    if config.form != "pointer" and ("tensor map" in str(error) or "invalid argument" in str(error)):
-        refused, error = True, tma.Refused(f"the driver refuses the descriptor: {error}")
+    refused = tma.is_refusal(config, error)
+    if refused and not isinstance(error, tma.Refused):
+        error = tma.Refused(f"the driver refuses the descriptor: {error}")
         if not exact and (seen := (str(x.device), x.is_contiguous())) not in _warned:
             _warned.add(seen)
             warnings.warn(f"stf_kernels: {error}; the pointer kernel serves instead", stacklevel=3)
@@ -140,13 +172,6 @@ def does_not_run() -> tuple[type[Exception], ...]:
     return OutOfResources, tma.Refused
 
 
-def on_device(device: torch.device) -> AbstractContextManager:
-    """A launch goes to the current device; make that the tensors' own."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
 def with_contiguous_last(x: Tensor) -> Tensor:
     """x itself where its last axis is contiguous, as of every hidden state; else a copy, and one of its own sign."""
     x = x.resolve_neg() if x.is_neg() else x
@@ -154,10 +179,7 @@ def with_contiguous_last(x: Tensor) -> Tensor:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """fp32 operands as torch multiplies them: IEEE unless torch.backends.cuda.matmul allows TF32."""
-    if dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if configs.uses_tf32(dtype) else "ieee"
 
 
 def fast_activation(dtype: torch.dtype) -> int:

@@ -25,6 +25,12 @@ class Refused(RuntimeError):
     """The operands have no tensor descriptor, or the driver does not take it."""
 
 
+def is_refusal(config: GemmConfig, error: Exception) -> bool:
+    """An error of the operands, which a configuration's descriptors do not suit; the driver has words of its own."""
+    named = "tensor map" in str(error) or "invalid argument" in str(error)
+    return isinstance(error, Refused) or (config.form != "pointer" and named)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the rows of A lie: unit and base of the shared descriptor, images, rows of each, pitches in elements."""

@@ -3,7 +3,7 @@
 library    one GEMM a segment (cuBLAS, MKL) through `out=`, a slice of dW with its own row stride. It wants one stride
            for all rows: a segment of a CLS-cropped batch, or of a merged one, is copied first, one at a time.
 kernel     kernels/wgrad.py, which reads the rows where they are. For operands that the library copies, where the
-           device's table names it ("concat_wgrad", "merge_wgrad") or use_backend("triton") asks for it.
+           device's table or a selection names it ("concat_wgrad", ...) or use_backend("triton") asks for it.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import configs
-from ..backend import interpreting
+from ..backend import interpreting, on_device
 from ..configs import GemmConfig
-from . import launch, torch_path
+from . import first_use, launch, torch_path
 from .segments import Stage
 
 
@@ -27,7 +27,12 @@ def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int],
     if path == "torch" or not copied:
         return by_library(g, blocks, shape, stage)
     kind, (n, k) = stage.kind(len(blocks)) + "_wgrad", shape
-    config = configs.choose(g.device, kind, g.dtype, n, k, g.shape[0], forced=path == "triton")
+
+    def measure(candidates: list, failed: dict) -> dict:
+        return first_use.measure(product_of(g, blocks, shape, stage), candidates, failed)
+
+    asked = measure if g.numel() and k else None
+    config = configs.choose(g.device, kind, g.dtype, n, k, g.shape[0], forced=path == "triton", measure=asked)
     if config is not None:
         try:
             return launch_wgrad(g, blocks, stage, config)
@@ -69,9 +74,29 @@ def launch_wgrad(g: Tensor, blocks: Sequence[Tensor], stage: Stage, config: Gemm
     dw = torch.empty((g.shape[1], columns), device=g.device, dtype=dtype)
     if dw.numel():
         kernel, grid, operands, sizes, constants = wgrad_arguments(config, (blocks, g, dw), stage)
-        with launch.on_device(g.device):
+        with on_device(g.device):
             kernel[grid](*operands, *sizes, **constants, **config.compiler_options())
     return dw.to(g.dtype)
+
+
+def product_of(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], stage: Stage) -> first_use.Product:
+    """dW as it is tried and timed at first use."""
+    g, blocks = launch.with_contiguous_last(g), [launch.with_contiguous_last(block) for block in blocks]
+
+    def arguments(config: GemmConfig, results: tuple[Tensor, ...]) -> tuple:
+        return wgrad_arguments(config, (blocks, g, *results), stage)
+
+    def exact(rows: Tensor) -> tuple[Tensor, ...]:
+        transposed = g[:, rows].t().double()
+        return (torch.cat([transposed @ s.flatten(0, -2).double() for s in stage.segments(blocks)], -1),)
+
+    def drawn() -> first_use.Product:
+        return product_of(first_use.draw(g), [first_use.draw(block) for block in blocks], shape, stage)
+
+    def library() -> tuple[Tensor, ...]:
+        return (by_library(g, blocks, shape, stage),)
+
+    return first_use.Product(g.device, shape[1], lambda: (g.new_empty(shape),), arguments, library, exact, drawn)
 
 
 def wgrad_arguments(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:

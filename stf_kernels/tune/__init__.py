@@ -2,6 +2,6 @@
 
 problems.py    the products of LLaVA-STF at the sizes of LLaVA-1.5-7B
 candidates.py  which configurations of a product are worth measuring
-measure.py     the time of one of them;  timing.py  its clock
+measure.py     their times, by ops/first_use.py
 search.py      the table, entry by entry
 """

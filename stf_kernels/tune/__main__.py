@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     from ..configs.tables import DTYPES as SIZES
     from ..configs.tables import multiprocessors, table_path
     from .candidates import candidates
-    from .measure import ProblemBench
+    from .measure import measure
     from .problems import PROBLEMS
     from .search import TableFile, entry_for
 
@@ -51,10 +51,8 @@ def main(argv: list[str] | None = None) -> int:
                 if table.knows(problem, dtype, m) and not options.again:
                     continue
                 began = time.monotonic()
-                bench = ProblemBench(problem, getattr(torch, dtype), batch)
                 configs = candidates(problem, m, SIZES[dtype], arch, multiprocessors(index))[: options.most]
-                bench.compile(configs)
-                entry = entry_for(problem, dtype, m, configs, bench.microseconds)
+                entry = entry_for(problem, dtype, m, measure(problem, getattr(torch, dtype), batch, configs))
                 table.add(entry)
                 print(
                     f"{dtype:9} {problem.name:14} m {m:6}  {entry['provider']:6} {entry['us']:8.1f} us, "

@@ -4,39 +4,19 @@ The table is written anew with every entry, so that an interrupted search goes o
 """
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 from ..configs import GemmConfig
-from ..configs.tables import TABLE_VERSION, parse_table
+from ..configs.selection import entry_of
+from ..configs.tables import TABLE_VERSION, parse_table, write_json
 from .problems import Problem
 
-# Microseconds of a configuration, or of plain torch for None; None of one that does not run.
-Measure = Callable[[GemmConfig | None], float | None]
-TORCH_MARGIN = 0.98  # plain torch must be this much faster than the best kernel to be named
 
-
-def entry_for(problem: Problem, dtype: str, m: int, configs: list[GemmConfig], measure: Measure) -> dict:
-    """Measure plain torch and every configuration -> the table's entry, with the measurement that justifies it."""
-    rival = measure(None)
-    runs = {config: us for config in configs if (us := measure(config)) is not None}
-    if not runs:
-        raise RuntimeError(f"{problem.name}, {dtype}, m {m}: none of {len(configs)} configurations runs on this device")
-    best = min(runs, key=runs.__getitem__)
-    kernel_wins = runs[best] * TORCH_MARGIN <= rival
-    return {
-        "stage": problem.kind,
-        "dtype": dtype,
-        "n": problem.n,
-        "k": problem.k,
-        "m_max": m,
-        "provider": "triton" if kernel_wins else "torch",
-        "config": best.to_dict() if kernel_wins else None,
-        "us": runs[best] if kernel_wins else rival,
-        "rival": "torch" if kernel_wins else "triton",
-        "rival_us": rival if kernel_wins else runs[best],
-    }
+def entry_for(problem: Problem, dtype: str, m: int, us: dict[GemmConfig | None, float]) -> dict:
+    """The table's entry from the microseconds of plain torch (None) and of every configuration that is right."""
+    if set(us) == {None}:
+        raise RuntimeError(f"{problem.name}, {dtype}, m {m}: no configuration runs on this device")
+    return entry_of({"stage": problem.kind, "dtype": dtype, "n": problem.n, "k": problem.k, "m_max": m}, us)
 
 
 class TableFile:
@@ -71,11 +51,3 @@ class TableFile:
         """In place of what the table says of the same problem."""
         self.entries = [other for other in self.entries if self._place(other) != self._place(entry)] + [entry]
         write_json(self._path, {"version": TABLE_VERSION, **self._header, "entries": self.entries})
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Written beside and renamed: whoever reads finds the whole file, old or new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)

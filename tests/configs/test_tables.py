@@ -165,17 +165,6 @@ def test_what_an_architecture_does_not_have_is_refused(use, config, arch, named)
         assert choose(576) == model(576, arch=arch)
 
 
-def test_without_a_table_the_log_says_how_to_measure_one(use, caplog):
-    use(table())
-    tables.table_path("test-gpu").unlink()
-    with caplog.at_level("WARNING", logger="stf_kernels"):  # what is seen where nobody has set up logging
-        choose(576)
-        choose(1152)
-    assert [r.getMessage() for r in caplog.records if "stf_kernels.tune" in r.getMessage()] == [
-        "no table for test-gpu (sm_90): a model serves; `python -m stf_kernels.tune` measures one"
-    ]
-
-
 def test_every_shipped_table_is_valid():
     for path in tables._FOLDER.glob("*.json"):
         text = path.read_text()

@@ -28,7 +28,7 @@ def build(folder: Path) -> dict[str, str]:
     subprocess.run([COMPILER, *options, "-o", str(library), str(source)], check=True)
     (folder / "libcuda.so").symlink_to(library)  # the name by which Triton links its launcher
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
-    return {"LD_LIBRARY_PATH": path, "TRITON_LIBCUDA_PATH": str(folder)}
+    return {"LD_LIBRARY_PATH": path, "TRITON_LIBCUDA_PATH": str(folder), "STF_KERNELS_CACHE": str(folder / "cache")}
 
 
 class Launch(NamedTuple):
@@ -89,6 +89,8 @@ def install(arch: str) -> Recorder:
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_capability = lambda device=None: capability
     torch.cuda.get_device_properties = lambda device=None: properties
+    torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.synchronize = lambda device=None: None
 
     import triton
     from triton.backends.nvidia.driver import CudaDriver
@@ -104,8 +106,10 @@ def install(arch: str) -> Recorder:
     triton.runtime.driver.set_active(driver)
     triton.knobs.runtime.kernel_load_end_hook.add(recorder._loaded)
 
-    choose, gpu = configs.choose, torch.device("cuda", 0)
+    gpu = torch.device("cuda", 0)
     backend.triton_serves = lambda device: True
     tma.device_has_tma = lambda device: capability >= (9, 0)
-    configs.choose = lambda device, *what, **options: choose(gpu, *what, **options)
+    for name in ("choose", "settled"):
+        ask = getattr(configs, name)
+        setattr(configs, name, lambda device, *what, _ask=ask, **options: _ask(gpu, *what, **options))
     return recorder

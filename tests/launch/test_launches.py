@@ -93,3 +93,14 @@ def test_what_the_launcher_raises_is_recognised(ask, what, words):
     error, launches = ask("sm_90", "errors")[what]
     assert error.startswith(words)
     assert launches == 0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_is_selected_at_first_use_is_what_runs(ask, arch):
+    """Every candidate is launched twice, to check and to time it; then each call is one launch, as if it was named."""
+    answer = ask(arch, "first_use")
+    captured, first, second, third, named = answer["calls"]
+    assert len(captured) == 1, "nothing is selected while a graph is captured"
+    assert len(first) == 2 * answer["candidates"] + 1
+    assert first[-1:] == second == third == named
+    assert answer["ready"] == (2 if named[0]["kernel"] == POINTER else 0), "the captured call is not kept"

@@ -124,6 +124,32 @@ def errors() -> dict:
     return found
 
 
+def first_use() -> dict:
+    """Calls that name no configuration: while a graph is captured, then three times; the second candidate is the
+    fastest. What the driver saw of each, and of a call that names that candidate."""
+    from stf_kernels.configs import selection
+    from stf_kernels.ops import first_use, timing
+
+    def in_turns(calls, device, most):
+        for call in calls:
+            call()
+        return [[50.0 if call.args[1] is None else 40.0 if call.args[1] == fast else 60.0] for call in calls]
+
+    timing.in_turns, first_use.Expected.differs = in_turns, lambda *_: None  # nothing is computed here
+    selection.selects = lambda: True
+    blocks = tower(8, 2, 576, 256)
+    weight, bias = torch.randn(512, 2048).bfloat16(), torch.zeros(512, dtype=torch.bfloat16)
+    what = 0, "concat", torch.bfloat16, 1152, 512, 2048, False
+    fast, capturing, found = selection.contenders(*what)[1], [True, False, False, False], []
+    torch.cuda.is_current_stream_capturing = lambda: capturing[0]
+    for config in (None, None, None, None, fast):
+        launch.run_stage(blocks, weight, bias, GELU, config)
+        found.append([seen._replace(parameters="")._asdict() for seen in RECORDER.take()])
+        del capturing[:1]
+        capturing = capturing or [False]
+    return {"calls": found, "candidates": len(selection.contenders(*what)), "ready": len(launch._ready)}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     json.dump(globals()[sys.argv[2]](), sys.stdout)

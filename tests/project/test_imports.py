@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "functional": ["ops", "checks", "relayout"],
     "modules": ["functional", "ops", "linear", "checks"],
     "command": [],
-    "__init__": ["functional", "modules", "backend", "relayout", "command"],
+    "preparation": ["modules", "ops", "configs", "backend", "checks"],
+    "__init__": ["functional", "modules", "preparation", "backend", "relayout", "command"],
     "tune": ["ops", "configs", "backend", "command"],
     "aot": ["tune", "ops", "configs", "kernels", "backend", "command"],
 }

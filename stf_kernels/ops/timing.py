@@ -1,12 +1,16 @@
-"""Time of a captured call on a GPU whose L2 holds none of its operands.
+"""Time of a call on a GPU whose L2 holds none of its operands: captured (replay), or as it is (in_turns).
 
-The host queues flush, event, replay, event far ahead of the device, so that its own time counts for nothing.
+The host queues flush, event, call, event ahead of the device, so that its own time counts for nothing.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_HEAD_START = 400_000  # cycles that the device waits while the host queues a call
 
 
 class Flush:
@@ -48,3 +52,24 @@ def replay(graph: torch.cuda.CUDAGraph, flush: Flush, repeats: int) -> list[floa
         end.record()
     torch.cuda.synchronize()
     return [1e3 * begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True)]
+
+
+def in_turns(calls: Sequence[Callable[[], Any]], device: torch.device, most: int) -> list[list[float]]:
+    """Microseconds of each call in 3 to `most` rounds, fewer of long ones; every round begins with another call."""
+    flush, indices = Flush(str(device)), range(len(calls))
+
+    def take(first: int) -> list[float]:
+        begins, ends = events(len(calls)), events(len(calls))
+        for i in [*indices[first:], *indices[:first]]:
+            torch.cuda._sleep(_HEAD_START)
+            flush()
+            begins[i].record()
+            calls[i]()
+            ends[i].record()
+        torch.cuda.synchronize()
+        return [1e3 * begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True)]
+
+    began = time.monotonic()
+    take(0)  # a warm-up, which says how long a round takes
+    rounds = min(most, max(3, int(0.04 * most / (time.monotonic() - began))))
+    return list(map(list, zip(*(take(turn % len(calls)) for turn in range(rounds)), strict=True)))

@@ -1,0 +1,311 @@
+"""If these fail, the first call of a product returns something wrong or raises, selects what is wrong or slow, selects
+again, or selects where it must not. (conftest.py has the GPU.)
+"""
+
+import logging
+import threading
+import warnings
+
+import pytest
+import torch
+
+from stf_kernels import configs
+from stf_kernels.configs import cache, selection
+from stf_kernels.ops import first_use, launch, tma, torch_path, weight_grad
+from stf_kernels.ops.segments import Stage
+
+X, WEIGHT = torch.randn(2, 72, 128).bfloat16(), torch.randn(256, 128).bfloat16() / 11
+BIAS, GELU = torch.randn(256).bfloat16(), Stage("gelu")
+WHAT = "linear", torch.bfloat16, 144, 256, 128, False
+
+
+def call(x=X, **options):
+    """One call of the product; its result is right whatever happens."""
+    y, pre = launch.run_stage([x], WEIGHT, BIAS, GELU, **options)
+    expected, expected_pre = torch_path.run_stage([x], WEIGHT, BIAS, GELU, True)
+    assert torch.equal(y, expected)
+    assert pre is None or torch.equal(pre, expected_pre)
+    return y
+
+
+def candidates():
+    return selection.contenders(0, *WHAT)
+
+
+def served():
+    """By what the next call computes; None is plain torch."""
+    return configs.choose(X.device, *WHAT[:-1])
+
+
+def test_candidates_are_the_best_few_of_every_form(gpu):
+    forms = {(config.form, config.split_k > 1) for config in candidates()}
+    assert forms == {("pointer", False), ("pointer", True), ("tma", False), ("swap_ab", False), ("swap_ab", True)}
+    assert len(candidates()) <= 10
+    several = selection.contenders(0, "concat", torch.bfloat16, 64 * 576, 4096, 8192, False)
+    assert {config.split_k for config in several} == {1}, "parts of gigabytes"
+    assert all(
+        c.form == "pointer" for c in selection.contenders(0, "merge_wgrad", torch.bfloat16, 256, 128, 144, False)
+    )
+
+
+def test_the_fastest_that_is_right_serves_and_nothing_is_asked_again(gpu, caplog):
+    slow, fast, *rest = candidates()
+    gpu.us[fast] = 40.0
+    call()
+    assert gpu.selections == 1
+    assert {config for config, _ in gpu.ran} == {slow, fast, *rest}
+    assert all(poisoned for _, poisoned in gpu.ran[: len(rest) + 2]), "outputs and workspaces hold NaN"
+    [line] = caplog.messages
+    assert all(part in line for part in ("linear bfloat16 m 144 n 256 k 128", str(fast), "40.0 us (torch: 50.0 us)"))
+    gpu.ran.clear()
+    call()
+    call(torch.randn(2, 70, 128).bfloat16())  # 140 rows of the same bucket
+    assert [config for config, _ in gpu.ran] == [fast] * 2
+    assert gpu.selections == 1
+    cache.cache_of.cache_clear()  # another process
+    gpu.ran.clear()
+    call()
+    assert ([config for config, _ in gpu.ran], gpu.selections) == ([fast], 1)
+
+
+def test_training_and_other_buckets_are_other_problems(gpu):
+    for number, options in enumerate(({}, {"save_pre": True}, {"x": X[:, :40].contiguous()}), 1):
+        call(**options)
+        call(**options)
+        assert gpu.selections == number
+    rows = [selection.key_of("linear", X.dtype, m, 1, 1, False)[4] for m in (1, 2, 3, 4, 5, 96, 97, 144, 576, 1152)]
+    assert rows == [1, 2, 3, 4, 6, 96, 128, 192, 768, 1536]
+
+
+def test_plain_torch_wins_within_the_noise_but_not_where_triton_is_forced(gpu):
+    first, second, *_ = candidates()
+    gpu.us |= {first: 49.5, second: 60.0}
+    call()
+    assert served() is None
+    assert launch._ready, "what is plain torch's is not chosen again"
+    gpu.ran.clear()
+    call(forced=True)
+    assert gpu.ran[0][0] == first
+
+
+@pytest.mark.parametrize(
+    ("planted", "reason"),
+    [
+        ("wrong", "wrong: an error of"),
+        ("a row not written", "wrong: "),
+        ("does not compile", "PassManager::run failed"),
+        (ValueError("a bug in a launcher"), "ValueError: a bug in a launcher"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_or_does_not_run_is_named_once_and_never_asked_again(gpu, planted, reason):
+    bad, good, *_ = candidates()
+    gpu.planted[bad] = planted
+    gpu.us |= {bad: 1.0, good: 40.0}
+    with pytest.warns(UserWarning, match="not used on test-gpu any more") as warned:
+        call()
+    assert len(warned) == 1
+    assert str(bad) in str(warned[0].message)
+    assert reason in str(warned[0].message)
+    assert served() == good
+    cache.cache_of.cache_clear()
+    gpu.ran.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(save_pre=True)
+    assert bad not in {config for config, _ in gpu.ran}
+    assert bad not in candidates()
+
+
+def test_a_row_between_those_that_are_compared_with_float64(gpu, monkeypatch):
+    monkeypatch.setattr(first_use, "ROWS", 2)  # the first and the last
+    bad, *_ = candidates()
+    gpu.planted[bad] = "a row not written"
+    with pytest.warns(UserWarning, match="some rows are far from plain torch's, or were not written"):
+        call()
+
+
+def test_operands_that_do_not_suit_a_descriptor_are_nobodys_fault(gpu):
+    refused = next(config for config in candidates() if config.form == "tma")
+    gpu.planted[refused] = tma.Refused("no descriptor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call()
+    assert refused in candidates()
+
+
+def test_out_of_memory_is_tried_again_a_few_times(gpu, caplog):
+    tried = candidates()[1]
+    gpu.planted[tried] = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    for attempt in (1, 2):
+        call()
+        assert (
+            f"OutOfMemoryError: CUDA out of memory. Tried to allocate. Plain torch serves; attempt {attempt}"
+            in caplog.text
+        )
+    assert not launch._ready
+    del gpu.planted[tried]
+    gpu.us[tried] = 40.0
+    call()
+    assert served() == tried
+    gpu.planted[tried] = torch.OutOfMemoryError("again")
+    for _ in range(5):
+        gpu.ran.clear()
+        call(X[:, :40].contiguous())
+    assert not gpu.ran, "plain torch serves without another attempt"
+    assert "attempt 3 of 3" in caplog.text
+
+
+def test_an_interrupted_selection_leaves_everything_as_it_was(gpu, tmp_path):
+    gpu.planted[candidates()[2]] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert not list(tmp_path.iterdir())
+    gpu.planted.clear()
+    call()
+    assert gpu.selections == 1
+
+
+def test_a_device_that_dies_is_the_users_to_see_and_its_killer_is_not_met_again(gpu, caplog):
+    killer = candidates()[0]
+    gpu.planted[killer] = "dies"
+    with pytest.warns(UserWarning, match="not used"), pytest.raises(RuntimeError, match="illegal memory access"):
+        call()
+    assert "does not answer any more" in caplog.text
+    cache.cache_of.cache_clear()
+    gpu.alive = True
+    call()
+    assert gpu.selections == 1
+    assert killer not in candidates()
+
+
+def test_a_mistake_of_the_selection_does_not_cost_the_call(gpu, monkeypatch, caplog):
+    monkeypatch.setattr(first_use, "measure", lambda *_: 1 / 0)
+    call()
+    assert "ZeroDivisionError: division by zero. Plain torch serves" in caplog.text
+
+
+@pytest.mark.parametrize("why", ["capture", "compile", "off", "deterministic"])
+def test_where_nothing_is_selected_the_model_serves(gpu, monkeypatch, why, caplog):
+    off = why in ("off", "deterministic")
+    with monkeypatch.context() as patch:
+        if why == "capture":
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        elif why == "compile":
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        elif why == "off":
+            patch.setattr(selection, "selects", lambda: False)
+        else:
+            patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        for _ in range(2):
+            call()
+        model = configs.default_config("sm_90", 2, 144, 256, 128, multiprocessors=132)
+        assert [config for config, _ in gpu.ran] == [model] * 2
+        assert len([m for m in caplog.messages if "a model of the device serves" in m]) == (not off)
+        assert gpu.selections == 0
+        selection._model.cache_clear()
+        patch.setattr(selection, "library_cycles", lambda *_: 0.0)
+        launch.forget()
+        assert served() is None, "plain torch where the model says so"
+        assert configs.choose(X.device, *WHAT[:-1], forced=True) == model
+    call()
+    assert gpu.selections == 1
+
+
+def test_operands_that_tell_nothing_are_replaced(gpu):
+    """A first call is often made on zeros, where every kernel is right, or on what memory held."""
+    bad, *_ = candidates()
+    gpu.planted[bad] = "wrong"
+    for x in (torch.zeros_like(X), torch.full_like(X, float("nan"))):
+        cache.cache_of.cache_clear()
+        selection._said.clear()
+        with pytest.warns(UserWarning, match="not used"):
+            launch.run_stage([x], WEIGHT, BIAS, GELU)
+        for path in cache.folder().iterdir():
+            path.unlink()
+        launch.forget()
+
+
+def test_trials_do_not_write_into_what_is_the_callers(gpu):
+    """An out that is the operand itself: its rows are read by every trial, and written by the call alone."""
+    memory = torch.randn(200, 256).bfloat16()
+    x, weight, before = memory[:144, :128].view(1, 144, 128), WEIGHT, memory.clone()
+    rows = torch.arange(50, 194).flip(0)
+    gpu.us[candidates()[0]] = 1.0
+    gpu.planted = dict.fromkeys(candidates()[1:], "wrong")
+    expected, _ = torch_path.run_stage([before[:144, :128].view(1, 144, 128)], weight, BIAS, GELU)
+    with pytest.warns(UserWarning, match="not used"):
+        out, _ = launch.run_stage([x], weight, BIAS, GELU, out=memory, rows=rows)
+    assert out is memory
+    before[rows] = expected[0]
+    assert torch.equal(memory, before)
+
+
+def test_threads_select_once(gpu):
+    began, threads = threading.Barrier(4), []
+
+    def run():
+        began.wait()
+        call()
+
+    for _ in range(4):
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert gpu.selections == 1
+
+
+def test_a_weight_gradient_is_selected_too(gpu, monkeypatch):
+    def arguments(config, tensors, stage):
+        blocks, g, dw = tensors
+        return WgradKernel(config, dw, weight_grad.by_library(g, blocks, dw.shape, stage)), (1,), (), (), {}
+
+    class WgradKernel:
+        def __init__(self, config, dw, found):
+            self.config, self.dw, self.found = config, dw, found
+
+        def warmup(self, *_, **__):
+            pass
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: gpu.ran.append(self.config) or self.dw.copy_(self.found)
+
+    monkeypatch.setattr(weight_grad, "wgrad_arguments", arguments)
+    first, *_ = selection.contenders(0, "linear_wgrad", torch.bfloat16, 256, 128, 142, False)
+    gpu.us[first] = 40.0
+    g, blocks = torch.randn(142, 256).bfloat16(), [X[:, 1:]]
+    for _ in range(2):
+        gpu.ran.clear()
+        dw = weight_grad.first_weight_grad(g, blocks, (256, 128), Stage(), "auto")
+        assert torch.equal(dw, weight_grad.by_library(g, blocks, (256, 128), Stage()))
+    assert (gpu.selections, gpu.ran) == (1, [first])
+
+
+@pytest.mark.parametrize(
+    "stage", [Stage("gelu", merge_in=2, grid=(7, 6)), Stage(merge_out=2, grid=(7, 6)), GELU], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_exact_rows_are_those_of_the_results(stage, dtype):
+    """Of merged layouts too, with rows and columns that are in no window."""
+    blocks = [torch.randn(3, 43, 16).to(dtype)[:, 1:] for _ in range(1 if stage.merge_in > 1 else 2)]
+    weight = torch.randn(24, stage.num_segments(blocks) * 16).to(dtype)
+    product = launch.product_of((blocks, weight, None), stage)
+    expected = first_use.Expected(product)
+    assert expected.tells
+    assert expected.allowed[0] < (0.5 if dtype == torch.bfloat16 else 1e-3)
+    assert expected.differs(product.library()) is None
+    assert first_use.Expected(product.drawn()).tells
+    assert first_use.draw(blocks[0]).stride() == blocks[0].stride()
+
+
+def test_nothing_to_compute_selects_nothing(gpu):
+    launch.run_stage([X[:0]], WEIGHT, BIAS, GELU)
+    launch.run_stage([X], WEIGHT[:0], None, GELU)
+    assert gpu.selections == 0
+
+
+def test_selection_is_said_through_logging(gpu, caplog):
+    with caplog.at_level(logging.ERROR, logger="stf_kernels"):
+        call()
+    assert not caplog.messages
