@@ -3,24 +3,24 @@
 from dataclasses import field
 from typing import Literal
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import Cache, LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
-from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .core.config import FEATURE_ORDER, complete, published_blocks
-from .core.model import CompactGeneration, CompactModel
+from .core.config import FEATURE_ORDER, CompactConfig, published_blocks
+from .core.model import CompactGeneration, CompactModel, forward_of
 from .core.projector import build_projector
 from .core.register import register
 from .processing import LlavaStfProcessor
 
 
 @strict
-class LlavaStfConfig(LlavaConfig):
+class LlavaStfConfig(CompactConfig, LlavaConfig):
     r"""Configuration of LLaVA-STF; everything LlavaConfig has, and:
 
     Args:
@@ -51,10 +51,6 @@ class LlavaStfConfig(LlavaConfig):
     stf_hidden_size: int | None = None
     feature_order: str = FEATURE_ORDER
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        complete(self)
-
 
 class LlavaStfModel(CompactModel, LlavaModel):
     """Vision tower, compact projector and language model, without the language modeling head."""
@@ -68,6 +64,8 @@ class LlavaStfModel(CompactModel, LlavaModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
+    forward = forward_of(LlavaModel)
+
     @can_return_tuple
     def get_image_features(
         self,
@@ -75,68 +73,38 @@ class LlavaStfModel(CompactModel, LlavaModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         image_sizes: Tensor | None = None,
-        **kwargs,
+        whole_tower: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
-        """`.pooler_output`: a list of N tensors [(H//r)*(W//r), D]. Frames of a video are N images, encoded together.
+        """What the tower returns, with `.pooler_output`: N tensors [(H//r)*(W//r), D], the tokens of the images.
 
-        Raises ValueError for `image_sizes` (the grid is fixed) and for a select strategy other than the config's.
+        whole_tower=False: nothing but the tokens, as `forward` needs them, from the layers that they need.
+        Raises ValueError for `image_sizes` (the grid is fixed), for a select strategy other than the config's and for
+        `interpolate_pos_encoding`.
         """
-        self._check_options(vision_feature_select_strategy, image_sizes)
-        features = self.project_images(pixel_values, vision_feature_layer)
-        return BaseModelOutputWithPooling(pooler_output=list(features))
+        self.check_options(vision_feature_select_strategy, image_sizes, **kwargs)
+        outputs = self.image_outputs(pixel_values, vision_feature_layer, whole_tower, **kwargs)
+        if whole_tower:
+            outputs.pooler_output = list(outputs.pooler_output)
+        return outputs
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
-    ) -> tuple | LlavaModelOutputWithPast:
-        """As LlavaModel.forward: input_ids [B, S], pixel_values [N, 3, S, S] or already encoded images.
+    own_image_features = get_image_features
 
-        Token counts of ids on the CPU are checked before anything runs.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            got = "none" if input_ids is None else "both"
-            raise ValueError(f"input_ids, inputs_embeds: expected exactly one of them, got {got}")
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and encoded is not None:
-            raise ValueError("pixel_values, mm_encoder_outputs: expected at most one of them, got both")
-        self._check_options(vision_feature_select_strategy, image_sizes)
-        self.check_prompt(input_ids, pixel_values, encoded, past_key_values)
-        inputs_embeds, tokens = self.embed_prompt(input_ids, inputs_embeds, pixel_values, encoded, vision_feature_layer)
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        return LlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=tokens,
-        )
-
-    def _check_options(self, strategy: str | None, image_sizes: Tensor | None) -> None:
+    def check_options(self, vision_feature_select_strategy=None, image_sizes=None, **options) -> None:
         expected = self.config.vision_feature_select_strategy
-        if strategy not in (None, expected):
-            raise ValueError(f"vision_feature_select_strategy: expected {expected!r} for this tower, got {strategy!r}")
+        if vision_feature_select_strategy not in (None, expected):
+            raise ValueError(
+                f"vision_feature_select_strategy: expected {expected!r}, got {vision_feature_select_strategy!r}; the "
+                "projector's windows cover the grid of patches, without a CLS token"
+            )
+        fixed = "every image has the grid of the vision tower, which config.image_seq_length counts"
         if image_sizes is not None:
-            raise ValueError("image_sizes: expected None, every image has the grid of the vision tower; got sizes")
+            raise ValueError(f"image_sizes: expected None, {fixed}; got sizes")
+        if options.get("interpolate_pos_encoding"):
+            raise ValueError(f"interpolate_pos_encoding: expected False, {fixed}; got True")
 
 
-class LlavaStfForConditionalGeneration(CompactGeneration, LlavaForConditionalGeneration):
+class LlavaStfForConditionalGeneration(CompactGeneration, LlavaForConditionalGeneration, GenerationMixin):
     """LLaVA-STF with its language modeling head; `generate()` and every mode of it as for the stock LLaVA."""
 
     config: LlavaStfConfig

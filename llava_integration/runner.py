@@ -162,7 +162,7 @@ class PrefillRunner:
         if (got := list(input_ids.shape)) != expected:
             raise ValueError(f"input_ids: expected shape {expected}, got {got}; a PrefillRunner serves one shape")
         if pixel_values is not None:
-            check_pixels(self.model.model.vision_tower, pixel_values)
+            check_pixels(config.vision_config, pixel_values)
         if input_ids.device.type == "cpu" and isinstance(self.model.model, CompactModel):
             token, images = config.image_token_id, 0 if pixel_values is None else len(pixel_values)
             check_token_count(input_ids == token, images, config.image_seq_length, token)

@@ -7,6 +7,7 @@ M = len(vision_feature_layer), C = vision hidden size, D = text hidden size. Sou
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -73,10 +74,70 @@ def vision_grid(vision_config: PreTrainedConfig) -> tuple[int, int]:
     return side, side
 
 
-def complete(config: PreTrainedConfig) -> None:
-    """Resolve layers and fill in what is None, in place; ValueError for what contradicts the tower or itself."""
+# What depends on each other; every way to change one of them ends in `settled`.
+FIELDS = {"vision_config", "projector_hidden_act", "feature_order", "use_mbtf", "vision_feature_layer"}
+FIELDS |= {"vision_feature_select_strategy", "spatial_merge_size", "spatial_merge_truncate", "image_seq_length"}
+FIELDS |= {"mbtf_hidden_size", "stf_hidden_size"}
+
+
+class CompactConfig:
+    """In front of a stock configuration: fields agree with the tower and with each other however they came in.
+
+    image_seq_length is derived: overwritten where a file or a dict says otherwise, refused where a caller does.
+    """
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self._settle(self.image_seq_length)
+
+    def __setattr__(self, name, value):
+        ready, before = "_name_or_path" in vars(self), vars(self).get(name)  # the base class sets that one at its end
+        super().__setattr__(name, value)
+        if ready and name in FIELDS:
+            try:
+                self._settle(value if name == "image_seq_length" else None)
+            except Exception:
+                vars(self)[name] = before
+                raise
+
+    def _settle(self, tokens: int | None) -> None:
+        found = settled(self)
+        if tokens not in (None, found["image_seq_length"]):
+            (height, width), r = vision_grid(self.vision_config), self.spatial_merge_size
+            raise ValueError(
+                f"image_seq_length: expected {found['image_seq_length']} for a {height}x{width} grid and "
+                f"spatial_merge_size={r}, got {tokens}; leave it out, it is derived"
+            )
+        vars(self).update(found)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As PreTrainedConfig.from_dict; keywords take the place of fields before any is checked."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"config: expected model_type {cls.model_type!r}, got {kind!r}; load a stock LLaVA with its own class "
+                "and convert it with llava_integration.from_llava, or `python -m llava_integration.convert llava`"
+            )
+        dropped = {"image_seq_length"}
+        if config_dict.get("quantization_config") is None:
+            dropped.add("quantization_config")  # null, as some tools write it
+        config_dict = {name: value for name, value in config_dict.items() if name not in dropped}
+        given = {name: kwargs.pop(name) for name in FIELDS & kwargs.keys()}
+        if isinstance(given.get("vision_config"), dict):
+            old = config_dict.get("vision_config") or {}
+            given["vision_config"] = (old if isinstance(old, dict) else old.to_dict()) | given["vision_config"]
+        return super().from_dict(config_dict | given, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+
+def settled(config: PreTrainedConfig) -> dict[str, Any]:
+    """Layers resolved and what is None filled in; ValueError for what contradicts the tower or itself."""
     vision, act = config.vision_config, config.projector_hidden_act
-    layers = config.vision_feature_layer = resolve_layers(config.vision_feature_layer, vision.num_hidden_layers)
+    layers = resolve_layers(config.vision_feature_layer, vision.num_hidden_layers)
     if act not in ACTIVATIONS:
         raise ValueError(f"projector_hidden_act: expected one of {list(ACTIVATIONS)}, got {act!r}")
     if config.feature_order != FEATURE_ORDER:
@@ -92,18 +153,20 @@ def complete(config: PreTrainedConfig) -> None:
             f"vision_feature_select_strategy: expected {strategy!r} for a {vision.model_type} tower, which has {cls} "
             f"CLS token, got {config.vision_feature_select_strategy!r}"
         )
-    config.vision_feature_select_strategy = strategy
-    _check_tokens(config)
-    if config.mbtf_hidden_size is None:
-        config.mbtf_hidden_size = 4 * vision.hidden_size
-    if config.stf_hidden_size is None:
-        config.stf_hidden_size = 4 * config.spatial_merge_size**2 * vision.hidden_size
-    for name in ("mbtf_hidden_size", "stf_hidden_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: expected a positive width, got {getattr(config, name)}")
+    tokens = _tokens_per_image(config)
+    widths = {
+        "mbtf_hidden_size": (config.mbtf_hidden_size, 4 * vision.hidden_size),
+        "stf_hidden_size": (config.stf_hidden_size, 4 * config.spatial_merge_size**2 * vision.hidden_size),
+    }
+    widths = {name: default if given is None else given for name, (given, default) in widths.items()}
+    for name, width in widths.items():
+        if width < 1:
+            raise ValueError(f"{name}: expected a positive width, got {width}")
+    found = {"vision_feature_layer": layers, "vision_feature_select_strategy": strategy, "image_seq_length": tokens}
+    return found | widths
 
 
-def _check_tokens(config: PreTrainedConfig) -> None:
+def _tokens_per_image(config: PreTrainedConfig) -> int:
     (height, width), r = vision_grid(config.vision_config), config.spatial_merge_size
     if not 1 <= r <= min(height, width):
         raise ValueError(f"spatial_merge_size: expected 1 to {min(height, width)} for a {height}x{width} grid, got {r}")
@@ -112,10 +175,4 @@ def _check_tokens(config: PreTrainedConfig) -> None:
             f"spatial_merge_size: {r} does not divide the {height}x{width} grid of the vision tower; "
             "choose another or set spatial_merge_truncate=True to drop the last rows and columns"
         )
-    tokens = (height // r) * (width // r)
-    if config.image_seq_length not in (None, tokens):
-        raise ValueError(
-            f"image_seq_length: expected {tokens} for a {height}x{width} grid and spatial_merge_size={r}, "
-            f"got {config.image_seq_length}"
-        )
-    config.image_seq_length = tokens
+    return (height // r) * (width // r)

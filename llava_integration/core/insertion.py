@@ -30,11 +30,13 @@ def check_token_count(mask: Tensor, images: float, tokens_per_image: int, image_
     if is_captured():
         return
     needed, found = round(images * tokens_per_image), mask.sum()
-    torch_compilable_check(
-        found == needed,
-        lambda: (
-            f"input_ids: found {int(found)} image tokens (id {image_token_id}), but {needed} are needed for "
-            f"{images:g} image(s) in pixel_values, {tokens_per_image} each; prepare prompts with LlavaStfProcessor, "
-            "not with the processor of the stock LLaVA"
-        ),
-    )
+
+    def message() -> str:
+        return (
+            f"Image features and image tokens do not match, tokens: {int(found)}, features: {needed}. input_ids: found "
+            f"{int(found)} image tokens (id {image_token_id}; {mask.sum(-1).tolist()} in the rows), but {needed} are "
+            f"needed for {images:g} image(s) in pixel_values, {tokens_per_image} each; prepare prompts with the "
+            "processor of this model, not with that of the stock LLaVA"
+        )
+
+    torch_compilable_check(found == needed, message)

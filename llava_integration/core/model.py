@@ -5,14 +5,25 @@
 The blocks reach the projector as they are, CLS included: it skips prefix tokens by its strides.
 """
 
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import output_capturing
+from transformers.utils.generic import can_return_tuple
 
 from .config import resolve_layers, vision_grid
 from .insertion import check_token_count, image_rows, is_captured
-from .tower import image_chunks, to_device_of, tower_hidden_states
+from .tower import check_pixels, image_chunks, to_device_of, tower_hidden_states
+
+# Since transformers 5.19 a tower can be told which hidden states to keep.
+KEEPS_SOME_STATES = hasattr(output_capturing, "select_hidden_states")
+SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # of transformers' quantizers
 
 
 class _Saved:
@@ -25,20 +36,67 @@ class _Saved:
         """
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
-    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
-        """The projector stays in the model's dtype: unquantised, but in 16 bit as in `from_llava`."""
-        plan = super()._get_dtype_plan(dtype)
-        return {name: dtype for name, dtype in plan.items() if not name.endswith("multi_modal_projector")}
+    @classmethod
+    def from_pretrained(cls, *args, quantization_config=None, **kwargs):
+        """As PreTrainedModel.from_pretrained; the projector is what the model is about, and is never quantised."""
+        if quantization_config is not None:
+            kwargs["quantization_config"] = _without_projector(quantization_config)
+        return super().from_pretrained(*args, **kwargs)
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        """Says what another number of layers means, before transformers says that sizes do not match."""
+        for name, stored, built in loading_info.mismatched_keys:
+            if name.endswith("mbtf.linear_1.weight") and not load_config.ignore_mismatched_sizes:
+                dim = model.config.vision_config.hidden_size
+                raise ValueError(
+                    f"vision_feature_layer: expected {stored[1] // dim} layers, for which the stored {name} was built, "
+                    f"got {built[1] // dim}: {model.config.vision_feature_layer}; name as many, or train that weight "
+                    "anew with ignore_mismatched_sizes=True"
+                )
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+
+def _without_projector(quantization_config):
+    """A copy of the configuration, an object or a dict, whose list of modules to skip has the projector in it."""
+    given = copy.deepcopy(quantization_config)
+    fields = given if isinstance(given, dict) else vars(given)
+    bitsandbytes = any(fields.get(name) for name in ("load_in_4bit", "load_in_8bit"))
+    known = [name for name in SKIP_LISTS if name in fields] or SKIP_LISTS[0 if bitsandbytes else 1 :]
+    if isinstance(given, dict) or known[0] in fields:
+        skipped = ["lm_head"] if fields.get(known[0]) is None else fields[known[0]]
+        fields[known[0]] = [*skipped, "multi_modal_projector", "model.multi_modal_projector"]
+    return given
+
+
+def forward_of(stock: type[PreTrainedModel]) -> Callable:
+    """The forward of a family's CompactModel: the signature of `stock`, and all that `stock` does after the images."""
+    names = [*inspect.signature(stock.forward).parameters][1:]
+
+    @can_return_tuple
+    @functools.wraps(stock.forward)
+    def forward(self, *args, **kwargs):
+        return self.run(stock, **dict(zip(names, args, strict=False)), **kwargs)
+
+    return forward
 
 
 class CompactModel(_Saved):
-    """Images to tokens, and tokens into the prompt. Expects vision_tower, multi_modal_projector, language_model."""
+    """Images to tokens, and tokens into the prompt. Expects vision_tower, multi_modal_projector, language_model.
+
+    A family gives `get_image_features`, with a keyword `whole_tower`, and again as `own_image_features`, so that a
+    replaced one is noticed and called as whoever replaced it expects.
+    """
 
     multi_modal_projector: nn.Module
-    # Hidden states of a tower split over devices would have to be gathered; one device is always enough for it.
-    _no_split_modules = ["CLIPVisionModel", "SiglipVisionModel", "CompactTokenProjector"]  # noqa: RUF012
-    # The one list that every quantizer of transformers leaves alone, names from the root of either class.
-    _keep_in_fp32_modules = ["multi_modal_projector", "model.multi_modal_projector"]  # noqa: RUF012
+    own_image_features: Callable
+    # What `get_image_features` takes besides the pixels, of what `forward` does.
+    feature_options = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+
+    def post_init(self):
+        # Hidden states of a tower split over devices would have to be gathered; one device is always enough for it.
+        self._no_split_modules = [type(self.vision_tower).__name__, type(self.multi_modal_projector).__name__]
+        super().post_init()
 
     @property
     def vision_grid(self) -> tuple[int, int]:
@@ -47,14 +105,17 @@ class CompactModel(_Saved):
 
     def encode_blocks(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> list[Tensor]:
         """pixel_values [N, 3, S, S] -> the tower's blocks, M x [N, prefix + H*W, C], on the projector's device."""
-        layers = self.config.vision_feature_layer
-        if vision_feature_layer is not None:
-            given = resolve_layers(vision_feature_layer, self.config.vision_config.num_hidden_layers)
-            if len(given) != len(layers):
-                raise ValueError(f"vision_feature_layer: expected {len(layers)} layers for this projector, got {given}")
-            layers = given
-        blocks = tower_hidden_states(self.vision_tower, pixel_values, layers)
+        blocks = tower_hidden_states(self.vision_tower, pixel_values, self._layers(vision_feature_layer))
         return [to_device_of(self.multi_modal_projector, block) for block in blocks]
+
+    def _layers(self, given: int | list[int] | None) -> list[int]:
+        layers = self.config.vision_feature_layer
+        if given is None:
+            return layers
+        given = resolve_layers(given, self.config.vision_config.num_hidden_layers)
+        if len(given) != len(layers):
+            raise ValueError(f"vision_feature_layer: expected {len(layers)} layers for this projector, got {given}")
+        return given
 
     def project_images(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> Tensor:
         """pixel_values [N, 3, S, S] -> [N, (H//r)*(W//r), D]. Tensor in, tensor out: what torch.compile takes whole."""
@@ -64,26 +125,84 @@ class CompactModel(_Saved):
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def embed_prompt(
+    def image_outputs(
+        self, pixel_values: Tensor, layers: int | list[int] | None = None, whole_tower: bool = True, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """What the tower returns for pixel_values [N, 3, S, S], and as pooler_output the tokens [N, (H//r)*(W//r), D].
+
+        `kwargs` are the tower's: output_hidden_states, output_attentions. Without `whole_tower` there is nothing but
+        the tokens, from the layers that they need.
+        """
+        self.check_pixels(pixel_values)
+        if not whole_tower:
+            return BaseModelOutputWithPooling(pooler_output=self.project_images(pixel_values, layers))
+        layers, everything = self._layers(layers), kwargs.pop("output_hidden_states", None)
+        kept = layers if KEEPS_SOME_STATES and not everything else True
+        pixel_values = to_device_of(self.vision_tower, pixel_values)
+        outputs = self.vision_tower(pixel_values, output_hidden_states=kept, return_dict=True, **kwargs)
+        blocks = [to_device_of(self.multi_modal_projector, outputs.hidden_states[layer]) for layer in layers]
+        outputs.pooler_output = self.multi_modal_projector(blocks, self.vision_grid)
+        return outputs
+
+    def tokens_of(self, **options) -> BaseModelOutputWithPooling:
+        """get_image_features, and only its tokens where nobody put another one in its place."""
+        if self._own_features():
+            options["whole_tower"] = False
+        return self.get_image_features(**options, return_dict=True)
+
+    def _own_features(self) -> bool:
+        given = type(self).get_image_features
+        return given is type(self).own_image_features and "get_image_features" not in self.__dict__
+
+    def check_pixels(self, pixel_values: Tensor) -> None:
+        """TypeError or ValueError for pixel values that the tower does not take."""
+        check_pixels(self.config.vision_config, pixel_values)
+
+    def check_options(self, **options) -> None:
+        """ValueError for `feature_options` that have no meaning in this family."""
+
+    def run(
         self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        pixel_values: Tensor | None,
-        encoded: BaseModelOutputWithPooling | None,
-        layers: int | list[int] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """inputs_embeds [B, S, D] with the images in it, and their tokens [rows, D]."""
+        stock: type[PreTrainedModel],
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ):
+        """Images into the prompt, then `stock.forward` on inputs_embeds [B, S, D]; ids on the CPU are checked first."""
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "none" if input_ids is None else "both"
+            raise ValueError(f"input_ids, inputs_embeds: expected exactly one of them, got {got}")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and encoded is not None:
+            raise ValueError("pixel_values, mm_encoder_outputs: expected at most one of them, got both")
+        options = {name: kwargs.pop(name) for name in self.feature_options if name in kwargs}
+        if pixel_values is not None:
+            self.check_options(**options)
+            self.check_pixels(pixel_values)
+            self.check_prompt(input_ids, pixel_values, **options)
+            pixel_values = pixel_values if len(pixel_values) else None
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        tokens = None
+        if pixel_values is not None and input_ids is not None and self._writes_in_place(embeds):
+            tokens = self._write_images(input_ids, embeds, pixel_values, options.get("vision_feature_layer"))
+        elif pixel_values is not None:
+            encoded = self.tokens_of(pixel_values=pixel_values, **options)
         if encoded is not None:
-            features = torch.cat(list(encoded.pooler_output))
-        elif pixel_values is None:
-            return embeds, None
-        elif input_ids is not None and self._writes_in_place(embeds):
-            return embeds, self._write_images(input_ids, embeds, pixel_values, layers)
+            pooled = encoded.pooler_output
+            tokens = pooled.flatten(0, 1) if isinstance(pooled, Tensor) else torch.cat(list(pooled))
+            tokens = tokens.to(embeds.device, embeds.dtype)
+            embeds = embeds.masked_scatter(self.get_placeholder_mask(input_ids, embeds, tokens), tokens)
+        outputs = stock.forward(self, inputs_embeds=embeds, return_dict=True, **kwargs)
+        if tokens is None:
+            return outputs
+        if hasattr(outputs, "image_outputs"):  # since transformers 5.24
+            per_image = list(tokens.split(self.config.image_seq_length))
+            outputs["image_outputs"] = encoded or BaseModelOutputWithPooling(pooler_output=per_image)
         else:
-            features = self.project_images(pixel_values, layers).flatten(0, 1)
-        features = features.to(embeds.device, embeds.dtype)
-        return embeds.masked_scatter(self.get_placeholder_mask(input_ids, embeds, features), features), features
+            outputs["image_hidden_states"] = tokens
+        return outputs
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """bool [B, S, 1], True at image tokens; ValueError unless they are as many as the rows of `image_features`.
@@ -100,18 +219,25 @@ class CompactModel(_Saved):
         self._check_count(mask, rows / self.config.image_seq_length)
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
-    def check_prompt(
-        self, input_ids: Tensor | None, pixel_values: Tensor | None, encoded=None, cache: Cache | None = None
-    ) -> None:
-        """ValueError unless ids on the CPU hold the image tokens that the images need; counting on a GPU would wait."""
-        if input_ids is None or is_captured() or input_ids.device.type != "cpu":
-            return
+    def check_prompt(self, input_ids: Tensor | None, pixel_values: Tensor, **options) -> None:
+        """ValueError unless ids on the CPU hold the image tokens that the images need, before anything runs.
+
+        Counting on a GPU would wait for it; there the same check comes with the insertion.
+        """
+        if input_ids is not None and input_ids.device.type == "cpu" and not is_captured():
+            self._check_count(input_ids == self.config.image_token_id, len(pixel_values))
+
+    def uncached_images(self, input_ids: Tensor, pixel_values: Tensor, cached: int) -> Tensor:
+        """pixel_values [N, ...] without the images that stand in the first `cached` of input_ids [B, S].
+
+        As it is where it does not hold the images of the whole conversation.
+        """
         mask, per_image = input_ids == self.config.image_token_id, self.config.image_seq_length
-        if pixel_values is not None:
-            self._check_count(mask, len(pixel_values))
-        # A lone image token may have been generated; a whole image's worth was a prompt that lost its image.
-        elif encoded is None and (cache is None or cache.get_seq_length() == 0) and mask.sum() >= max(per_image, 2):
-            self._check_count(mask, 0)
+        old, new = (part.sum(1) // per_image for part in (mask[:, :cached], mask[:, cached:]))
+        if len(pixel_values) != int((old + new).sum()):
+            return pixel_values
+        is_new = [torch.arange(a + b) >= a for a, b in zip(old.tolist(), new.tolist(), strict=True)]
+        return pixel_values[torch.cat(is_new).to(pixel_values.device)]
 
     def _check_count(self, mask: Tensor, images: float) -> None:
         check_token_count(mask, images, self.config.image_seq_length, self.config.image_token_id)
@@ -146,6 +272,7 @@ class CompactModel(_Saved):
             torch.is_grad_enabled()
             or autocast
             or watched
+            or not self._own_features()
             or weight is None
             or weight.device != inputs_embeds.device
             or weight.dtype != inputs_embeds.dtype
@@ -157,25 +284,45 @@ class CompactGeneration(_Saved):
     """`generate()` in all its modes. Expects a CompactModel as `model`."""
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
-        """As GenerationMixin.generate; counts image tokens before it encodes images, and takes pixel_values=None."""
-        if kwargs.get("pixel_values") is None:
-            kwargs.pop("pixel_values", None)
-        if kwargs.get("past_key_values") is None:
-            input_ids = kwargs.get("input_ids") if inputs is None else inputs
-            self.model.check_prompt(input_ids, kwargs.get("pixel_values"), kwargs.get("mm_encoder_outputs"))
+        """As GenerationMixin.generate; counts image tokens before it encodes images, and generates none.
+
+        With a cache, `pixel_values` may be those of the new turn or of the whole conversation.
+        """
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        pixel_values, cache = kwargs.pop("pixel_values", None), kwargs.get("past_key_values", kwargs.get("cache"))
+        if pixel_values is not None:
+            self.model.check_pixels(pixel_values)
+            if cache is None:
+                names = self.model.feature_options
+                self.model.check_prompt(input_ids, pixel_values, **{n: kwargs[n] for n in names if n in kwargs})
+            elif input_ids is not None:
+                pixel_values = self.model.uncached_images(input_ids, pixel_values, int(cache.get_seq_length()))
+            if len(pixel_values):
+                kwargs["pixel_values"] = pixel_values
+        if self.generation_config.suppress_tokens is None:
+            self.generation_config.suppress_tokens = [self.config.image_token_id]
         return super().generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
-    ) -> dict:
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
         """As GenerationMixin's, and images for the draft model of assisted decoding too, which the stock one drops.
 
         A draft model is told that no iteration is its first; that its cache is empty says that one is.
         """
-        if type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0:
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))  # cache since transformers 5.24
+        if type(cache) is DynamicCache and cache.get_seq_length() == 0:
             is_first_iteration = True
-        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
-        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
+        """As GenerationMixin's, without the layers of the tower that no token needs."""
+        encoded = model_kwargs.setdefault("mm_encoder_outputs", {})
+        if model_kwargs.get("pixel_values") is not None and encoded.get("image") is None:
+            names = ("pixel_values", *self.model.feature_options)
+            images = self.model.tokens_of(**{name: model_kwargs.pop(name) for name in names if name in model_kwargs})
+            images.pooler_output = list(images.pooler_output)
+            encoded["image"] = images
+        return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Beams repeat the images of a prompt as a group, A B A B; transformers 5.17 repeats each image, A A B B."""

@@ -9,6 +9,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import llava_integration as li
+from llava_integration.core.model import _without_projector
 from tests.llava import build
 from tests.support.processes import python
 
@@ -34,7 +35,8 @@ class TestQuantised:
     def test_every_quantizer_is_told_to_leave_the_projector(self, stf, part, skip):
         """The list and the matching that all quantizers of transformers share."""
         model = stf if part == "whole" else stf.model
-        patterns = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+        config = _without_projector(BitsAndBytesConfig(llm_int8_skip_modules=skip))
+        patterns = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules)
         linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         kept = {name for name in linear if not should_convert_module(name, patterns)}
         projector = {name for name in linear if "multi_modal_projector" in name}
@@ -120,6 +122,7 @@ class TestDeviceMap:
             with torch.device("meta"):
                 stf = li.LlavaStfForConditionalGeneration(config)
             assert {name, "CompactTokenProjector"} <= set(stf._no_split_modules)
+            assert ({"CLIPVisionModel", "SiglipVisionModel"} - {name}).isdisjoint(stf._no_split_modules)
             tower = sum(p.numel() * p.element_size() for p in stf.model.vision_tower.parameters())
             memory = {0: tower * 3 // 4, 1: 2 * tower, "cpu": 10**9}
             plan = accelerate.infer_auto_device_map(stf, memory, no_split_module_classes=list(stf._no_split_modules))
