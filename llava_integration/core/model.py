@@ -198,7 +198,7 @@ class CompactModel(_Saved):
         if tokens is None:
             return outputs
         if hasattr(outputs, "image_outputs"):  # since transformers 5.24
-            per_image = list(tokens.split(self.config.image_seq_length))
+            per_image = tokens.unflatten(0, (-1, self.config.image_seq_length)) if encoded is None else None
             outputs["image_outputs"] = encoded or BaseModelOutputWithPooling(pooler_output=per_image)
         else:
             outputs["image_hidden_states"] = tokens
