@@ -3,6 +3,7 @@
     tests.json     tests/gpu, and every other test that needs no interpreter
     kernels.json   python -m bench.kernels
     prefill.json   python -m bench.prefill --preset 7b, eager and captured
+    selection/     what both selected before they timed anything (stf_kernels.prepare)
 
 The files go to bench/results/<device-slug>/, or to $OUT/<device-slug>/; a part that fails or hangs does not take the
 others with it. Exit codes: 0 every part passed, 1 a part did not, 2 no GPU. The commit is STF_COMMIT without a .git.
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return command.bad_input(NAME, f"it needs a GPU: torch {torch.__version__} sees none; {without}")
     folder = Path(os.environ.get("OUT") or ROOT / "bench" / "results") / results.folder_name("cuda")
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("STF_KERNELS_CACHE", str(folder / "selection"))  # the times that decided what ran
     if results.commit() == "unknown":
         print("set STF_COMMIT: without it and a .git the files do not say what was measured", file=sys.stderr)
     ended = []

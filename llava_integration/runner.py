@@ -16,6 +16,8 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration, PreT
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from stf_kernels import prepare
+
 from .core.config import resolve_layers
 from .core.insertion import check_token_count, image_rows
 from .core.model import CompactModel
@@ -114,6 +116,9 @@ class PrefillRunner:
         return logits.clone()
 
     def _capture(self, images: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
+        if images:
+            prepare(self.model.model.multi_modal_projector, batch_sizes=(images,), grid=(side, side))
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):

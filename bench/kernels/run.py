@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stf_kernels.ops.timing import Flush, capture, replay
+import stf_kernels
+from stf_kernels.ops.timing import Flush, in_turns
 
 from .. import results, roofline
 from ..command import Progress
@@ -65,6 +66,8 @@ class Run:
         trains = step.run != "forward"
         operands = Operands(self.sizes, step.batch, device=self.device, dtype=getattr(torch, step.dtype))
         operands.projector.requires_grad_(trains)
+        grid = self.sizes.side, self.sizes.side
+        stf_kernels.prepare(operands.projector, batch_sizes=(step.batch,), training=trains, grid=grid)
         exact = operands.exact(step.stage, gradients=trains)
 
         def call_of(provider: Provider) -> Callable[[], Tensor]:
@@ -114,6 +117,19 @@ class Run:
         return total
 
 
+def capture(call: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
+    """The kernels of one call, as a graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph
+
+
 def time_call(call: Callable[[], Any], device: str, flush: Flush, *, seconds: float) -> dict[str, Any]:
     """Microseconds, 5 to 100 repeats each way within about `seconds`; what cannot be captured says why."""
     for _ in range(3):
@@ -126,9 +142,9 @@ def time_call(call: Callable[[], Any], device: str, flush: Flush, *, seconds: fl
             times["not_captured"] = f"not captured: {(str(error).splitlines() or [''])[0][:200]}"
         else:
             begin = time.perf_counter()
-            replay(graph, flush, 5)
+            in_turns([graph.replay], flush, 5)
             repeats = min(100, max(5, int(5 * seconds / 2 / (time.perf_counter() - begin))))
-            samples = replay(graph, flush, repeats)
+            [samples] = in_turns([graph.replay], flush, repeats)
             times |= {"us": median(samples), "samples": samples, "spread_percent": spread_percent(samples)}
     return {**times, "us_eager": median(_eager(call, device, flush) for _ in range(repeats))}
 

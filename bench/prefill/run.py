@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+import stf_kernels
+
 from .. import meters, results
 from ..command import Progress
 from ..roofline import measure_ceilings
@@ -127,6 +129,8 @@ class Run:
             try:
                 if short:
                     raise MemoryError(short)
+                images = (point.batch * point.images,)  # no selection falls into what is timed
+                stf_kernels.prepare(cell.row.module, batch_sizes=images, grid=(self.preset.grid, self.preset.grid))
                 cell.warm_up(inputs(cell.row.image_tokens))
             except (torch.OutOfMemoryError, MemoryError) as error:
                 cell.failed = f"does not fit into memory ({first_line(error)})"

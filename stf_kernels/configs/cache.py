@@ -98,7 +98,7 @@ class Cache:
                 self.read()
                 entries = [known.record for known in self.known.values()]
                 write_json(self.path, self._header | {"entries": entries, "failed": [*self.failed.values()]})
-        except OSError as error:
+        except (OSError, ImportError) as error:  # no fcntl on Windows
             self._warn(f"cannot be written, so what is selected serves this process alone: {error}")
 
     def _parse(self, value: Any) -> tuple[dict[tuple, Known], dict[Failed, dict]]:

@@ -13,7 +13,6 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -113,8 +112,7 @@ def measure(
                         right.append(config)
         del expected
         calls = [functools.partial(run, product, config) for config in right]
-        samples = timing.in_turns(calls, product.device, rounds)
-    return dict(zip(right, map(median, samples), strict=True))
+        return dict(zip(right, timing.medians(calls, product.device, rounds), strict=True))
 
 
 def run(product: Product, config: GemmConfig | None, *, poison: bool = False) -> tuple[Tensor, ...]:

@@ -39,7 +39,7 @@ def install(monkeypatch):
     Event.made.clear()
     answers = {"is_available": True, "get_device_name": "Pretended GPU", "mem_get_info": (140 << 30, 141 << 30)}
     answers |= {"memory_allocated": 1 << 30, "max_memory_allocated": 3 << 30, "is_current_stream_capturing": False}
-    answers |= dict.fromkeys(("synchronize", "reset_peak_memory_stats", "empty_cache"))
+    answers |= dict.fromkeys(("_sleep", "synchronize", "reset_peak_memory_stats", "empty_cache"))
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "Event", Event)

@@ -130,12 +130,12 @@ def first_use() -> dict:
     from stf_kernels.configs import selection
     from stf_kernels.ops import first_use, timing
 
-    def in_turns(calls, device, most):
+    def medians(calls, device, most):
         for call in calls:
             call()
-        return [[50.0 if call.args[1] is None else 40.0 if call.args[1] == fast else 60.0] for call in calls]
+        return [50.0 if call.args[1] is None else 40.0 if call.args[1] == fast else 60.0 for call in calls]
 
-    timing.in_turns, first_use.Expected.differs = in_turns, lambda *_: None  # nothing is computed here
+    timing.medians, first_use.Expected.differs = medians, lambda *_: None  # nothing is computed here
     selection.selects = lambda: True
     blocks = tower(8, 2, 576, 256)
     weight, bias = torch.randn(512, 2048).bfloat16(), torch.zeros(512, dtype=torch.bfloat16)

@@ -1,12 +1,13 @@
 """If these fail, the offline search times something else than what an entry of its table will say."""
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 
 from stf_kernels.configs import GemmConfig
-from stf_kernels.ops import first_use, tma, weight_grad
+from stf_kernels.ops import first_use, timing, tma, weight_grad
 from stf_kernels.ops.weight_grad import has_one_row_stride
 from stf_kernels.tune import measure
 from stf_kernels.tune.candidates import candidates
@@ -71,3 +72,41 @@ def test_what_fails_is_named(product_of, monkeypatch, capsys):
     monkeypatch.setattr(first_use, "measure", measured)
     assert measure.measure(replace(PROBLEMS["concat"], c=16, n=24), torch.bfloat16, 1, [FAST]) == {None: 5.0}
     assert f"concat: {FAST} is left out: wrong" in capsys.readouterr().out
+
+
+def test_times_are_taken_in_turns_on_a_cold_cache(monkeypatch):
+    """A simulated clock: each call takes its time, ten times that on a cache that was not flushed before it."""
+    now, order, rounds = [0.0], [], {}
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, end):
+            return 1e-3 * (end.at - self.at)
+
+    def flush():
+        order.append("flush")
+        now[0] += 1000.0
+
+    def call(name, us):
+        now[0] += us if order[-1] == "flush" else 10 * us
+        order.append(name)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "Flush", lambda device: flush)
+    monkeypatch.setattr(timing.time, "monotonic", lambda: 1e-6 * now[0])
+    for us in (1.0, 1e6):
+        times = [us * (i + 1) for i in range(3)]
+        order.clear()
+        found = timing.medians([functools.partial(call, *pair) for pair in enumerate(times)], torch.device("cpu"), 12)
+        assert found == pytest.approx(times)
+        ran = [name for name in order if name != "flush"]
+        assert {ran[3 * turn] for turn in range(1, len(ran) // 3)} == {0, 1, 2}, "each is first at times"
+        rounds[us] = len(ran) // 3 - 1
+    assert rounds == {1.0: 12, 1e6: 3}
