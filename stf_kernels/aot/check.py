@@ -6,6 +6,8 @@
     on NVIDIA, asynchronous copies and no plain load or store in the loop that multiplies
     on AMD, blocks that are read by their own addresses
     on sm_90 and sm_100, no loads of constants there: each waits for the last, between the tensor cores' instructions
+    of a default, at most 65% of the tensor cores' cycles of a step to issue it (not on sm_100, whose tensor cores are
+    twice as fast; there a search has forms that issue less)
 
 The specialisation for memory that is not 16-byte aligned need only fit.
 """
@@ -58,28 +60,39 @@ def violations(case: Case, code) -> list[str]:
             and code.loop_constant_loads > (case.arch == "sm_100")
             and not PROBLEMS[case.problem].wgrad,
         }
+        issue, tensor = cycles(case, code)
+        if case.default and tensor and case.arch != "sm_100":
+            wrong[f"{issue:.0f} cycles to issue a step of {tensor:.0f} on the tensor cores"] = issue > 0.65 * tensor
     return [sentence for sentence, holds in wrong.items() if holds]
 
 
-def record(case: Case, code) -> dict:
-    """A case as --json writes it. Cycles are of one K step of a program that has a multiprocessor to itself.
+def cycles(case: Case, code) -> tuple[float, float | None]:
+    """Of one K step of a program that has a multiprocessor to itself: to issue it, and on the tensor cores.
 
-    issue_cycles: one instruction a cycle for each of four schedulers; where the tensor cores run beside the warps
-    (sm_90, sm_100), at least the stalls that the compiler wrote into the instructions of one warp.
+    To issue: one instruction a cycle for each of four schedulers; where the tensor cores run beside the warps (sm_90,
+    sm_100), at least the stalls that the compiler wrote into the instructions of one warp.
     """
     config = case.config
-    tensor_cores = case.dtype != "float32" or case.tf32
     stalls = code.loop_stalls if case.arch in ("sm_90", "sm_100") else 0
+    issue = max(code.loop_instructions * config.num_warps / 4, stalls)
+    if case.dtype == "float32" and not case.tf32:
+        return issue, None
     rate = ARCHITECTURES[case.arch].multiply_adds // (2 if case.tf32 else 1)
+    return issue, config.rows * config.block_n * config.block_k / rate
+
+
+def record(case: Case, code) -> dict:
+    """A case as --json writes it."""
+    issue, tensor = cycles(case, code)
     return asdict(case) | {
-        "config": str(config),
+        "config": str(case.config),
         "registers": code.registers,
         "spills": code.spilled,
         "shared": code.shared,
         "loop": {
             "instructions": code.loop_instructions,
-            "issue_cycles": max(code.loop_instructions * config.num_warps / 4, stalls),
-            "tensor_cycles": config.rows * config.block_n * config.block_k / rate if tensor_cores else None,
+            "issue_cycles": issue,
+            "tensor_cycles": tensor,
             "constant_loads": code.loop_constant_loads,
             "mma": code.loop_tensor_core,
             "async_copies": code.loop_async_copies,

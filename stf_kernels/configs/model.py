@@ -49,7 +49,7 @@ _HALF = {
         GemmConfig(128, 256, 64, 8, 8, 4),
         GemmConfig(128, 128, 64, 8, 8, 3),
         GemmConfig(64, 256, 64, 8, 8, 4),
-        GemmConfig(64, 128, 128, 8, 4, 4),
+        GemmConfig(64, 128, 128, 8, 8, 4),
     ),
     # 163 KB of shared memory
     "sm_80": (
@@ -129,8 +129,10 @@ def cycles(config: GemmConfig, m: int, n: int, k: int, itemsize: int, arch: str,
     rate = device.multiply_adds if itemsize == 2 else 128  # fp32 has the ordinary lanes
     tensor = config.rows * config.block_n * config.block_k / rate
     loaded = (config.rows + config.block_n) * config.block_k * itemsize
-    if has_tma(arch, itemsize):  # a warpgroup's 64 rows read the whole of W's tile
-        read = math.ceil(config.rows / 64) * (64 + config.block_n)
+    if has_tma(arch, itemsize):  # a warpgroup takes 64 rows and reads their A and W's tile, or its part of that
+        high = math.ceil(config.rows / 64)
+        beside = max(1, config.num_warps // 4 // high)
+        read = high * (64 * beside + config.block_n)
     else:  # as many warps side by side as one above the other
         above = 2 ** math.ceil(math.log2(config.num_warps) / 2)
         read = config.rows * config.num_warps / above + config.block_n * above

@@ -109,7 +109,8 @@ def test_a_kernel_with_a_trap_goes_red(trap, found):
 
 def test_whatever_is_wrong_with_the_code_goes_red():
     fine = trapped("none")
-    assert violations(CONCAT, fine) == []
+    assert violations(replace(CONCAT, default=True), fine) == []
+    assert violations(CONCAT, replace(fine, loop_stalls=340)) == [], "a search may try what issues slowly"
     for changes, found in (
         ({"shared": 300_000}, "shared memory 300000 bytes.*232448"),
         ({"spilled": 8}, "8 spilled"),
@@ -118,8 +119,10 @@ def test_whatever_is_wrong_with_the_code_goes_red():
         ({"loop_async_copies": 0}, "no asynchronous copy"),
         ({"loop_plain_copies": 2}, "2 plain loads"),
         ({"loop_constant_loads": 3}, "3 loads of constants"),
+        ({"loop_instructions": 170}, "340 cycles to issue a step of 512"),
+        ({"loop_stalls": 340}, "340 cycles to issue a step of 512"),
     ):
-        [wrong] = violations(CONCAT, replace(fine, **changes))
+        [wrong] = violations(replace(CONCAT, default=True), replace(fine, **changes))
         assert re.search(found, wrong)
     assert violations(replace(CONCAT, arch="sm_80"), replace(fine, loop_constant_loads=3, shared=9999)) == []
     amd, near = replace(CONCAT, arch="gfx942"), replace(fine, shared=9999)

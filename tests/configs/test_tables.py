@@ -1,6 +1,8 @@
 """If these fail, a wrong or foreign table decides what runs on a user's GPU, or a good one is not used."""
 
+import itertools
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from stf_kernels import configs
 from stf_kernels.configs import GemmConfig, default_config, tables
+from stf_kernels.tune.problems import PROBLEMS
 
 CONFIG = GemmConfig(128, 256, 64, 8, 8, 3)
 TMA = GemmConfig(128, 128, 64, 8, 8, 4, form="tma")
@@ -78,6 +81,16 @@ def test_nothing_to_compute_has_a_configuration_too(pretend, arch):
     assert choose(0) == choose(1)
     assert choose(576, 0) == choose(576, 1)
     assert choose(0, stage="concat_wgrad", forced=True) is not None
+
+
+def test_a_default_is_one_wave_or_fills_its_waves():
+    """Of every product of the projector on an H100: 144 programs on 132 multiprocessors would use 55% of two waves."""
+    for problem, batch in itertools.product(PROBLEMS.values(), (1, 2, 4, 8, 16, 32, 64)):
+        if not problem.wgrad:
+            m, n, k = problem.product(batch * problem.tokens)
+            found = model(m, n, k, save_pre=problem.save_pre)
+            waves = -(-m // found.rows) * -(-n // found.block_n) / 132
+            assert waves <= 1 or waves / math.ceil(waves) > 0.6, (problem.name, batch, str(found))
 
 
 def test_torch_is_named_by_the_table_unless_triton_was_asked_for(use):
