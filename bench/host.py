@@ -1,72 +1,236 @@
-"""Host time of an eager call, ours against the reference module's: what the operators and the dispatch add.
+"""What the operators cost beside plain PyTorch: host time of an eager call, and a CPU's time and memory at real sizes.
 
-The tensors are so small that what is left is Python. Each pair is timed in turns, by torch.utils.benchmark on one
-thread: `us` is the median of the turns, `ratio` that of reference_us / us.
+host   Processor time, of tensors so small that what is left is the way to the launch. On a GPU both sides run there.
+       Without one ours are launched on a driver that only records (tests/launch); the reference's operators compute on
+       the CPU, a microsecond or two each in place of a launch: torch's own for CUDA cannot be had there.
+cpu    The projector of LLaVA-1.5-7B in fp32 on every core, forward and training step, where there is no GPU.
+
+Ours and the reference's take turns, A B B A: `us` is a median, `ratio` the median of reference_us / us turn by turn,
+between its `min` and `max`.
 """
 
 import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from . import command
+from . import command, results
 
-NAME = "bench.host"
+NAME, ARCH, TURNS = "bench.host", "sm_90", 15
+BATCHES, ROUNDS = (1, 8), {(1, False): 9, (1, True): 7, (8, False): 5, (8, True): 3}  # (batch, trains): turns
+SIZES, TOKENS = (8, 1024, 4096), 577  # blocks, channels, width of the language model; tokens of a block
+Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
-def cases(device: str) -> Iterator[tuple[str, bool, tuple[Callable[[], Any], ...]]]:
+def cases(device: str) -> Iterator[tuple[str, bool, Pair]]:
     """What, whether it trains, ours and the reference's."""
     import torch
 
     import reference
     import stf_kernels
 
-    blocks, grid = [torch.randn(1, 16, 16, device=device) for _ in range(8)], (4, 4)
+    blocks, grid = [torch.randn(1, 17, 16, device=device) for _ in range(8)], (4, 4)
     concat, merge = (torch.randn(16, width, device=device) for width in (128, 64))
-    ours, theirs = (p.CompactTokenProjector(8, 16, 16, device=device) for p in (stf_kernels, reference))
-    theirs.load_state_dict(ours.state_dict())
+    ours, theirs = modules(8, 16, 16, device=device)
 
-    def pair(call: Callable[[Any, Any], Any]) -> tuple[Callable[[], Any], ...]:
+    def pair(call: Callable[[Any, Any], Any]) -> Pair:
         return lambda: call(stf_kernels, ours), lambda: call(reference, theirs)
 
-    yield "concat_linear", False, pair(lambda package, _: package.concat_linear(blocks, concat, activation="gelu"))
-    yield "spatial_merge_linear", False, pair(lambda p, _: p.spatial_merge_linear(blocks[0], merge, grid=grid))
+    skip: dict[str, Any] = {"skip_tokens": 1}
+    yield "concat_linear", False, pair(lambda p, _: p.concat_linear(blocks, concat, activation="gelu", **skip))
+    yield "spatial_merge_linear", False, pair(lambda p, _: p.spatial_merge_linear(blocks[0], merge, grid=grid, **skip))
     yield "chain", False, pair(lambda _, projector: projector(blocks))
     yield "chain forward+backward", True, pair(lambda _, projector: projector(blocks).sum().backward())
 
 
-def measure(device: str, turns: int = 15) -> list[dict[str, Any]]:
-    """In turns, so that a machine that is busier for a while slows both."""
+def modules(*sizes: int, device: str) -> tuple[Any, Any]:
+    """Our projector and the reference's, of the same parameters."""
+    import reference
+    import stf_kernels
+
+    ours, theirs = (
+        package.CompactTokenProjector(*sizes, skip_tokens=1, device=device) for package in (stf_kernels, reference)
+    )
+    theirs.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
+    return ours, theirs
+
+
+def row(what: str, turns: list[tuple[float, float]]) -> dict[str, Any]:
+    """Of (ours, the reference's) in seconds, turn by turn."""
+    ours, theirs = (1e6 * median(times) for times in zip(*turns, strict=True))
+    ratios = [other / own for own, other in turns]
+    spread = {"ratio": median(ratios), "min": min(ratios), "max": max(ratios)}
+    return {"what": what, "us": ours, "reference_us": theirs, **spread}
+
+
+def in_turns(time_of: Callable[[Any], float], pair: Pair | tuple[Any, Any], turns: int) -> list[tuple[float, float]]:
+    """A B, B A, A B, ...: a machine that is busier for a while slows both."""
+    found = []
+    for turn in range(turns):
+        times = [time_of(side) for side in (pair if turn % 2 == 0 else reversed(pair))]
+        found.append((times[0], times[1]) if turn % 2 == 0 else (times[1], times[0]))
+    return found
+
+
+def host_times(device: str) -> dict[str, Any]:
+    """The rows, and in microseconds a stage whose launch is prepared beside the driver's own call."""
     import torch
     from torch.utils.benchmark import Timer
+
+    def timer(call: Callable[[], Any]) -> Any:
+        return Timer("call()", globals={"call": call}, num_threads=1, timer=time.process_time)
 
     rows = []
     for what, trains, pair in cases(device):
         with torch.set_grad_enabled(trains):
-            timers = [Timer("call()", globals={"call": call}, num_threads=1) for call in pair]
+            timers = timer(pair[0]), timer(pair[1])
             loops = max(10, int(2e-3 / timers[0].timeit(20).median))
-            samples = [[1e6 * timer.timeit(loops).median for timer in timers] for _ in range(turns)]
-        ours, theirs = map(median, zip(*samples, strict=True))
-        ratio = median(reference / own for own, reference in samples)
-        rows.append({"what": what, "us": ours, "reference_us": theirs, "ratio": ratio})
-    return rows
+            rows.append(row(what, in_turns(lambda side, n=loops: side.timeit(n).median, timers, TURNS)))
+    found: dict[str, Any] = {"rows": rows}
+    with torch.no_grad():
+        if stage := repeated_stage(device):
+            times = in_turns(lambda side: timer(side).timeit(200).median, stage, TURNS)
+            ours, bare = (1e6 * median(side) for side in zip(*times, strict=True))
+            found["stage"] = {"us": ours, "driver_us": bare}
+    return found
+
+
+def repeated_stage(device: str) -> Pair | None:
+    """A stage of eight blocks as a repeated call launches it, and the compiled kernel's own launch; None without."""
+    import torch
+
+    from stf_kernels.backend import resolve
+    from stf_kernels.ops import launch
+    from stf_kernels.ops.segments import Stage
+
+    blocks = [torch.zeros(1, 17, 16, device=device)[:, 1:] for _ in range(8)]
+    weight, y, stage = torch.zeros(16, 128, device=device), torch.zeros(1, 16, 16, device=device), Stage("gelu")
+    launch._ready.clear()
+    if resolve(weight.device, weight.dtype) != "torch":
+        launch.run_stage(blocks, weight, None, stage, forced=True)
+    if not launch._ready:
+        return None
+    [ready] = launch._ready.values()
+    tensors = tuple(blocks), weight, None, y, None, None, None, None
+
+    def bare() -> None:
+        ready.compiled[ready.grid](*tensors, *ready.sizes)
+
+    return lambda: launch.run_stage(blocks, weight, None, stage, forced=True), bare
+
+
+def recording_driver() -> Any:
+    """The module of tests/launch."""
+    if (folder := str(Path(__file__).parent.parent / "tests" / "launch")) not in sys.path:
+        sys.path.append(folder)
+    return import_module("recording_driver")
+
+
+def recorded() -> dict[str, Any] | None:
+    """`host_times` of a process whose CUDA driver records; None where there is no C compiler, or no Triton."""
+    driver = recording_driver()
+    if driver.COMPILER is None or not find_spec("triton"):
+        return None
+    code = (
+        "import json, sys; from bench import host; "
+        f"host.recording_driver().install({ARCH!r}); json.dump(host.host_times('cpu'), open(sys.argv[1], 'w'))"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, **driver.build(Path(folder)), "OMP_NUM_THREADS": "1"}
+        answer = Path(folder) / "host.json"
+        subprocess.run([sys.executable, "-c", code, str(answer)], cwd=results.ROOT, env=environment, check=True)
+        return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def cpu_times() -> Iterator[dict[str, Any]]:
+    """A row a batch, forward and training: gradients of the parameters, as the tower is frozen."""
+    import torch
+
+    from .meters import MB, peak_bytes
+
+    pair = modules(*SIZES, device="cpu")
+
+    def step(projector: Any) -> None:
+        with torch.set_grad_enabled(trains):
+            y = projector(blocks)
+        if trains:
+            y.sum().backward()
+
+    def seconds(projector: Any) -> float:
+        projector.zero_grad()
+        began = time.perf_counter()
+        step(projector)
+        return time.perf_counter() - began
+
+    for batch, trains in product(BATCHES, (False, True)):
+        blocks = [torch.randn(batch, TOKENS, SIZES[1]) for _ in range(SIZES[0])]
+        peaks = []
+        for side in pair:  # which warms up, too
+            side.zero_grad()
+            peaks.append(peak_bytes(lambda projector=side: step(projector), "cpu")[1] / MB)
+        what = f"projector {'training step' if trains else 'forward'}, batch {batch}"
+        times = in_turns(seconds, pair, ROUNDS[batch, trains])
+        yield {**row(what, times), "peak_mb": peaks[0], "reference_peak_mb": peaks[1]}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Host time of an eager call.")
+    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Host time of an eager call; a CPU's time.")
     parser.add_argument("--json", type=command.writable_file, metavar="FILE", help="default: .work/results/<device>/")
+    parser.add_argument("--only", choices=("host", "cpu"), help="default: both, or on a GPU the first")
     args = parser.parse_args(argv)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in bench.prefill; read when torch allocates first
     import torch
 
-    from . import results
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = {**results.describe("host", device), "rows": measure(device), "complete": True}
-    results.write(path := args.json or results.results_folder(device) / "host.json", result)
-    shown = [[r["what"], *(f"{r[name]:.2f}" for name in ("us", "reference_us", "ratio"))] for r in result["rows"]]
-    heads = "host time", "us", "reference us", "reference / ours"
-    print(result["device"], command.table(heads, shown), path, sep="\n\n")
+    path = args.json or results.results_folder(device) / "host.json"
+    result = {**results.describe("host", device), "flags": {"THP_MEM_ALLOC_ENABLE": os.environ["THP_MEM_ALLOC_ENABLE"]}}
+    result |= {"driver": "the GPU's", "rows": [], "cpu": []}
+    if args.only != "cpu" and device == "cuda":
+        result |= host_times(device)
+    elif args.only != "cpu":
+        found = recorded()
+        result |= found or host_times(device)
+        result["driver"] = f"recording, {ARCH}; the reference on the CPU" if found else "none: both in plain torch"
+        print(f"host: {result['driver']}", file=sys.stderr)
+    if args.only == "cpu" or (args.only is None and device == "cpu"):
+        for found in cpu_times():
+            result["cpu"].append(found)
+            print(f"{found['what']}: {found['ratio']:.3f}", file=sys.stderr, flush=True)
+            results.write(path, result)
+    results.write(path, {**result, "complete": True})
+    print(result["device"], *tables(result), path, sep="\n\n")
     return 0
+
+
+def tables(result: dict[str, Any]) -> Iterator[str]:
+    heads = "us", "reference us", "reference / ours", "min", "max"
+    cells = {
+        name: [
+            [r["what"], *(f"{r[key]:.2f}" for key in ("us", "reference_us", "ratio", "min", "max"))]
+            for r in result[name]
+        ]
+        for name in ("rows", "cpu")
+    }
+    if result["rows"]:
+        yield f"Driver: {result['driver']}\n\n" + command.table(("host time", *heads), cells["rows"])
+    if "stage" in result:
+        yield "A stage that is launched again: {us:.1f} us, of which the driver's call {driver_us:.1f}".format(
+            **result["stage"]
+        )
+    if result["cpu"]:
+        peaks = [[f"{r[key]:.0f}" for key in ("peak_mb", "reference_peak_mb")] for r in result["cpu"]]
+        rows = [[*left, *right] for left, right in zip(cells["cpu"], peaks, strict=True)]
+        yield command.table(("CPU", *heads, "MB", "reference MB"), rows)
 
 
 if __name__ == "__main__":

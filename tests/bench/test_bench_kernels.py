@@ -1,15 +1,12 @@
 """If this fails, the kernel table leaves out a rival, times a wrong kernel, hides a loss or loses rows."""
 
-import itertools
-from types import SimpleNamespace
-
 import fake_cuda
 import pytest
 import torch
 from sample_results import kernel_row
 
 import stf_kernels
-from bench import host, results
+from bench import results
 from bench.kernels import providers, run, table
 from bench.kernels.__main__ import STAGES, main, parse, steps
 from bench.kernels.problems import SMALL, Operands
@@ -132,22 +129,3 @@ def test_what_cannot_be_captured_is_timed_as_it_is(monkeypatch):
     assert times["us"] is None
     assert times["not_captured"] == "not captured: operation not permitted when stream is capturing"
     assert times["us_eager"] > 0
-
-
-def test_host_times_are_paired_with_the_reference(tmp_path, monkeypatch):
-    """On a machine that is slower with every turn: the medians drift, the ratio of a turn does not."""
-
-    class Timer:
-        def __init__(self, _, globals, num_threads):
-            self.turns = itertools.count(1)
-            globals["call"]()
-
-        def timeit(self, _):
-            return SimpleNamespace(median=next(self.turns) * 1e-6)
-
-    monkeypatch.setattr("torch.utils.benchmark.Timer", Timer)
-    assert host.main(["--json", str(tmp_path / "host.json")]) == 0
-    rows = results.read(tmp_path / "host.json")["rows"]
-    assert [row["what"] for row in rows] == ["concat_linear", "spatial_merge_linear", "chain", "chain forward+backward"]
-    # 15 turns; ours was asked once before, to find out how often to call
-    assert all((row["us"], row["reference_us"], row["ratio"]) == (9.0, 8.0, 8 / 9) for row in rows)
