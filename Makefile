@@ -23,6 +23,7 @@ help:
 	@echo "make test-vllm        5 min  serve LLaVA-STF with vLLM, in an environment of its own (installs 3 GB)"
 	@echo "make quality                 answers against vision tokens: the study, three seeds; goes on where it stopped"
 	@echo "make quality-smoke    5 min  a small one of its rows; exit code 1 unless a trained STF learns"
+	@echo "make test-clients            with TRL, lmms-eval, kernels, Liger, each in its own environment (1 to 3 GB)"
 	@echo "make gpu           < 10 min  on a GPU: tests, kernel table, prefill table into bench/results/"
 	@echo "make format           1 s    ruff, with its fixes"
 	@echo "make clean                   remove the environments and what was built"
@@ -41,14 +42,23 @@ $(VENV)/.docs: $(VENV)/.installed
 	$(RUN) $(PIP_INSTALL) -c constraints.txt -e '.[docs]'
 	@touch $@
 
-# constraints.txt with the names that .ci/gpu-pins.txt pins in their place.
+# constraints.txt with the names that $(1) pins in their place.
+pinned = awk -F== '/^\#/ {next} FNR == NR {print; pinned[$$1]; next} !($$1 in pinned)' $(1) constraints.txt
+
 $(PINS_VENV)/.installed: pyproject.toml constraints.txt .ci/gpu-pins.txt
 	$(PYTHON) -m venv $(PINS_VENV)
-	awk -F== '/^#/ {next} FNR == NR {print; pinned[$$1]; next} !($$1 in pinned)' .ci/gpu-pins.txt constraints.txt \
-		> $(PINS_VENV)/constraints.txt
+	$(call pinned,.ci/gpu-pins.txt) > $(PINS_VENV)/constraints.txt
 	$(PINS_VENV)/bin/python $(PIP_INSTALL) -c $(PINS_VENV)/constraints.txt -e '.[dev]'
 	$(PINS_VENV)/bin/python $(PIP_INSTALL) -c $(PINS_VENV)/constraints.txt --no-deps --upgrade \
 		--target $(PINS_VENV)/quantized $(QUANTIZED)
+	@touch $@
+
+# As for vLLM below: where a client wants torchvision, its compiled part is left out.
+.venv-%/.installed: pyproject.toml constraints.txt .ci/%.txt
+	$(PYTHON) -m venv .venv-$*
+	$(call pinned,.ci/$*.txt) > .venv-$*/constraints.txt
+	.venv-$*/bin/python $(PIP_INSTALL) -c .venv-$*/constraints.txt -r .ci/$*.txt -e '.[llava]' torch pytest einops accelerate peft
+	-sed -i '/_registrations,$$/d' .venv-$*/lib/python3*/site-packages/torchvision/__init__.py 2>/dev/null
 	@touch $@
 
 prefill: $(VENV)/.installed
@@ -103,6 +113,22 @@ quality: $(VENV)/.installed
 quality-smoke: $(VENV)/.installed
 	$(RUN) -m bench.quality --smoke
 
+# Each client in an environment of its own, with the versions of .ci/<client>.txt.
+CLIENTS := kernels liger lmms-eval trl
+.PHONY: test-clients $(CLIENTS:%=test-%)
+
+$(CLIENTS:%=test-%): test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/clients/test_$(subst -,_,$*).py
+
+test-clients:
+	@status=0; table=""; \
+	for pins in $(filter-out .ci/gpu-pins.txt,$(wildcard .ci/*.txt)); do \
+		client=$$(basename $$pins .txt); outcome=passed; \
+		$(MAKE) --no-print-directory test-$$client || { outcome=FAILED; status=1; }; \
+		table="$$table$$(printf '%-14s%-10s%s' $$client $$(grep -m 1 "^$$client.*==" $$pins | cut -d= -f3) $$outcome)\n"; \
+	done; \
+	printf "%-14s%-10s%s\n$$table" client version outcome; exit $$status
+
 aot: $(VENV)/.installed
 	$(RUN) -m stf_kernels.aot
 
@@ -125,4 +151,4 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(PINS_VENV) $(VLLM_VENV) build dist *.egg-info docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PINS_VENV) $(VLLM_VENV) $(CLIENTS:%=.venv-%) build dist *.egg-info docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .command import STARTED, lazy
 
 if TYPE_CHECKING or not STARTED:
+    from . import layers
     from .backend import use_backend
     from .functional import concat_linear, spatial_merge_linear
     from .modules import CompactTokenProjector, MultiBlockTokenFusion, SpatialTokenFusion
@@ -22,10 +23,12 @@ __all__ = [
     "SpatialTokenFusion",
     "channel_to_patch_major",
     "concat_linear",
+    "layers",
     "patch_to_channel_major",
     "prepare",
     "spatial_merge_linear",
     "use_backend",
 ]
 
-__getattr__ = lazy(__name__, "backend", "functional", "modules", "preparation", "relayout")
+# layers first: the name of its class means the one of modules here
+__getattr__ = lazy(__name__, "layers", "backend", "functional", "modules", "preparation", "relayout")

@@ -2,6 +2,7 @@
 
     llava_stf_auto.py    the classes of the package where it is installed, of the files beside it where it is not
     llava_stf*.py        the package's model, configuration and processor, with the projector in plain torch
+                         or, where STF_KERNELS_HUB names one, of a build on the kernels hub
 
 The loader holds subclasses, not names: transformers copies the file of a class that it loaded so when the model is
 saved again, with all that it imports relatively, and the copy has to be complete.
@@ -17,10 +18,12 @@ MODULE = "llava_stf_auto"
 
 # Under flat names, and with relative imports only: transformers copies files of one folder.
 COPIED = [*sorted((PACKAGE / "core").glob("[a-z]*.py")), PACKAGE / "llava_stf.py", PACKAGE / "processing.py"]
-KERNELS, PLAIN = "from stf_kernels import CompactTokenProjector", "from .plain_projector import CompactTokenProjector"
+KERNELS = "from stf_kernels import CompactTokenProjector"
+PLAIN = "from .plain_projector import hub_or_plain as CompactTokenProjector"
 
 LOADER = '''"""LLaVA-STF for trust_remote_code=True: from the stf-kernels package if installed, else in plain torch."""
 
+import os
 import sys
 
 from transformers import AutoProcessor
@@ -32,7 +35,8 @@ except ImportError:
     from .llava_stf import LlavaStfConfig
 
     stf = sys.modules[LlavaStfConfig.__module__]
-    logging.get_logger(__name__).warning("LLaVA-STF: stf-kernels is not installed, so its projector is not fused")
+    if "STF_KERNELS_HUB" not in os.environ:
+        logging.get_logger(__name__).warning("LLaVA-STF: stf-kernels is not installed, so its projector is not fused")
 
 
 class LlavaStfConfig(stf.LlavaStfConfig):

@@ -18,3 +18,14 @@ def register(config: type[Config], model: type, generator: type, processor: type
     AutoProcessor.register(config, processor, exist_ok=True)
     for ours, theirs in renames.items():
         register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
+        _register_with_liger(ours, theirs)
+
+
+def _register_with_liger(ours: str, theirs: str) -> None:
+    """Liger-Kernel patches a model by its model_type: ours as the stock family's, where it is installed."""
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
+    except ImportError:
+        return
+    if theirs in patches:
+        patches[ours] = patches[theirs]

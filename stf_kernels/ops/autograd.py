@@ -11,6 +11,7 @@ torch.func's transforms and forward-mode differentiation plain torch computes.
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,7 +24,8 @@ from .backward import Needs, chain_bwd, shapes_of
 from .chain import Plan, chain_fwd, without_autocast
 from .torch_path import differentiable_chain
 
-NAMESPACE = "stf_kernels"
+# The package's name, so that a copy under another name (from the kernels hub) can live in a process beside this one.
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".ops.")[0])
 TENSORS = "Tensor[] blocks, Tensor[] weights, Tensor[] biases"
 KEPT = "Tensor?[] saved, Tensor?[] blocks, Tensor?[] weights, SymInt[] block, SymInt[] widths"
 STATIC = "str? activation, int skip_tokens, int merge_size, int grid_h, int grid_w"
@@ -31,7 +33,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define(name: str, arguments: str, returns: str, function: Callable, fake: Callable):
-    """Register one operator with its fake -> the callable torch.ops.stf_kernels.<name>.default."""
+    """Register one operator with its fake -> the callable torch.ops.<NAMESPACE>.<name>.default."""
     _library.define(f"{name}({arguments}) -> {returns}")
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)

@@ -1,4 +1,4 @@
-"""The operators: each a chain of stages, registered as torch.ops.stf_kernels.<name> and called past the dispatcher.
+"""The operators: each a chain of stages, registered with torch.library and called past the dispatcher (autograd.py).
 
 concat_linear                act(concat(blocks) W + b)                                  1 stage
 spatial_merge_linear         act(merge(x) W + b)                                        1 stage

@@ -27,9 +27,11 @@ MAY_IMPORT = {
     "ops": ["kernels", "configs", "backend", "checks"],
     "functional": ["ops", "checks", "relayout"],
     "modules": ["functional", "ops", "linear", "checks"],
+    "layers": ["modules", "ops", "linear", "checks"],
     "command": [],
+    "hub": ["command"],
     "preparation": ["modules", "ops", "configs", "backend", "checks"],
-    "__init__": ["functional", "modules", "preparation", "backend", "relayout", "command"],
+    "__init__": ["functional", "layers", "modules", "preparation", "backend", "relayout", "command"],
     "tune": ["ops", "configs", "backend", "command"],
     "aot": ["tune", "ops", "configs", "kernels", "backend", "command"],
 }

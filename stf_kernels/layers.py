@@ -1,0 +1,49 @@
+"""Layers of the kernels hub: stateless, their forward takes the place of another layer's.
+
+`kernelize` (of the package `kernels`) puts it on an instance of any class that has kernel_layer_name =
+"CompactTokenProjector" and the children of the one in modules.py:
+
+    self.mbtf, self.stf    with linear_1, linear_2 and activation (a name); stf with merge_size and truncate as well
+    self.skip_tokens       leading tokens of every block that are not read
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from . import checks
+from .linear import is_untouched, parameters_of_all
+from .modules import chain_operands
+from .ops import operators
+
+
+class CompactTokenProjector(nn.Module):
+    """stf(mbtf(blocks)) in one chain: M blocks [B, skip_tokens + H*W, C] -> [B, (H//r)*(W//r), out_dim].
+
+    The layer's own forward runs where MBTF is left out, where `out` is given and where a child is not to be read: it
+    has hooks, or a linear that is not a plain nn.Linear (LoRA, quantised, sharded).
+    """
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(
+        self,
+        blocks: Sequence[Tensor],
+        grid: tuple[int, int] | None = None,
+        *,
+        out: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        mbtf, stf, skip = self.mbtf, self.stf, self.skip_tokens
+        fits = mbtf is not None and is_untouched(mbtf, type(mbtf)) and is_untouched(stf, type(stf))
+        found = None
+        if fits and out is None and mbtf.activation == stf.activation:
+            found = parameters_of_all((mbtf.linear_1, mbtf.linear_2, stf.linear_1, stf.linear_2))
+        if found is None:
+            return type(self).forward(self, blocks, grid, out=out, rows=rows)
+        dim, r = mbtf.linear_2.out_features, stf.merge_size
+        checks.check_module_blocks(blocks, mbtf.linear_1.in_features // dim, dim, skip)
+        grid = checks.resolve_grid(grid, blocks[0].shape[1] - skip, r, stf.truncate)
+        operands = chain_operands(blocks, *found, r)
+        return operators.compact_token_projector(*operands, stf.activation, skip, r, *grid)
