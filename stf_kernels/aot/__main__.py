@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 from ..command import run, shielded
@@ -34,14 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled; unset it")
     todo = [case for arch in options.target for case in cases(arch, defaults_only=options.defaults)]
-    broken, records = 0, []
+    broken, records, began = 0, [], time.monotonic()
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         with shielded():
             futures = [pool.submit(check.examine, case) for case in todo]
         for done, future in enumerate(as_completed(futures), 1):
             line, found, record = future.result()
             violations = "".join(f"\n    VIOLATION: {violation}" for violation in found)
-            print(f"[{done:{len(str(len(todo)))}}/{len(todo)}] {line}{violations}", flush=True)
+            minutes = (time.monotonic() - began) / 60 * (len(todo) / done - 1)
+            print(f"[{done:{len(str(len(todo)))}}/{len(todo)}, {minutes:2.0f} min left] {line}{violations}", flush=True)
             broken += bool(found)
             records += [record] if record else []
     if options.json:

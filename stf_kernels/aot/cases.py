@@ -66,7 +66,8 @@ def _others(arch: str, dtype: str, problem: Problem, defaults: tuple[GemmConfig,
                 yield replace(case, one_image=True)
         if dtype == "float32" and not arch.startswith("gfx"):
             yield replace(case, tf32=True)
-        if has_tma(arch, itemsize) and not problem.wgrad:  # where dependent launches are, too
+        # Where dependent launches are, too; they add the same instructions in float16.
+        if has_tma(arch, itemsize) and dtype == "bfloat16" and not problem.wgrad:
             yield replace(case, config=replace(config, pdl=True))
         if problem.wgrad or (problem.name == "concat" and config in defaults):
             yield replace(case, aligned=False)

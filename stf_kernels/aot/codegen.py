@@ -91,7 +91,7 @@ def compile_for(arch: str, kernel, arguments: Mapping[str, object], **options: i
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        usage, text = _tool("cuobjdump", "-res-usage", cubin), _tool("nvdisasm", "-c", "-hex", cubin)
+        usage, text = _tool("cuobjdump", "-res-usage", cubin), _tool("nvdisasm", "-ndf", "-c", "-hex", cubin)
     found = {name: int(count) for name, count in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     # An instruction is 128 bits, its second half on a line of its own; they are read as one line.
     lines = re.sub(r"\n\s*(?=/\* 0x[0-9a-f]{16} \*/)", " ", text).splitlines()
