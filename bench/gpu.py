@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,13 +37,16 @@ MEASURED = {
 }
 ELSEWHERE = ["tests/interpreter", "tests/aot", "tests/bench", "tests/browser", "tests/project"]  # need no GPU
 OPTIONAL = ("hypothesis", "peft", "accelerate", "sentencepiece")  # a GPU machine may lack them
-# Most of a kernel's first run is its compiler's, on one core. Six, each with a 7B projector in float64, fit 80 GB.
-WORKERS = max(1, min(6, (os.cpu_count() or 1) // 2))
+WORKER_BYTES = 12 << 30  # of GPU memory that a process of tests/gpu takes: a 7B projector thrice, in float64 at last
+COMPILING = 420.0  # core-seconds: tests/gpu compiles some 700 kernels
+SANITIZER = 300.0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Tests and measurements on this GPU.")
-    parser.add_argument("--only", nargs="+", choices=SECONDS, default=SECONDS, help="parts to run; default: all")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*SECONDS, "sanitizer"], default=SECONDS, help="parts; default: all but sanitizer"
+    )
     args = parser.parse_args(argv)
     try:
         import torch
@@ -57,10 +61,13 @@ def main(argv: list[str] | None = None) -> int:
     if results.commit() == "unknown":
         print("set STF_COMMIT: without it and a .git the files do not say what was measured", file=sys.stderr)
     ended = []
-    for name in [name for name in SECONDS if name in args.only]:
-        began, seconds = time.monotonic(), SECONDS[name]
+    for name in [name for name in (*SECONDS, "sanitizer") if name in args.only]:
+        began = time.monotonic()
         try:
-            passed, said = tests(folder, seconds) if name == "tests" else measured(name, folder, seconds)
+            if name == "sanitizer":
+                passed, said = sanitized(folder)
+            else:
+                passed, said = tests(folder) if name == "tests" else measured(name, folder, SECONDS[name])
         except Exception as error:  # a mistake in this program must not cost the parts behind it
             passed, said = False, f"{type(error).__name__}: {error}"
         ended.append((passed, f"{name:8} {time.monotonic() - began:4.0f} s  {said}"))
@@ -86,12 +93,27 @@ def run_limited(arguments: Sequence[str], seconds: float) -> int | None:
         process.wait()
 
 
-def tests(folder: Path, seconds: float) -> tuple[bool, str]:
-    """tests/gpu first, in processes of its own: a GPU fault in one must not count against the rest."""
-    began, unavailable = time.monotonic(), tests_that_need([p for p in OPTIONAL if not importlib.util.find_spec(p)])
+def workers() -> int:
+    """Processes of pytest: no more than cores, for most of a kernel's first run is its compiler's, or than memory has
+    room for."""
+    from .meters import available_bytes
+
+    return max(1, min(os.cpu_count() or 1, (available_bytes("cuda") or 0) // WORKER_BYTES))
+
+
+def tests(folder: Path) -> tuple[bool, str]:
+    """tests/gpu first, in processes of its own: a GPU fault in one must not count against the rest. Few cores make
+    the compiler take longer than is meant for all."""
+    seconds, began, unavailable = (
+        SECONDS["tests"],
+        time.monotonic(),
+        tests_that_need([p for p in OPTIONAL if not importlib.util.find_spec(p)]),
+    )
     ignored = [f"--ignore={path}" for path in (*ELSEWHERE, *unavailable, "tests/gpu")]
-    device = run_pytest(["tests/gpu"], folder, 0.6 * seconds)
-    rest = run_pytest([*ignored, "--maxfail=20", "tests"], folder, max(10.0, seconds - time.monotonic() + began))
+    count = workers()
+    device = run_pytest(["tests/gpu"], folder, max(0.6 * seconds, COMPILING / count), count)
+    left = max(0.4 * seconds, seconds - time.monotonic() + began)
+    rest = run_pytest([*ignored, "--maxfail=20", "tests"], folder, left, count)
     found: dict[str, Any] = {key: device[key] + rest[key] for key in ("passed", "failed", "skipped", "failures")}
     said = "{passed} passed, {failed} failed, {skipped} skipped".format(**found)
     found |= {"complete": None not in (device["status"], rest["status"]), "not_run": [*ELSEWHERE, *unavailable]}
@@ -101,11 +123,11 @@ def tests(folder: Path, seconds: float) -> tuple[bool, str]:
     return device["status"] == rest["status"] == 0 and device["passed"] > 0, said
 
 
-def run_pytest(arguments: Sequence[str], folder: Path, seconds: float) -> dict[str, Any]:
-    """By pytest-xdist where it is installed -> counts, failures, exit status."""
+def run_pytest(arguments: Sequence[str], folder: Path, seconds: float, count: int = 1) -> dict[str, Any]:
+    """In `count` processes where pytest-xdist is installed -> counts, failures, exit status."""
     report = folder / "tests.xml"
     report.unlink(missing_ok=True)  # a crash must not leave another run's counts
-    shared = ["-n", str(WORKERS)] if WORKERS > 1 and importlib.util.find_spec("xdist") else []
+    shared = ["-n", str(count)] if count > 1 and importlib.util.find_spec("xdist") else []
     # A test that hangs leaves its stack in the output before the limit ends the run.
     options = ["-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=40", f"--junitxml={report}", *shared]
     status = run_limited([*PYTHON, "pytest", *options, *arguments], seconds)
@@ -119,6 +141,27 @@ def run_pytest(arguments: Sequence[str], folder: Path, seconds: float) -> dict[s
     counts = {"passed": len(cases) - len(failures) - skipped, "failed": len(failures), "skipped": skipped}
     names = [f"{case.get('classname')}::{case.get('name')}" for case in failures]
     return counts | {"failures": names, "status": status}
+
+
+def sanitized(folder: Path) -> tuple[bool, str]:
+    """compute-sanitizer ends with its own status for accesses out of bounds, else with the program's. What CUDA's
+    calls return is no error here: Triton and torch ask what they may be refused, such as whose memory a pointer is."""
+    if (tool := shutil.which("compute-sanitizer")) is None:
+        return False, "compute-sanitizer is not installed: it comes with CUDA's toolkit"
+    program = [
+        *PYTHON,
+        "bench.kernels",
+        "--small",
+        "--no-compile",
+        "--batch",
+        "1",
+        "--json",
+        str(folder / "small.json"),
+    ]
+    status = run_limited([tool, "--report-api-errors", "no", "--error-exitcode", "99", *program], SANITIZER)
+    (folder / "small.json").unlink(missing_ok=True)
+    said = {0: "nothing out of bounds", 99: "memory errors, see its output", None: "stopped at the time limit"}
+    return status == 0, said.get(status, f"the program failed, exit status {status}")
 
 
 def tests_that_need(packages: list[str]) -> list[str]:

@@ -74,7 +74,9 @@ class Run:
             call = provider.call(operands, step.stage)
             return (lambda: operands.gradients(call)) if trains else call
 
-        allowed = 2 * self.error(call_of(PROVIDERS["eager"]), exact) + 1e-6
+        # In fp32 no less than one long sum rounds to: a library that shares it out over K is more exact.
+        least = 2.5e-6 if step.dtype == "float32" else 0.0
+        allowed = 2 * max(self.error(call_of(PROVIDERS["eager"]), exact), least) + 1e-6
         place = {"stage": step.stage, "pass": step.run, "batch": step.batch, "dtype": step.dtype}
         place["floor_us"] = self.floor_us(**place)
         for name, provider in of_stage(step.stage, slow=step.slow, trains=trains, gpu=self.device == "cuda").items():

@@ -12,6 +12,7 @@ from sample_results import kernels_result, prefill_result
 
 import llava_integration
 from bench import gpu, results
+from bench.kernels import __main__ as kernels
 from bench.prefill import models, run
 from bench.prefill.__main__ import main
 from bench.prefill.speedup import label
@@ -111,6 +112,38 @@ def test_every_part_leaves_its_file_under_out(parts, capsys):
     assert sum(gpu.SECONDS.values()) < 560  # of ten minutes
 
 
+@pytest.mark.parametrize(("cores", "gb", "count"), [(16, 79, 6), (16, 140, 11), (16, 8, 1), (2, 79, 2), (None, 79, 1)])
+def test_memory_bounds_the_processes_of_the_device_tests_and_their_number_the_time(
+    parts, monkeypatch, cores, gb, count
+):
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (gb << 30, gb << 30))
+    assert gpu.workers() == count
+    assert gpu.main(["--only", "tests"]) == 0
+    [(on_device, seconds), (_, others)] = parts[1]
+    assert ("-n" in on_device) == (count > 1)
+    assert seconds == pytest.approx(max(90.0, 420.0 / count))
+    assert others >= 60.0  # however long the first took
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(0, "nothing out of"), (99, "memory errors"), (3, "exit status 3"), (None, "time limit")]
+)
+def test_what_compute_sanitizer_says(parts, monkeypatch, capsys, status, words):
+    """What CUDA's own calls return is no failure."""
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.main(["--only", "sanitizer"]) == 1
+    assert "compute-sanitizer is not installed" in capsys.readouterr().out
+    commands = []
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu, "run_limited", lambda command, seconds: commands.append(command) or status)
+    assert gpu.main(["--only", "sanitizer"]) == int(status != 0)
+    assert words in capsys.readouterr().out
+    [command] = commands
+    assert command[:5] == ["/usr/bin/compute-sanitizer", "--report-api-errors", "no", "--error-exitcode", "99"]
+    kernels.parse(command[command.index("bench.kernels") + 1 :])
+
+
 @pytest.mark.parametrize("part", ["tests/gpu", "tests", "kernels", "prefill"])
 def test_a_part_that_fails_is_said_and_the_others_still_run(parts, part, capsys):
     parts[0][part] = 3
@@ -163,8 +196,6 @@ def test_a_part_that_hangs_is_stopped_with_what_it_has_started(tmp_path, capfd):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_the_commands_say_so(capsys):
-    from bench.kernels.__main__ import main as kernels
-
     assert gpu.main([]) == 2
-    assert kernels([]) == 2
+    assert kernels.main([]) == 2
     assert capsys.readouterr().err.count("GPU") >= 2
