@@ -23,7 +23,7 @@ help:
 	@echo "make test-vllm        5 min  serve LLaVA-STF with vLLM, in an environment of its own (installs 3 GB)"
 	@echo "make quality                 answers against vision tokens: the study, three seeds; goes on where it stopped"
 	@echo "make quality-smoke    5 min  a small one of its rows; exit code 1 unless a trained STF learns"
-	@echo "make test-clients            with TRL, lmms-eval, kernels, Liger, each in its own environment (1 to 3 GB)"
+	@echo "make test-clients            every library of docs/clients.md, each in its own environment (12 GB)"
 	@echo "make gpu           < 10 min  on a GPU: tests, kernel table, prefill table into bench/results/"
 	@echo "make format           1 s    ruff, with its fixes"
 	@echo "make clean                   remove the environments and what was built"
@@ -114,7 +114,7 @@ quality-smoke: $(VENV)/.installed
 	$(RUN) -m bench.quality --smoke
 
 # Each client in an environment of its own, with the versions of .ci/<client>.txt.
-CLIENTS := kernels liger lmms-eval trl
+CLIENTS := kernels liger lmms-eval transformers-serve trl
 .PHONY: test-clients $(CLIENTS:%=test-%)
 
 $(CLIENTS:%=test-%): test-%: .venv-%/.installed
@@ -125,7 +125,7 @@ test-clients:
 	for pins in $(filter-out .ci/gpu-pins.txt,$(wildcard .ci/*.txt)); do \
 		client=$$(basename $$pins .txt); outcome=passed; \
 		$(MAKE) --no-print-directory test-$$client || { outcome=FAILED; status=1; }; \
-		table="$$table$$(printf '%-14s%-10s%s' $$client $$(grep -m 1 "^$$client.*==" $$pins | cut -d= -f3) $$outcome)\n"; \
+		table="$$table$$(printf '%-14s%-10s%s' $$client $$(grep -m 1 "^$${client%%-*}.*==" $$pins | cut -d= -f3) $$outcome)\n"; \
 	done; \
 	printf "%-14s%-10s%s\n$$table" client version outcome; exit $$status
 

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers import PreTrainedConfig as Config
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto import modeling_auto
 
 
 def register(config: type[Config], model: type, generator: type, processor: type, *, renames: dict[str, str]) -> None:
@@ -15,6 +16,9 @@ def register(config: type[Config], model: type, generator: type, processor: type
     AutoModel.register(config, model, exist_ok=True)
     for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto.register(config, generator, exist_ok=True)
+    # Tables of names, by which pipelines and `transformers serve` tell what a model takes.
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type] = generator.__name__
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config.model_type] = generator.__name__
     AutoProcessor.register(config, processor, exist_ok=True)
     for ours, theirs in renames.items():
         register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)

@@ -1,11 +1,12 @@
 """If this fails, lmms-eval does not find LLaVA-STF, scores something else than its answers, or ends in a traceback."""
 
 import json
+import re
 import warnings
 
 import pytest
 from datasets import Dataset, Image
-from support.processes import python
+from support.processes import ROOT, python
 from tiny_llava import make_image, make_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -40,9 +41,12 @@ def answer(folder, image):
 
 
 def evaluate(folder, tmp_path):
-    model = ["--model", "llava_stf", "--model_args", f"pretrained={folder},device=cpu", "--batch_size", "1"]
-    task = ["--tasks", "local", "--include_path", str(tmp_path / "task"), "--output_path", str(tmp_path / "out")]
-    return python("-m", "lmms_eval", *model, *task, "--log_samples", timeout=300, HF_HOME=str(tmp_path / "home"))
+    """The README's command, on a local task and a CPU."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^\*\*lmms-eval\*\*.*?^    python (.*?)$", page, re.MULTILINE | re.DOTALL)
+    words = command.replace("pretrained=llava-stf", f"pretrained={folder},device=cpu").replace("pope", "local").split()
+    words += ["--include_path", str(tmp_path / "task"), "--output_path", str(tmp_path / "out")]
+    return python(*words, timeout=300, HF_HOME=str(tmp_path / "home"))
 
 
 def test_a_local_task_scores_the_answers_of_generate(folder, tmp_path):

@@ -120,6 +120,29 @@ def test_two_processes_give_the_losses_of_one(folder, data, tmp_path):
         assert torch.allclose(a, b, atol=1e-3), name
 
 
+BEFORE = """
+import functools
+import trl
+from datasets import Dataset
+from tiny_llava import make_image
+on_a_cpu = trl.SFTConfig(use_cpu=True, bf16=False, report_to="none")
+trl.SFTTrainer = functools.partial(trl.SFTTrainer, args=on_a_cpu)
+turns = {"prompt": [{"role": "user", "content": "What is this?"}]}
+turns |= {"completion": [{"role": "assistant", "content": "A rocket."}]}
+dataset = Dataset.from_list([{"images": [make_image()]} | turns] * 2)
+"""
+
+
+def test_the_three_lines_of_the_readme(folder):
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^\*\*TRL\*\*.*?^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    folder.rename(folder.with_name("llava-stf"))
+    code = f"import os; os.chdir({str(folder.parent)!r})\n{FOUND}\n{BEFORE}\n{code}"
+    result = python("-c", code, PYTHONPATH=f"{ROOT}:{ROOT}/examples", timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "train_loss" in result.stdout
+
+
 def test_what_cannot_be_trained_is_named_in_one_sentence(folder, data, tmp_path):
     """Before TRL loads anything: another kind of model, no processor, another TRL."""
     make_model().save_pretrained(tmp_path / "stock")
