@@ -73,7 +73,7 @@ def choose(
     """
     if device.type == "cpu":  # the interpreter: nothing there depends on speed
         return INTERPRETER_CONFIG
-    index = torch.cuda.current_device() if device.index is None else device.index  # "cuda" is the current one
+    index = _index(device)
     wgrad, what, cache = stage.endswith("_wgrad"), (stage, dtype, m, n, k, save_pre), cache_of(*device_identity(index))
     source, known = "table", _tabled(index, *what)
     if known is None and _used():
@@ -113,13 +113,13 @@ def settled(
     """Whether `choose` will say the same at the next call: a selection may still be to come."""
     if device.type == "cpu" or forced or not _used():
         return True
-    index, what = (
-        torch.cuda.current_device() if device.index is None else device.index,
-        (stage, dtype, m, n, k, save_pre),
-    )
-    if _tabled(index, *what) or _cached(cache_of(*device_identity(index)), what, forced):
-        return True
-    return _attempts[index, key_of(*what)] >= _MOST_ATTEMPTS
+    index, what = _index(device), (stage, dtype, m, n, k, save_pre)
+    known = _tabled(index, *what) or _cached(cache_of(*device_identity(index)), what, forced)
+    return known is not None or _attempts[index, key_of(*what)] >= _MOST_ATTEMPTS
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index  # "cuda" is the current one
 
 
 def key_of(stage: str, dtype: torch.dtype, m: int, n: int, k: int, save_pre: bool) -> tuple:
@@ -259,23 +259,18 @@ def _select(index: int, what: tuple, measure: Measure) -> tuple[GemmConfig | Non
 
 def _keep(cache: Cache, what: tuple, us: dict[GemmConfig | None, float] | None, failed: Failures) -> None:
     stage, dtype, n, k, m_max, save_pre, tf32 = key_of(*what)
-    records = [
-        {"stage": stage, "dtype": dtype, "config": config.to_dict(), "reason": reason}
-        for config, reason in failed.items()
-    ]
-    entries = []
+    place, entries = {"stage": stage, "dtype": dtype}, []
     if us is not None:
-        place = {"stage": stage, "dtype": dtype, "n": n, "k": k, "m_max": m_max}
         candidates = [{"config": config and config.to_dict(), "us": time} for config, time in us.items()]
         more = {"m": what[2], "save_pre": save_pre, "tf32": tf32, "candidates": candidates}
-        entries.append(entry_of(place, us) | more)
+        entries.append(entry_of(place | {"n": n, "k": k, "m_max": m_max}, us) | more)
+    records = [place | {"config": config.to_dict(), "reason": reason} for config, reason in failed.items()]
     if entries or records:
         cache.add(entries, records)
     if failed:
         listed = "; ".join(f"{config}: {reason}" for config, reason in failed.items())
-        warnings.warn(
-            f"stf_kernels: not used on {cache.slug} any more, found for {_named(what)}: {listed}", stacklevel=2
-        )
+        said = f"stf_kernels: not used on {cache.slug} any more, found for {_named(what)}: {listed}"
+        warnings.warn(said, stacklevel=2)
 
 
 def entry_of(place: dict, us: dict[GemmConfig | None, float]) -> dict:
@@ -309,7 +304,7 @@ def reject(
 
     That is the smallest one or, if wgrad, None for the library GEMM; where it is itself rejected, `reason` is raised.
     """
-    slug, arch = device_identity(torch.cuda.current_device() if device.index is None else device.index)
+    slug, arch = device_identity(_index(device))
     instead = None if wgrad else smallest(dtype.itemsize)
     if config == instead:
         raise reason

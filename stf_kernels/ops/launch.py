@@ -74,8 +74,9 @@ def run_stage(
         if config is None:
             what = x.device, stage.kind(len(blocks)), x.dtype, m, *weight.shape
             options: dict[str, Any] = {"forced": forced, "save_pre": save_pre}
-            measure = functools.partial(_measure, (blocks, weight, bias), stage, save_pre, out)
-            ready = Ready(configs.choose(*what, **options, measure=measure if m and weight.numel() else None))
+            product = functools.partial(product_of, (blocks, weight, bias), stage, save_pre, out)
+            measure = functools.partial(first_use.measure, product) if m and weight.numel() else None
+            ready = Ready(configs.choose(*what, **options, measure=measure))
             key = key if configs.settled(*what, **options) else None
         if ready.config is None:
             _keep(key, ready)
@@ -112,11 +113,6 @@ def run_stage(
     if store_dtype is not x.dtype:
         y, pre = y.to(x.dtype), None if pre is None else pre.to(x.dtype)
     return y if out is None else out, pre
-
-
-def _measure(operands: tuple, stage: Stage, save_pre: bool, out: Tensor | None, candidates: list, failed: dict) -> dict:
-    """For configs.choose, at the first call of a product."""
-    return first_use.measure(product_of(operands, stage, save_pre, out), candidates, failed)
 
 
 def product_of(operands: tuple, stage: Stage, save_pre: bool = False, out: Tensor | None = None) -> first_use.Product:

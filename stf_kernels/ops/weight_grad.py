@@ -7,6 +7,7 @@ kernel     kernels/wgrad.py, which reads the rows where they are. For operands t
            device's table or a selection names it ("concat_wgrad", ...) or use_backend("triton") asks for it.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -28,12 +29,9 @@ def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int],
     if path == "torch" or not copied:
         return by_library(g, blocks, shape, stage)
     kind, (n, k) = stage.kind(len(blocks)) + "_wgrad", shape
-
-    def measure(candidates: list, failed: dict) -> dict:
-        return first_use.measure(product_of(g, blocks, shape, stage), candidates, failed)
-
-    asked = measure if g.numel() and k else None
-    config = configs.choose(g.device, kind, g.dtype, n, k, g.shape[0], forced=path == "triton", measure=asked)
+    product = functools.partial(product_of, g, blocks, shape, stage)
+    measure = functools.partial(first_use.measure, product) if g.numel() and k else None
+    config = configs.choose(g.device, kind, g.dtype, n, k, g.shape[0], forced=path == "triton", measure=measure)
     if config is not None:
         try:
             return launch_wgrad(g, blocks, stage, config)

@@ -33,7 +33,7 @@ def measure(
 ) -> dict[GemmConfig | None, float]:
     """Microseconds of plain torch (None) and of what is right; the others are named."""
     failed: dict[GemmConfig, str] = {}
-    us = first_use.measure(product_of(problem, dtype, batch), configs, failed, _ROUNDS)
+    us = first_use.measure(lambda: product_of(problem, dtype, batch), configs, failed, _ROUNDS)
     for config, reason in failed.items():
         print(f"{problem.name}: {config} is left out: {reason:.100}", flush=True)
     return us
