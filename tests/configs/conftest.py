@@ -83,6 +83,8 @@ class Kernel:
             y[rows] = found.flatten(0, 1).to(y.dtype)
         if pre is not None:
             pre.copy_(found_pre)
+        if planted == "does not read x":
+            y.copy_(torch_path.run_stage([torch.zeros_like(blocks[0])], weight, bias, self.stage)[0])
         if planted == "wrong":
             y.view(-1, y.shape[-1])[-1] += 0.5
         if planted == "a row not written":

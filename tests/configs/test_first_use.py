@@ -3,6 +3,7 @@ again, or selects where it must not. (conftest.py has the GPU.)
 """
 
 import logging
+import re
 import threading
 import warnings
 
@@ -206,24 +207,36 @@ def test_where_nothing_is_selected_the_model_serves(gpu, monkeypatch, why, caplo
         selection._model.cache_clear()
         patch.setattr(selection, "library_cycles", lambda *_: 0.0)
         launch.forget()
+        call()
         assert served() is None, "plain torch where the model says so"
         assert configs.choose(X.device, *WHAT[:-1], forced=True) == model
+    if why == "off":  # a process has it from its beginning
+        launch.forget()
     call()
     assert gpu.selections == 1
 
 
-def test_operands_that_tell_nothing_are_replaced(gpu):
-    """A first call is often made on zeros, where every kernel is right, or on what memory held."""
-    bad, *_ = candidates()
-    gpu.planted[bad] = "wrong"
-    for x in (torch.zeros_like(X), torch.full_like(X, float("nan"))):
-        cache.cache_of.cache_clear()
-        selection._said.clear()
-        with pytest.warns(UserWarning, match="not used"):
-            launch.run_stage([x], WEIGHT, BIAS, GELU)
-        for path in cache.folder().iterdir():
-            path.unlink()
-        launch.forget()
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_operands_that_tell_nothing_are_replaced(gpu, value):
+    """A first call is often made on zeros, where every kernel is right, or on what memory held, where none is."""
+    bad, good, *_ = candidates()
+    gpu.planted[bad] = "does not read x"
+    gpu.us |= {bad: 1.0, good: 40.0}
+    with pytest.warns(UserWarning, match=f"not used.*: {re.escape(str(bad))}: wrong[^;]*$"):
+        launch.run_stage([torch.full_like(X, value)], WEIGHT, BIAS, GELU)
+    assert served() == good
+
+
+def test_what_another_process_has_selected_is_taken(gpu):
+    first = candidates()[0]
+    gpu.us[first] = 40.0
+    own = cache.cache_of("test-gpu", "sm_90")
+    call()
+    own.known.clear()
+    own.failed.clear()
+    launch.forget()
+    call()
+    assert (served(), gpu.selections) == (first, 1)
 
 
 def test_trials_do_not_write_into_what_is_the_callers(gpu):
