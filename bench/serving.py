@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -43,14 +44,14 @@ ON_CPU = ["--dtype", "float32", "--enforce-eager"]  # 16 bit is emulated on many
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="LLaVA-1.5 against LLaVA-STF in vLLM.")
     add = parser.add_argument
-    add("--preset", choices=sorted(SIZES), help="random weights; default: 7b with a GPU, else small")
+    add("--preset", choices=sorted(SIZES.keys() - {"tiny"}), help="random weights; default: 7b with a GPU, else small")
     add("--model", type=Path, metavar="FOLDER", help="a LLaVA-1.5 checkpoint, together with --stf")
     add("--stf", type=Path, metavar="FOLDER", help="the LLaVA-STF checkpoint made of it")
     add("--concurrency", type=positive_int, default=4, metavar="N", help="requests at once, default 4")
     add("--requests", type=positive_int, default=8, metavar="N", help="requests of a round, default 8")
     add("--words", type=positive_int, default=40, metavar="N", help="words of a prompt, default 40")
     add("--new-tokens", type=positive_int, default=8, metavar="N", help="tokens of an answer, default 8")
-    add("--rounds", type=positive_int, default=6, metavar="N", help="default 6")
+    add("--rounds", type=positive_int, default=4, metavar="N", help="default 4")
     add("--json", type=command.writable_file, metavar="FILE", help="default: .work/results/<device>/serving.json")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.stf) or (args.model and args.preset):
@@ -128,7 +129,8 @@ async def first_token(client: Any, model: str, messages: list[dict[str, Any]], t
         extra_body={"ignore_eos": True, "return_token_ids": True},
     )
     async for chunk in stream:
-        if first is None and chunk.choices and chunk.choices[0].token_ids:
+        # The chunk that only says who speaks has none.
+        if first is None and chunk.choices and getattr(chunk.choices[0], "token_ids", None):
             first = time.perf_counter() - start
         counted = chunk.usage.prompt_tokens if chunk.usage else counted
     return first, counted
@@ -196,9 +198,9 @@ def sentences(result: dict[str, Any]) -> list[str]:
 def report(result: dict[str, Any]) -> str:
     where = "{device}   {dtype}, vLLM {vllm}, torch {torch}, transformers {transformers}, commit {commit:.12}"
     what = "{preset}, {concurrency} requests at once, {requests} a round, {new_tokens} tokens each, medians of rounds"
-    shown = cells(result)
+    shown, notes = cells(result), [f"note: {note}" for note in result["notes"]]
     drawn = command.table(list(shown[0]), [list(row.values()) for row in shown])
-    return "\n".join([where.format(**result), what.format(**result), "", drawn, "", *sentences(result)])
+    return "\n".join([where.format(**result), what.format(**result), "", drawn, "", *sentences(result), *notes])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -215,26 +217,33 @@ def main(argv: list[str] | None = None) -> int:
     name = str(args.model) if args.model else args.preset or ("7b" if device == "cuda" else "small")
     path = args.json or results.results_folder(device) / "serving.json"
     options = [*OPTIONS, *(ON_GPU if device == "cuda" else ON_CPU), *([] if args.model else ["--load-format", "dummy"])]
-    result = {**results.describe("serving", device), "vllm": vllm.__version__, "preset": name, "dtype": options[6]}
+    result = {**results.describe("serving", device), "vllm": vllm.__version__, "preset": name}
+    if device == "cpu":
+        result["notes"].append("each worker of vLLM computes on all cores but one, which it leaves to the server")
+    result["dtype"] = options[options.index("--dtype") + 1]
     result |= {key: getattr(args, key) for key in ("concurrency", "requests", "words", "new_tokens")}
+    logs = [path.with_name(f"serving-{model}.log") for model in MODELS]
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stf-serving-")))
             folders = [args.model, args.stf] if args.model else make_folders(name, work)
-            progress = stack.enter_context(command.Progress(2 + 1 + args.rounds))
-            urls = []
-            for model, folder in zip(MODELS, folders, strict=True):
-                progress.step(f"starting the server of {model}")
-                urls.append(stack.enter_context(serve(folder, *options, log=path.with_name(f"serving-{model}.log"))))
+            progress = stack.enter_context(command.Progress(2 + args.rounds))
+            starting = [serve(folder, *options, log=log) for folder, log in zip(folders, logs, strict=True)]
+            progress.step("starting both servers")
+            # On a GPU one by one: each measures how much memory is free.
+            with ThreadPoolExecutor(1 if device == "cuda" else 2) as pool:
+                urls = list(pool.map(stack.enter_context, starting))
             rounds = []
             for index in range(1 + args.rounds):
                 progress.step(f"round {index} of {args.rounds}" if index else "warming up")
-                sent, found = prompts(index, args.requests, args.words), {}
+                sent, found = prompts(index, args.requests if index else args.concurrency, args.words), {}
                 for model, url in list(zip(MODELS, urls, strict=True))[:: 1 if index % 2 else -1]:
                     found[model] = asyncio.run(send(url, sent, args.concurrency, args.new_tokens))
                 rounds += [[found[model] for model in MODELS]] * bool(index)
     except (ServerError, OpenAIError) as error:
-        print(f"python -m {NAME}: error: {error}", file=sys.stderr)
+        where = ", ".join(str(log) for log in logs)
+        print(f"python -m {NAME}: error: {error} (what the servers wrote: {where})", file=sys.stderr)
         return 1
     result["rows"], result["ratios"] = rows_of(rounds)
     results.write(path, result | {"complete": True})

@@ -1,7 +1,7 @@
 """The sizes that are measured, and the memory they need.
 
 cpu   the real vision tower and projector, and two layers of a language model of 7B width: every ratio is a real one
-small a quarter of LLaVA-1.5-7B's widths, half of its layers of the language model, for a server on a CPU
+small 3/16 of LLaVA-1.5-7B's widths, half of its language model's layers: for a server on a CPU
 7b    LLaVA-1.5-7B          13b   LLaVA-1.5-13B          tiny   a toy for tests; its times mean nothing
 """
 
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)  # LLaVA-STF's, of a tower of 24 layers, deepest first
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336}
-CLIP_SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "image_size": 336}
+CLIP_SMALL = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "image_size": 336}
 CLIP_TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "image_size": 56}
 # name -> width, MLP width, layers, heads and vocabulary of the language model, the tower, batch sizes, text tokens
 SIZES = {
     "cpu": ((4096, 11008, 2, 32, 32064), CLIP_L, (1,), 40),
     "7b": ((4096, 11008, 32, 32, 32064), CLIP_L, (1, 8), 64),
     "13b": ((5120, 13824, 40, 40, 32064), CLIP_L, (1, 8), 64),
-    "small": ((1024, 2752, 16, 16, 32064), CLIP_SMALL, (1,), 40),
+    "small": ((768, 2048, 16, 12, 32064), CLIP_SMALL, (1,), 40),
     "tiny": ((64, 96, 2, 4, 512), CLIP_TINY, (1,), 8),
 }
 TEXT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
