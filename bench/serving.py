@@ -3,7 +3,8 @@
 Both servers run; a round sends its requests to one and then to the other, the first in turns, so that drift of the
 machine cancels. The time is the client's: from sending a prompt with its picture to the first token of the stream.
 Every request has words and a picture of its own, and vLLM keeps no prefix: nothing is answered from a cache.
-Exit codes: 0 measured, 1 a server or a request failed, 2 bad input, 130 interrupted.
+Exit codes: 0 measured, 1 a server or a request failed, 2 bad input, 130 interrupted (the file keeps
+the rounds that were measured, as incomplete).
 """
 
 import argparse
@@ -224,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     result |= {key: getattr(args, key) for key in ("concurrency", "requests", "words", "new_tokens")}
     logs = [path.with_name(f"serving-{model}.log") for model in MODELS]
     path.parent.mkdir(parents=True, exist_ok=True)
+    rounds: list[list[dict[str, Any]]] = []
     try:
         with contextlib.ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stf-serving-")))
@@ -234,7 +236,6 @@ def main(argv: list[str] | None = None) -> int:
             # On a GPU one by one: each measures how much memory is free.
             with ThreadPoolExecutor(1 if device == "cuda" else 2) as pool:
                 urls = list(pool.map(stack.enter_context, starting))
-            rounds = []
             for index in range(1 + args.rounds):
                 progress.step(f"round {index} of {args.rounds}" if index else "warming up")
                 sent, found = prompts(index, args.requests if index else args.concurrency, args.words), {}
@@ -245,10 +246,14 @@ def main(argv: list[str] | None = None) -> int:
         where = ", ".join(str(log) for log in logs)
         print(f"python -m {NAME}: error: {error} (what the servers wrote: {where})", file=sys.stderr)
         return 1
-    result["rows"], result["ratios"] = rows_of(rounds)
-    results.write(path, result | {"complete": True})
-    print(f"{report(result)}\n\n{path}")
-    return 0
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(rounds)} rounds", file=sys.stderr)
+    if rounds:
+        result["rows"], result["ratios"] = rows_of(rounds)
+        result["complete"] = len(rounds) == args.rounds
+        results.write(path, result)
+        print(f"{report(result)}\n\n{path}")
+    return 0 if result["complete"] else 130
 
 
 if __name__ == "__main__":
