@@ -6,7 +6,7 @@ VLLM_VENV := .venv-vllm
 RUN := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help prefill test test-quick test-gpu-pins test-browser test-vllm quality quality-smoke aot gpu lint types docs
+.PHONY: help prefill test test-quick test-gpu-pins test-browser test-vllm quality quality-smoke fuzz aot gpu lint types docs
 .PHONY: format clean
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make lint             1 s    ruff"
 	@echo "make types           30 s    mypy; 3 s when little has changed"
 	@echo "make docs            20 s    the pages of docs/ into docs/_build/html/"
+	@echo "make fuzz           20 min  2,000 drawn calls of every operator and kernel, between pages that fault"
 	@echo "make aot           > 10 min  compile every configuration for every GPU and check the generated code"
 	@echo "make test-browser            the report page in a headless Chromium, which it installs as root on Debian"
 	@echo "make test-gpu-pins           make test with the versions nearest to the GPU machine's (installs 5 GB)"
@@ -82,6 +83,12 @@ test: $(VENV)/.installed
 test-quick: $(VENV)/.installed
 	$(call PYTEST,$(RUN),-m "not slow") tests
 	TRITON_INTERPRET=1 $(call PYTEST,$(RUN)) tests/interpreter/test_interpreted_functions.py
+
+# In the background, other cases: `nice -n 19 make fuzz SEED=7`. A case that ends it by SIGSEGV is in .fuzz-*.
+FUZZ := $(RUN) -m tests.support.attack all --seed $(or $(SEED),1)
+fuzz: $(VENV)/.installed
+	$(FUZZ) --cases $(or $(CASES),2000) --last .fuzz-torch
+	TRITON_INTERPRET=1 $(FUZZ) --cases $(or $(CASES),2000) --last .fuzz-kernels
 
 test-gpu-pins: $(PINS_VENV)/.installed
 	$(call run_tests,$(PINS_VENV)/bin/python)
@@ -151,4 +158,4 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(PINS_VENV) $(VLLM_VENV) $(CLIENTS:%=.venv-%) build dist *.egg-info docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PINS_VENV) $(VLLM_VENV) $(CLIENTS:%=.venv-%) build dist *.egg-info docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .fuzz-*

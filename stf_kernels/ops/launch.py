@@ -64,7 +64,7 @@ def run_stage(
     ready = _ready.get(key)
     if ready is None:  # perhaps for operands that are copied first
         blocks, weight = [with_contiguous_last(block) for block in blocks], with_contiguous_last(weight)
-        bias, rows = (None if vector is None else vector.contiguous() for vector in (bias, rows))
+        bias, rows = (None if vector is None else with_contiguous_last(vector) for vector in (bias, rows))
         key = _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre)
         ready = _ready.get(key)
     x, n = blocks[0], weight.shape[0]
@@ -87,7 +87,8 @@ def run_stage(
     if out is None:
         y = torch.empty(stage.out_shape(x.shape, n), device=x.device, dtype=store_dtype)
     else:
-        y = out.float() if interpreting() else out  # in a dtype of its own under autocast
+        y = out.resolve_neg()  # in a dtype of its own under autocast
+        y = y.float() if interpreting() else y
     pre = torch.empty((m, n), device=x.device, dtype=store_dtype) if save_pre else None
     tensors = tuple(blocks), weight, bias, y, pre, rows
     with on_device(x.device):
@@ -107,7 +108,7 @@ def run_stage(
             break
 
     if out is not None and y is not out:
-        out.copy_(y)
+        out.copy_(y.to(out.dtype))  # between dtypes copy_ loses a pending sign
     elif out is not None and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # written through a pointer: tell autograd
     if store_dtype is not x.dtype:
@@ -279,7 +280,7 @@ def run_activation_bwd(
     dpre [N] or None)."""
     from ..kernels.activations import _activation_bwd_kernel
 
-    pre = pre.contiguous()  # a saved-tensor hook may give back another layout than it was given
+    dy, pre = dy.resolve_neg(), pre.contiguous().resolve_neg()  # a saved-tensor hook may give back another layout
     m, n = pre.shape
     store_dtype = torch.float32 if interpreting() else pre.dtype
     dpre = dy if overwrite and dy.dtype == store_dtype else torch.empty_like(pre, dtype=store_dtype)
