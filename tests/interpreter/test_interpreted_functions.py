@@ -18,6 +18,8 @@ from support.operators import (
 
 import reference
 import stf_kernels
+from stf_kernels.ops.launch import run_stage
+from stf_kernels.ops.segments import Stage
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
@@ -80,6 +82,14 @@ def test_blocks_by_their_own_pointers(change, monkeypatch):
 
 
 def test_a_sign_that_is_still_to_be_applied():
-    x = torch.randn(1, 6, 8)
-    y = stf_kernels.concat_linear([torch._neg_view(x)], torch.eye(8))
-    assert torch.equal(y, -x)
+    """Of an operand, a bias, the gradient that comes back, and the rows that are written."""
+    x, bias, g, minus = torch.randn(1, 6, 8, requires_grad=True), torch.randn(8), torch.randn(1, 6, 8), torch._neg_view
+    eye = torch.eye(8)
+    assert torch.equal(stf_kernels.concat_linear([minus(x)], eye), -x)
+    assert torch.equal(stf_kernels.concat_linear([0 * x], eye, minus(bias))[0, 0], -bias)
+    y = stf_kernels.concat_linear([x], eye, activation="silu")
+    assert torch.equal(*(torch.autograd.grad(y, x, sent, retain_graph=True)[0] for sent in (minus(g), -g)))
+    for dtype in (torch.float32, torch.float16):
+        out, operands = torch.zeros(7, 8, dtype=dtype), ([x.detach().to(dtype)], eye.to(dtype))
+        run_stage(*operands, None, Stage(), out=minus(out), rows=torch.arange(6))
+        assert torch.equal(out[:6], -operands[0][0][0])
