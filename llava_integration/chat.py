@@ -12,6 +12,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from stf_kernels.command import carry_on, run
+
 NAME = "llava_integration.chat"
 
 
@@ -61,6 +63,7 @@ class Speaker:
                     print(text, end="", flush=True)
                 break
             except KeyboardInterrupt:
+                carry_on()
                 self.stopped = True
         thread.join()
         print()
@@ -154,4 +157,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -35,6 +35,7 @@ STARTED = any(
 )
 
 _received: list[int] = []  # the signal that ends this process
+_carried_on = threading.Event()
 
 
 class _OutputLost(BaseException):
@@ -165,17 +166,25 @@ def _interrupt(number: int, _frame: object) -> None:
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
+def carry_on() -> None:
+    """The interrupt that was caught ends something smaller than the command, an answer of a chat, say."""
+    _received.clear()
+    _carried_on.set()
+
+
 def _watch(reading: int) -> None:
     """The thread that hears of a signal even while the main thread is inside a call that returns much later."""
-    while (number := os.read(reading, 1)[0]) not in _handled():
-        pass
-    _end_children(signal.SIGTERM)
-    end = time.monotonic() + GRACE
-    while time.monotonic() < end:
-        time.sleep(0.05)
-        if not _received:
-            _thread.interrupt_main(signal.Signals(number))
-    _leave(number)
+    while True:
+        if (number := os.read(reading, 1)[0]) not in _handled():
+            continue
+        _end_children(signal.SIGTERM)
+        end = time.monotonic() + GRACE
+        while not _carried_on.wait(0.05):
+            if time.monotonic() > end:
+                _leave(number)
+            if not _received:
+                _thread.interrupt_main(signal.Signals(number))
+        _carried_on.clear()
 
 
 def _unraisable(hook: Callable[[Any], object]) -> Callable[[Any], None]:

@@ -28,7 +28,9 @@ COMMANDS = sorted(
 IMPORTING = {
     "llava_integration.convert": ["official", "/nowhere", "/nowhere/dst"],
     "bench.prefill": ["--preset", "tiny"],
-    "bench.report": None,  # it needs no torch
+    # without torch, or nothing without a folder that it has read before
+    **dict.fromkeys(("bench.report", "bench.quality", "bench.quality.data", "bench.serving", "stf_kernels.hub")),
+    **dict.fromkeys(("llava_integration.chat", "llava_integration.train")),
 }
 
 
@@ -163,6 +165,24 @@ def test_ctrl_c_wherever_it_comes(what):
     time.sleep(0.1)
     out = interrupted(process, lambda: os.killpg(process.pid, signal.SIGINT))
     assert out == ("saved\n" if what == "saved on the way" else "")
+
+
+def test_a_command_may_carry_on():
+    """Ctrl-C ended an answer: nothing is cut short later, and the next Ctrl-C ends the command."""
+    body = """
+def main():
+    for line in ("1", "2"):
+        try: print(line, flush=True); time.sleep(60)
+        except KeyboardInterrupt:
+            if line == "2": raise
+            command.carry_on()
+            time.sleep(1.8)"""
+    process = start("-c", program(body))
+    for line in ("1\n", "2\n"):
+        assert process.stdout.readline() == line
+        if line == "1\n":
+            process.send_signal(signal.SIGINT)
+    interrupted(process, lambda: process.send_signal(signal.SIGINT))
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
