@@ -28,13 +28,15 @@ LOGITS = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 4e-2, torch.
 
 
 class Stopwatch:
-    """Named boundaries of one run."""
+    """Named boundaries of one run. Of one that is met again, as tile after tile meets the tower, the first counts."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device.startswith("cuda")
         self.marks: dict[str, Any] = {}
 
     def mark(self, name: str) -> None:
+        if name in self.marks:
+            return
         if self.on_gpu:
             self.marks[name] = torch.cuda.Event(enable_timing=True)
             self.marks[name].record()

@@ -1,27 +1,27 @@
-"""LLaVA-STF in transformers: importing this package registers it with the Auto classes.
+"""LLaVA-STF in transformers: importing this package registers its families with the Auto classes.
 
-LLaVA-1.5 at a quarter of the image tokens, arXiv 2506.07138; `from_llava` starts it exactly from any LLaVA-1.5.
+LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision at a quarter of the image tokens, arXiv 2506.07138; `from_llava` starts each
+exactly from any stock checkpoint. A family is a file of this folder: llava_next_stf.py has LlavaNextStfConfig,
+...Model, ...ForConditionalGeneration and ...Processor, which are names of this package.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stf_kernels.command import STARTED, lazy
 
-if TYPE_CHECKING or not STARTED:
-    from .llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration, LlavaStfModel
-    from .processing import LlavaStfProcessor
+if TYPE_CHECKING:
+    from .llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration, LlavaStfModel  # noqa: F401
+    from .processing import LlavaStfProcessor  # noqa: F401
     from .runner import PrefillRunner
     from .warm_start import from_llava
 
-__all__ = [
-    "LlavaStfConfig",
-    "LlavaStfForConditionalGeneration",
-    "LlavaStfModel",
-    "LlavaStfProcessor",
-    "PrefillRunner",
-    "from_llava",
-]
+_FAMILIES = sorted(file.stem for file in Path(__file__).parent.glob("*_stf.py"))
+_KINDS = ("Config", "ForConditionalGeneration", "Model", "Processor")
 
-__getattr__ = lazy(
-    __name__, "llava_stf", "processing", "runner", "warm_start"
-)  # a command registers when it asks for a name
+__all__ = [family.title().replace("_", "") + kind for family in _FAMILIES for kind in _KINDS]
+__all__ += ["PrefillRunner", "from_llava"]
+
+__getattr__ = lazy(__name__, *_FAMILIES, "runner", "warm_start")
+if not STARTED:  # a command registers when it asks for a name
+    __getattr__("from_llava")

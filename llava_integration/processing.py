@@ -9,9 +9,11 @@ import re
 from collections.abc import Iterator
 
 from PIL import Image
-from transformers import LlavaProcessor
+from transformers import LlavaProcessor, PreTrainedConfig
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
+
+from .core.config import smallest_window
 
 
 class LlavaStfProcessor(LlavaProcessor):
@@ -69,18 +71,26 @@ class LlavaStfProcessor(LlavaProcessor):
         )
 
     @classmethod
-    def from_llava(cls, processor: LlavaProcessor, *, merge_size: int = 2) -> "LlavaStfProcessor":
+    def from_llava(cls, processor: LlavaProcessor, *, merge_size: int | None = None) -> "LlavaStfProcessor":
         """The processor to go with `llava_integration.from_llava(model, merge_size=merge_size)`."""
         if not isinstance(processor, LlavaProcessor):
             raise TypeError(f"processor: expected a LlavaProcessor, got {type(processor).__name__}")
-        return cls(
+        made = cls(
             processor.image_processor,
             processor.tokenizer,
             patch_size=processor.patch_size,
             chat_template=processor.chat_template,
             image_token=processor.image_token,
-            spatial_merge_size=merge_size,
+            spatial_merge_size=1 if merge_size is None else merge_size,
         )
+        if merge_size is None:
+            made.spatial_merge_size = smallest_window(math.isqrt(made._per_image()))
+        return made
+
+    @staticmethod
+    def sizes(config: PreTrainedConfig) -> dict[str, int]:
+        """The arguments that a model's configuration decides."""
+        return {"patch_size": config.vision_config.patch_size, "spatial_merge_size": config.spatial_merge_size}
 
     def __call__(self, images=None, text=None, videos=None, **kwargs):
         """As ProcessorMixin.__call__; -> input_ids, attention_mask [B, S], pixel_values [N, 3, h, w].

@@ -3,8 +3,8 @@
     ids [B, S], pixels [N, 3, S', S'] -> tower loop -> projector -> inputs_embeds -> language model -> logits [B, vocab]
 
 During prefill attention reads the fresh keys and values, not the longer static buffers they are stored in, so the
-causal mask needs no tensor and the flash kernels apply, under capture too. Works for LLaVA-STF and, as its baseline,
-for the stock LLaVA.
+causal mask needs no tensor and the flash kernels apply, under capture too. Works for every family and, as its
+baseline, for the stock model.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, LlavaForConditionalGeneration, PreTrainedConfig, StaticCache
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -21,6 +21,8 @@ from stf_kernels import prepare
 from .core.config import resolve_layers
 from .core.insertion import check_token_count, image_rows
 from .core.model import CompactModel
+from .core.register import families
+from .core.tiles import flat_tiles, pack_tiles
 from .core.tower import check_pixels, tower_hidden_states
 
 WARM_UP_RUNS = 3
@@ -54,29 +56,24 @@ class PrefillRunner:
     """Repeated prefill of one shape.
 
     Args:
-        model: LlavaStfForConditionalGeneration or LlavaForConditionalGeneration, in eval mode, on one device.
+        model: a ForConditionalGeneration of LLaVA-STF or a stock one, in eval mode, on one device.
         batch, seq_len: shape [B, S] of input_ids; every prompt full, no padding.
         max_new_tokens: room in `.cache` for decoding afterwards.
         full_tower: also run the tower layers that the model computes without using, as the stock forward does.
 
-    `runner(input_ids, pixel_values)` -> logits [B, vocab] of the last position. A graph is captured at the first call
-    with each number of images N. `.cache` is then a StaticCache of length S; the next call overwrites it. Token counts
-    are checked for ids on the CPU; ids on the GPU are trusted, because reading them would wait for the device.
+    `runner(input_ids, pixel_values)` -> logits [B, vocab] of the last position, with image_sizes where images are cut
+    into tiles. A graph is captured at the first call with each number of images N, or with their sizes. `.cache` is
+    then a StaticCache of length S; the next call overwrites it. Token counts are checked for ids on the CPU; ids on the
+    GPU are trusted, because reading them would wait for the device.
 
     Raises TypeError for another model and for ids or pixels of another type, ValueError for a shape that is not the
     runner's and for sliding-window layers.
     """
 
     def __init__(
-        self,
-        model: LlavaForConditionalGeneration,
-        batch: int,
-        seq_len: int,
-        *,
-        max_new_tokens: int = 128,
-        full_tower: bool = False,
+        self, model: PreTrainedModel, batch: int, seq_len: int, *, max_new_tokens: int = 128, full_tower: bool = False
     ):
-        if not isinstance(model, LlavaForConditionalGeneration):
+        if not isinstance(model, tuple(family.stock for family in families())):
             got = type(model).__name__
             raise TypeError(f"model: expected a LLaVA or LLaVA-STF ForConditionalGeneration, got {got}")
         for name, value, least in (("batch", batch, 1), ("seq_len", seq_len, 1), ("max_new_tokens", max_new_tokens, 0)):
@@ -93,14 +90,23 @@ class PrefillRunner:
         self._prefill_cache = Cache(layers=[_PrefillLayer(layer) for layer in self.cache.layers])
         self._ids = torch.zeros(batch, seq_len, dtype=torch.long, device=self.device)
         self._positions = torch.arange(seq_len, device=self.device).unsqueeze(0)
-        self._pixels: dict[int, Tensor] = {}
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        # By the number of images, or by their sizes
+        self._pixels: dict[object, Tensor] = {}
+        self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
-        """input_ids [B, S] int64, pixel_values [N, 3, h, w] or None -> logits [B, vocab]; fills `.cache`."""
+    def __call__(self, input_ids: Tensor, pixel_values: Tensor | None = None, image_sizes=None) -> Tensor:
+        """input_ids [B, S] int64, pixel_values [N, 3, h, w] or None -> logits [B, vocab]; fills `.cache`.
+
+        Tiles: pixel_values [N, T, 3, h, w] or [tiles, 3, h, w], image_sizes N x (height, width).
+        """
+        images: object = 0
+        if pixel_values is not None:
+            images = len(pixel_values)
+            if self._tiled:
+                pixel_values = flat_tiles(self.model.config, pixel_values, image_sizes)
+                images = tuple(map(tuple, torch.as_tensor(image_sizes).tolist()))
         self._check(input_ids, pixel_values)
-        images = 0 if pixel_values is None else len(pixel_values)
         self._ids.copy_(input_ids, non_blocking=True)
         if pixel_values is not None:
             dtype = self.model.model.vision_tower.dtype
@@ -115,10 +121,15 @@ class PrefillRunner:
         graph.replay()
         return logits.clone()
 
-    def _capture(self, images: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    @property
+    def _tiled(self) -> bool:
+        return hasattr(self.model.config, "image_grid_pinpoints")
+
+    def _capture(self, images: object) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
         if images:
-            prepare(self.model.model.multi_modal_projector, batch_sizes=(images,), grid=(side, side))
+            count = len(self._pixels[images])
+            prepare(self.model.model.multi_modal_projector, batch_sizes=(count,), grid=(side, side))
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -130,31 +141,37 @@ class PrefillRunner:
             logits = self._prefill(images)
         return graph, logits
 
-    def _prefill(self, images: int) -> Tensor:
+    def _prefill(self, images: object) -> Tensor:
         model = self.model.model
         embeds = model.get_input_embeddings()(self._ids)
         if images:
-            self._place_images(embeds.view(-1, embeds.shape[-1]), self._pixels[images])
+            self._place_images(embeds.view(-1, embeds.shape[-1]), images)
         with _unmasked(model.language_model.config):
             hidden = model.language_model(
                 inputs_embeds=embeds, position_ids=self._positions, past_key_values=self._prefill_cache, use_cache=True
             ).last_hidden_state
         return self.model.lm_head(hidden[:, -1])
 
-    def _place_images(self, flat: Tensor, pixels: Tensor) -> None:
+    def _place_images(self, flat: Tensor, images: object) -> None:
         """Projected image tokens into the rows of flat [B*S, D] that hold image tokens."""
-        model, config = self.model.model, self.model.config
+        model, config, pixels = self.model.model, self.model.config, self._pixels[images]
         mask = self._ids == config.image_token_id
         layers = resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)
         blocks = tower_hidden_states(model.vision_tower, pixels, layers, run_all=self.full_tower)
         if isinstance(model, CompactModel):
-            rows = image_rows(mask, len(pixels) * config.image_seq_length)
-            model.multi_modal_projector(blocks, model.vision_grid, out=flat, rows=rows)
-            return
-        if config.vision_feature_select_strategy == "default":
-            blocks = [block[:, 1:] for block in blocks]
-        features = model.multi_modal_projector(torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0])
-        features = features.flatten(0, 1)
+            if not self._tiled:
+                rows = image_rows(mask, len(pixels) * config.image_seq_length)
+                model.multi_modal_projector(blocks, model.vision_grid, out=flat, rows=rows)
+                return
+            features = model.multi_modal_projector(blocks, model.vision_grid)
+        else:
+            if config.vision_feature_select_strategy == "default":
+                blocks = [block[:, 1:] for block in blocks]
+            features = model.multi_modal_projector(torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0])
+        if self._tiled:
+            features = torch.cat(pack_tiles(model, features, model.image_newline, images))
+        else:
+            features = features.flatten(0, 1)
         if self.device.type == "cpu" and int(mask.sum()) != len(features):
             raise ValueError(f"input_ids: found {int(mask.sum())} image tokens, but {len(features)} are needed")
         flat.index_copy_(0, image_rows(mask, len(features)), features)
@@ -168,7 +185,7 @@ class PrefillRunner:
             raise ValueError(f"input_ids: expected shape {expected}, got {got}; a PrefillRunner serves one shape")
         if pixel_values is not None:
             check_pixels(config.vision_config, pixel_values)
-        if input_ids.device.type == "cpu" and isinstance(self.model.model, CompactModel):
+        if input_ids.device.type == "cpu" and isinstance(self.model.model, CompactModel) and not self._tiled:
             token, images = config.image_token_id, 0 if pixel_values is None else len(pixel_values)
             check_token_count(input_ids == token, images, config.image_seq_length, token)
 
@@ -185,7 +202,7 @@ def _unmasked(config: PreTrainedConfig) -> Iterator[None]:
         config._attn_implementation = given
 
 
-def _static_cache(model: LlavaForConditionalGeneration, batch: int, length: int) -> StaticCache:
+def _static_cache(model: PreTrainedModel, batch: int, length: int) -> StaticCache:
     """A StaticCache whose buffers exist already, all layers plain."""
     text = model.config.text_config
     cache = StaticCache(config=text, max_cache_len=length)

@@ -10,36 +10,44 @@ zero columns of W2: the output stays exact and both receive gradients once train
 """
 
 import copy as copying
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .core.config import default_blocks, prefix_tokens, resolve_layers, vision_grid
+from .core.config import default_blocks, prefix_tokens, resolve_layers, smallest_window, vision_grid
 from .core.projector import build_projector
-from .llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
+from .core.register import Family, families
 
-KEPT = ["vision_config", "text_config", "image_token_index", "projector_hidden_act", "multimodal_projector_bias"]
-KEPT += ["tie_word_embeddings", "dtype"]
+PROJECTOR = "multi_modal_projector"
+# What a compact projector decides for itself, and what is true of a saved folder only.
+NOT_KEPT = {"vision_feature_layer", "vision_feature_select_strategy", "image_seq_length"}
+NOT_KEPT |= {"architectures", "transformers_version"}
 
 
 def from_llava(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     *,
     blocks: Sequence[int] | None = None,
-    merge_size: int = 2,
+    merge_size: int | None = None,
     copy: bool = False,
     truncate: bool = False,
     mbtf_hidden_size: int | None = None,
-) -> LlavaStfForConditionalGeneration:
-    """LLaVA-STF from a stock LLaVA, such that its image tokens are avg_pool2d(stock image tokens, merge_size).
+) -> PreTrainedModel:
+    """The STF model of a stock LLaVA, such that the tokens of every tile are avg_pool2d(stock tokens, merge_size).
+
+    LlavaForConditionalGeneration -> LlavaStfForConditionalGeneration, and so on for every family that is registered:
+    LlavaNext, LlavaOnevision, each with a CLIP or a SigLIP tower.
 
     Args:
-        model: a LlavaForConditionalGeneration with one vision_feature_layer and select strategy "default"; unchanged.
+        model: a stock ForConditionalGeneration with one vision_feature_layer, whose select strategy drops the CLS token
+            of its tower and nothing else; unchanged.
         blocks: tower layers in concatenation order; must contain the one that `model` selects. Default:
             `default_blocks`.
-        merge_size: side of the window that becomes one token.
+        merge_size: side of the window that becomes one token. Default: the smallest from 2 that divides the tower's
+            grid, 2 for 24x24 and 3 for 27x27; with `truncate`, 2.
         copy: copy tower and language model; otherwise both models share them.
         truncate: drop the last rows and columns of a grid that merge_size does not divide; otherwise that is an error.
         mbtf_hidden_size: width of MBTF, default 4 * C; at least 2 * C.
@@ -48,24 +56,28 @@ def from_llava(
         TypeError: `model` is something else, or its projector is not two plain nn.Linear any more.
         ValueError: `model` cannot be averaged exactly, or blocks, merge_size, mbtf_hidden_size do not fit it.
     """
+    family = _family(model)
     _check_model(model)
-    if type(merge_size) is not int:
-        raise TypeError(f"merge_size: expected an int, got {merge_size!r}")
-    if mbtf_hidden_size is not None and type(mbtf_hidden_size) is not int:
-        raise TypeError(f"mbtf_hidden_size: expected an int or None, got {mbtf_hidden_size!r}")
+    for name, number in (("merge_size", merge_size), ("mbtf_hidden_size", mbtf_hidden_size)):
+        if number is not None and type(number) is not int:
+            raise TypeError(f"{name}: expected an int or None, got {number!r}")
     for name, value in (("copy", copy), ("truncate", truncate)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {value!r}")
-    config = _stf_config(model, blocks, merge_size, truncate, mbtf_hidden_size)
+    config = _stf_config(family, model, blocks, merge_size, truncate, mbtf_hidden_size)
     stock = model.model.multi_modal_projector
     weight = stock.linear_1.weight
 
     with torch.device("meta"):
-        stf = LlavaStfForConditionalGeneration(config)
-    shared = (model.model.vision_tower, model.model.language_model, model.lm_head)
-    tower, language_model, head = copying.deepcopy(shared) if copy else shared  # in one go: embeddings may be tied
-    stf.model.vision_tower, stf.model.language_model, stf.lm_head = tower, language_model, head
-    config.vision_config, config.text_config = tower.config, language_model.config
+        stf = family.generator(config)
+    parts = {name: part for name, part in model.model.named_children() if name != PROJECTOR}
+    parts |= dict(model.model.named_parameters(recurse=False)) | {"": model.lm_head}
+    if copy:
+        parts = copying.deepcopy(parts)  # in one go: embeddings may be tied
+    stf.lm_head = parts.pop("")
+    for name, part in parts.items():
+        setattr(stf.model, name, part)
+    config.vision_config, config.text_config = parts["vision_tower"].config, parts["language_model"].config
     projector = build_projector(config, device=weight.device, dtype=weight.dtype)
     warm_start_projector(projector, stock.linear_1, stock.linear_2, config, _selected(model.config))
     stf.model.multi_modal_projector = projector
@@ -75,7 +87,7 @@ def from_llava(
 
 @torch.no_grad()
 def warm_start_projector(
-    projector: nn.Module, linear_1: nn.Linear, linear_2: nn.Linear, config: LlavaStfConfig, selected: int
+    projector: nn.Module, linear_1: nn.Linear, linear_2: nn.Linear, config: PreTrainedConfig, selected: int
 ) -> None:
     """Fill a CompactTokenProjector of `config` in place from the stock linears, which read layer `selected`."""
     copies = config.spatial_merge_size**2
@@ -105,11 +117,11 @@ def _pass_through(mbtf: nn.Module, segment: int, dim: int) -> None:
             linear.bias.zero_()
 
 
-def _selected(config: LlavaConfig) -> int:
+def _selected(config: PreTrainedConfig) -> int:
     return resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)[0]
 
 
-def _stf_config(model: LlavaForConditionalGeneration, blocks, merge_size, truncate, mbtf_hidden_size) -> LlavaStfConfig:
+def _stf_config(family: Family, model, blocks, merge_size, truncate, mbtf_hidden_size) -> PreTrainedConfig:
     stock, width = model.config, model.model.multi_modal_projector.linear_1.out_features
     selected, dim = _selected(stock), stock.vision_config.hidden_size
     blocks = default_blocks(selected) if blocks is None else blocks
@@ -117,6 +129,8 @@ def _stf_config(model: LlavaForConditionalGeneration, blocks, merge_size, trunca
     if selected not in blocks:
         raise ValueError(f"blocks: expected layer {selected} among them, which the stock projector reads, got {blocks}")
     side, _ = vision_grid(stock.vision_config)
+    if merge_size is None:
+        merge_size = smallest_window(side, truncate=truncate)
     if not 1 <= merge_size <= side or (side % merge_size and not truncate):
         raise ValueError(
             f"merge_size: expected a divisor of the {side}x{side} grid, got {merge_size}; "
@@ -127,8 +141,9 @@ def _stf_config(model: LlavaForConditionalGeneration, blocks, merge_size, trunca
             f"mbtf_hidden_size: expected at least 2 * {dim} = {2 * dim} to pass a layer through exactly, "
             f"got {mbtf_hidden_size}"
         )
-    config = LlavaStfConfig(
-        **{name: copying.deepcopy(getattr(stock, name)) for name in KEPT},
+    kept = [field.name for field in dataclasses.fields(stock) if field.name not in NOT_KEPT]
+    config = family.config(
+        **{name: copying.deepcopy(getattr(stock, name)) for name in kept},
         vision_feature_layer=blocks,
         spatial_merge_size=merge_size,
         spatial_merge_truncate=truncate,
@@ -139,10 +154,15 @@ def _stf_config(model: LlavaForConditionalGeneration, blocks, merge_size, trunca
     return config
 
 
-def _check_model(model: LlavaForConditionalGeneration) -> None:
-    if not isinstance(model, LlavaForConditionalGeneration) or isinstance(model, LlavaStfForConditionalGeneration):
-        got = type(model).__name__
-        raise TypeError(f"model: expected a stock transformers LlavaForConditionalGeneration, got {got}")
+def _family(model: object) -> Family:
+    found = [family for family in families() if isinstance(model, family.stock)]
+    if not found or isinstance(model, found[0].generator):
+        names = ", ".join(family.stock.__name__ for family in families())
+        raise TypeError(f"model: expected a stock transformers {names}, got {type(model).__name__}")
+    return found[0]
+
+
+def _check_model(model: PreTrainedModel) -> None:
     config = model.config
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
@@ -150,11 +170,13 @@ def _check_model(model: LlavaForConditionalGeneration) -> None:
             "its projector reads a concatenation that no average of tokens reproduces"
         )
     tower, strategy = config.vision_config, config.vision_feature_select_strategy
-    if strategy != "default" or not prefix_tokens(tower):
+    expected = "default" if prefix_tokens(tower) else "full"
+    if strategy != expected:
         raise ValueError(
-            "model: expected vision_feature_select_strategy='default' and a tower with a CLS token, got "
-            f"{strategy!r} and {tower.model_type}; `convert official` takes trained weights of other towers"
+            f"model: expected vision_feature_select_strategy={expected!r} with a {tower.model_type}, which keeps its "
+            f"patches and nothing else, got {strategy!r}; `convert official` takes trained weights of other towers"
         )
+    vision_grid(tower)
     projector = model.model.multi_modal_projector
     for name in ("linear_1", "linear_2"):
         linear = getattr(projector, name, None)

@@ -1,5 +1,7 @@
 """The main job: LLaVA-1.5 at 576 image tokens against LLaVA-STF at 144, stage by stage, from a photograph.
 
+`--family`: LLaVA-NeXT or LLaVA-OneVision instead, at the tiles that the photograph is cut into.
+
 How it measures is in bench/METHOD.md. Exit codes: 0 measured, 1 outputs that should agree do not (no speed-up is
 printed) or a row ended in an error, 2 bad input, 130 interrupted (the file keeps what was measured, as incomplete).
 """
@@ -15,9 +17,9 @@ from typing import Any
 
 from .. import command
 from ..command import positive_float, positive_int
-from .presets import SIZES, CheckpointError, points, preset, preset_of, shortage
+from .presets import FAMILIES, SIZES, CheckpointError, points, preset, preset_of, shortage
 
-PHOTOGRAPH = Path(__file__).parent.parent / "assets" / "rocket.jpg"
+PHOTOGRAPH = Path(__file__).parent.parent / "assets" / "raccoon.jpg"
 FLAGS = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages for torch's CPU tensors; see METHOD.md
 NOISY = ("torchao", "torch.utils._pytree")  # transformers imports torchao where it is, which warns of what it lacks
 NAME = "bench.prefill"
@@ -56,6 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="LLaVA-1.5 against LLaVA-STF, by stages.")
     add, many = parser.add_argument, {"type": positive_int, "nargs": "+", "metavar": "N"}
     add("--preset", choices=sorted(SIZES), help="default: 7b with a GPU, else cpu: 2 of its layers; tiny: a toy")
+    add("--family", choices=list(FAMILIES), default="llava-1.5", help="default: llava-1.5")
     add("--model", type=llava_folder, metavar="FOLDER", help="a LLaVA-1.5 checkpoint instead of a preset")
     add("--image", type=photograph, metavar="FILE", help="default: the photograph in bench/assets")
     add("--batch", help="batch sizes", **many)
@@ -70,6 +73,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.model and args.preset:
         parser.error("argument --model: give either --model or --preset, not both")
+    if args.family != "llava-1.5":
+        given = [name for name in ("model", "images", "full") if getattr(args, name)]
+        if given or args.preset not in (None, *FAMILIES[args.family][1]):
+            known = f"expected a preset of {list(FAMILIES[args.family][1])} and none of --model, --images, --full"
+            parser.error(f"argument --family: {args.family}: {known}, got {given or args.preset}")
     args.image = args.image or photograph(str(PHOTOGRAPH))
     return args
 
@@ -89,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
         return command.bad_input(NAME, "--device: 'cuda' was asked for and torch sees no GPU; use --device cpu")
     try:
         default = "7b" if has_gpu and args.device != "cpu" else "cpu"
-        args.preset = preset_of(args.model) if args.model else preset(args.preset or default)
+        args.preset = (
+            preset_of(args.model) if args.model else preset(args.preset or default, args.family, args.image.size[::-1])
+        )
         device = args.device if args.device != "auto" else "cuda" if has_gpu and args.preset.name != "cpu" else "cpu"
         if "graph" in (args.modes or ()) and device == "cpu":
             return command.bad_input(NAME, "--modes: 'graph' needs a GPU; on a CPU use eager or compile")
@@ -113,8 +123,9 @@ def measure(args: argparse.Namespace, device: str, began: float) -> int:
     gpu = device == "cuda"
     args.modes = args.modes or (["eager", "graph", *["compile"] * args.full] if gpu else ["eager"])
     # On a CPU torch.compile builds C++ for every layer of tower and language model: a minute a row, even of a toy.
-    patience = 420.0 if gpu else 600.0 if "compile" in args.modes else 300.0 if args.full else 100.0
-    path = args.json or results.results_folder(device) / {"tiny": "tiny.json"}.get(args.preset.name, "prefill.json")
+    patience = 420.0 if gpu else 600.0 if "compile" in args.modes else 300.0 if args.full or args.preset.size else 100.0
+    name = "prefill" if args.family == "llava-1.5" else f"prefill-{args.family}"
+    path = args.json or results.results_folder(device) / f"{'tiny' if args.preset.name == 'tiny' else name}.json"
     run = Run(args, device, began + (args.budget or patience), path, {name: os.environ.get(name) for name in FLAGS})
     try:
         run.measure()

@@ -5,6 +5,8 @@ llava-1.5-skip  mlp2x      the same without the tower layer whose output nobody 
 llava-1.5-pool  mlp2x      the stock projector's tokens averaged 2x2
 llava-stf       reference  LLaVA-STF with the projector of reference/, plain PyTorch
 llava-stf       fused      LLaVA-STF with the projector of stf_kernels, the same parameters
+
+Of llava-next and llava-onevision two rows: the model as transformers runs it, mlp2x, and its -stf, fused.
 """
 
 import copy
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from llava_integration.core.tower import tower_hidden_states
 from llava_integration.llava_stf import LlavaStfModel
 
-from .presets import CheckpointError, Point, Preset, first_line
+from .presets import FAMILIES, CheckpointError, Point, Preset, first_line
 
 STD = 0.02
 SKIP = "llava-1.5-skip"
@@ -40,15 +42,14 @@ class Row(NamedTuple):
 
 
 def build_stock(preset: Preset, *, device: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """LlavaForConditionalGeneration at the preset's sizes with random weights."""
-    from transformers import LlavaForConditionalGeneration
+    """The stock model at the preset's sizes with random weights."""
     from transformers.initialization import no_init_weights
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with no_init_weights(), torch.device(device):
-            model = LlavaForConditionalGeneration(preset.config)
+            model = preset.stock_class(preset.config)
     finally:
         torch.set_default_dtype(before)
     randomise(model, seed)
@@ -104,21 +105,22 @@ def reference_projector(fused: nn.Module, dim: int) -> nn.Module:
     mbtf, stf = fused.mbtf, fused.stf
     widths = {"mbtf_hidden_dim": mbtf.linear_1.out_features, "stf_hidden_dim": stf.linear_1.out_features}
     sizes = mbtf.linear_1.in_features // dim, dim, stf.linear_2.out_features
-    module = reference.CompactTokenProjector(*sizes, skip_tokens=fused.skip_tokens, **widths, device="meta")
+    options = {"skip_tokens": fused.skip_tokens, "merge_size": stf.merge_size, **widths}
+    module = reference.CompactTokenProjector(*sizes, **options, device="meta")
     module.load_state_dict(dict(fused.named_parameters()), assign=True)
     return module.eval().requires_grad_(False)
 
 
 class Pool(nn.Module):
-    """The mean of every 2x2 neighbourhood: [B, grid*grid, D] -> [B, grid*grid/4, D]"""
+    """The mean of every r x r neighbourhood: [B, grid*grid, D] -> [B, grid*grid/r*r, D]"""
 
-    def __init__(self, grid: int) -> None:
+    def __init__(self, grid: int, merge_size: int = 2) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.merge_size = grid, merge_size
 
     def forward(self, tokens: Tensor) -> Tensor:
         image = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        return F.avg_pool2d(image, 2).flatten(2).transpose(1, 2)
+        return F.avg_pool2d(image, self.merge_size).flatten(2).transpose(1, 2)
 
 
 def share(model: nn.Module) -> nn.Module:
@@ -143,7 +145,10 @@ def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
     """Three rows, or with `full` all five. The STF projector is the exact warm start until it is randomised."""
     from llava_integration import from_llava
 
-    many, few = preset.image_tokens(1), preset.image_tokens(2)
+    many, few = preset.image_tokens(1), preset.image_tokens(preset.merge_size)
+    if preset.size:
+        fused, family = from_llava(stock).eval().requires_grad_(False), preset.family
+        return [Row(family, "mlp2x", stock, many), Row(f"{family}-stf", "fused", fused, few)]
     rows = [Row("llava-1.5", "mlp2x", stock, many)]
     if full:
         pooled = share(stock)
@@ -157,11 +162,18 @@ def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
 
 
 def image_processor(preset: Preset) -> Callable[[Any, int], Tensor]:
-    """(photograph, count) -> pixel values, through the processor of LLaVA-1.5 (resize, crop, normalise)."""
-    from transformers import CLIPImageProcessorPil
+    """(photograph, count) -> pixel values, through the family's processor: resize, crop or cut, normalise."""
+    import transformers
 
-    size = preset.config.vision_config.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    square, kind, options = (
+        {"height": preset.side, "width": preset.side},
+        "CLIP",
+        {"size": {"shortest_edge": preset.side}},
+    )
+    if preset.size:
+        kind = FAMILIES[preset.family][0]
+        options = {"size": square, "image_grid_pinpoints": preset.config.image_grid_pinpoints}
+    processor = getattr(transformers, f"{kind}ImageProcessorPil")(crop_size=square, **options)
     return lambda image, count: processor(images=[image] * count, return_tensors="pt")["pixel_values"]
 
 
@@ -172,4 +184,7 @@ def build_inputs(preset: Preset, pixels: Tensor, point: Point, image_tokens: int
     before = point.text_tokens // 2  # the system sentence stands before the image, the question after it
     placeholder = torch.full((point.batch, point.images * image_tokens), token)
     ids = torch.cat([text[:, :before], placeholder, text[:, before:]], dim=1).to(factory["device"])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(**factory)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(**factory)}
+    if preset.size:
+        inputs["image_sizes"] = torch.tensor([preset.size] * len(pixels), device=factory["device"])
+    return inputs

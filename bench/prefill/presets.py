@@ -2,7 +2,9 @@
 
 cpu   the real vision tower and projector, and two layers of a language model of 7B width: every ratio is a real one
 small 3/16 of LLaVA-1.5-7B's widths, half of its language model's layers: for a server on a CPU
-7b    LLaVA-1.5-7B          13b   LLaVA-1.5-13B          tiny   a toy for tests; its times mean nothing
+7b    the family's 7B       13b   its 13B                tiny   a toy for tests; its times mean nothing
+
+LLaVA-NeXT and LLaVA-OneVision cut the photograph into tiles; how many, and how many tokens, follows from its size.
 """
 
 import argparse
@@ -22,6 +24,22 @@ SIZES = {
     "small": ((768, 2048, 16, 12, 32064), CLIP_SMALL, (1,), 40),
     "tiny": ((64, 96, 2, 4, 512), CLIP_TINY, (1,), 8),
 }
+SIGLIP_SO = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "image_size": 384}
+SIGLIP_SO |= {"num_hidden_layers": 26, "vision_use_head": False}
+SIGLIP_TINY = CLIP_TINY | {"image_size": 130, "num_hidden_layers": 26, "vision_use_head": False}
+QWEN_7B = {"num_key_value_heads": 4}
+# The same with Qwen2-7B's widths; LLaVA-NeXT has LLaVA-1.5's.
+ONEVISION_SIZES = {
+    "cpu": ((3584, 18944, 2, 28, 32064), SIGLIP_SO, (1,), 40),
+    "7b": ((3584, 18944, 28, 28, 152128), SIGLIP_SO, (1, 8), 64),
+    "tiny": ((64, 96, 2, 4, 512), SIGLIP_TINY, (1,), 8),
+}
+# family -> the beginning of its classes' names, its sizes, the window that it starts with, its grids of tiles
+FAMILIES = {
+    "llava-1.5": ("Llava", SIZES, 2, []),
+    "llava-next": ("LlavaNext", SIZES, 2, [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]),
+    "llava-onevision": ("LlavaOnevision", ONEVISION_SIZES, 3, list(itertools.product(range(1, 7), range(1, 7)))),
+}
 TEXT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -37,19 +55,48 @@ class Point(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """A LLaVA-1.5 as transformers describes it, and what is measured unless the user says otherwise."""
+    """A LLaVA as transformers describes it, and what is measured unless the user says otherwise."""
 
     name: str
     config: Any
     batches: tuple[int, ...] = (1,)
     text_tokens: int = 64
+    family: str = "llava-1.5"
+    size: tuple[int, int] | None = None  # (height, width) of the photograph, for a family that cuts it into tiles
+
+    @property
+    def merge_size(self) -> int:
+        return FAMILIES[self.family][2]
+
+    @property
+    def tiles(self) -> int:
+        """Images that the tower sees for a photograph."""
+        if self.size is None:
+            return 1
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        return image_size_to_num_patches(self.size, self.config.image_grid_pinpoints, self.side)
+
+    @property
+    def side(self) -> int:
+        return self.config.vision_config.image_size
 
     @property
     def grid(self) -> int:
         return self.config.vision_config.image_size // self.config.vision_config.patch_size
 
     def image_tokens(self, merge_size: int) -> int:
-        return (self.grid // merge_size) ** 2
+        tokens = (self.grid // merge_size) ** 2
+        if self.size is None:
+            return tokens
+        import transformers
+
+        # A processor of nothing but what it counts by.
+        kind = getattr(transformers, f"{FAMILIES[self.family][0]}Processor")
+        counter, patch = object.__new__(kind), self.config.vision_config.patch_size * merge_size
+        vars(counter).update(patch_size=patch, num_additional_image_tokens=0, num_image_tokens=tokens)
+        vars(counter).update(image_processor=self.config, vision_aspect_ratio="anyres_max_9")
+        return counter._get_number_of_features(*self.size, self.side, self.side)
 
     @property
     def attention_widths(self) -> tuple[int, int]:
@@ -61,17 +108,22 @@ class Preset(NamedTuple):
     def weight_bytes(self, item: int) -> int:
         """Of all rows, which share tower and language model; LLaVA-STF's projector as the exact warm start needs it."""
         import torch
-        from transformers import LlavaForConditionalGeneration
 
         with torch.device("meta"):
-            stock = sum(p.numel() for p in LlavaForConditionalGeneration(self.config).parameters())
-        c, d = self.config.vision_config.hidden_size, self.config.text_config.hidden_size
-        return item * (stock + 4 * len(BLOCKS) * c * c + 4 * c * c + 16 * c * d + 4 * d * d)
+            stock = sum(p.numel() for p in self.stock_class(self.config).parameters())
+        c, d, windows = self.config.vision_config.hidden_size, self.config.text_config.hidden_size, self.merge_size**2
+        return item * (stock + 4 * len(BLOCKS) * c * c + 4 * c * c + windows * (windows * c * d + d * d))
+
+    @property
+    def stock_class(self) -> Any:
+        import transformers
+
+        return getattr(transformers, f"{FAMILIES[self.family][0]}ForConditionalGeneration")
 
     def activation_bytes(self, point: Point, item: int) -> int:
         """What a prompt adds to the weights: its cache, and a few buffers as wide as the widest that live at once."""
         text, vision = self.config.text_config, self.config.vision_config
-        tokens = point.batch * (point.images * self.image_tokens(1) + point.text_tokens)
+        tokens = point.batch * (point.images * self.tiles * self.grid**2 + point.text_tokens)
         # The stock model keeps every hidden state of its tower.
         every_state = vision.num_hidden_layers * vision.hidden_size
         widest = max(3 * text.intermediate_size, 16 * vision.hidden_size, every_state)
@@ -86,18 +138,28 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
 
 
-def preset(name: str, **text_options: int) -> Preset:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+def preset(name: str, family: str = "llava-1.5", size: tuple[int, int] | None = None, **text_options: int) -> Preset:
+    """`size`: (height, width) of the photograph."""
+    import transformers
 
-    text, tower, batches, text_tokens = SIZES[name]
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(num_hidden_layers=24, patch_size=14, **tower),
-        text_config=LlamaConfig(**dict(zip(TEXT_FIELDS, text, strict=True)), **text_options),
+    prefix, sizes, _, grids = FAMILIES[family]
+    text, tower, batches, text_tokens = sizes[name]
+    side, fields = tower["image_size"], dict(zip(TEXT_FIELDS, text, strict=True))
+    options = {"image_grid_pinpoints": [[h * side, w * side] for h, w in grids]} if grids else {}
+    if family == "llava-onevision":
+        vision, language = transformers.SiglipVisionConfig, transformers.Qwen2Config
+        text_options = QWEN_7B | text_options
+    else:
+        vision, language = transformers.CLIPVisionConfig, transformers.LlamaConfig
+        options["image_seq_length"] = (side // 14) ** 2
+    config = getattr(transformers, f"{prefix}Config")(
+        vision_config=vision(**{"num_hidden_layers": 24, "patch_size": 14} | tower),
+        text_config=language(**fields, **text_options),
         image_token_id=text[-1] - 8,
-        image_seq_length=(tower["image_size"] // 14) ** 2,
         attn_implementation="sdpa",
+        **options,
     )
-    return Preset(name, config, batches, text_tokens)
+    return Preset(name, config, batches, text_tokens, family, size if grids else None)
 
 
 def preset_of(folder: Path) -> Preset:

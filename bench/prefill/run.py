@@ -19,7 +19,7 @@ from .. import meters, results
 from ..command import Progress
 from ..roofline import measure_ceilings
 from . import models
-from .floors import with_floor
+from .floors import cost_on_a_gpu, with_floor
 from .modes import MODES, Eager
 from .presets import Point, first_line, points, shortage
 from .speedup import compare_rows, refusal, speedup_field
@@ -62,12 +62,14 @@ class Run:
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         self.plan = [(mode, point) for point in points(args, args.preset) for mode in args.modes]
         self.fewest, self.most = (args.rounds, args.rounds) if args.rounds else (2, 20 if self.gpu else 6)
+        if self.preset.size and not args.rounds:
+            self.fewest, self.most = 3, 20 if self.gpu else 4
         self.process = models.image_processor(self.preset)
         self.cells: list[Eager] = []
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
         self.result = results.describe("prefill", device) | {
             "dtype": str(self.dtype).removeprefix("torch."),
-            "preset": self.preset.name,
+            "preset": self.preset.name + f", {self.preset.tiles} tiles" * bool(self.preset.size),
             "attention": "sdpa",
             "weights": f"{args.model.name}, LLaVA-STF's projector random" if args.model else "random",
             "output_tokens": 1,
@@ -82,7 +84,10 @@ class Run:
         results.write(self.path, self.result)
 
     def measure(self) -> None:
-        self.bar, complete = Progress(2 + len(self.plan) * ((5 if self.args.full else 3) + self.most)), True
+        self.bar, complete = (
+            Progress(2 + len(self.plan) * ((5 if self.args.full else 2 if self.preset.size else 3) + self.most)),
+            True,
+        )
         with self.bar, torch.no_grad():
             self.bar.step("measuring the ceilings of this device")
             self.ceilings = measure_ceilings(self.device, self.dtype)
@@ -98,21 +103,33 @@ class Run:
         low = min((ratio for row in self.result["rows"] if (ratio := row["floor_ratio"]["total_ms"])), default=1.0)
         if low < 0.97:
             self.result["notes"].append(f"a total is {low:.2f} of its floor: ceilings taken while others ran")
+        if self.preset.size and self.preset.name != "tiny":
+            self.result["notes"].append(cost_on_a_gpu(self.preset))
         self.result["complete"] = complete
         self.save()
 
     def build(self) -> None:
         """The rows, after a check of the exact warm start against the stock model's pooled image features."""
         args, factory = self.args, {"device": self.device, "dtype": self.dtype}
-        self.bar.step(f"building LLaVA-1.5 ({self.preset.name}), weights: {self.result['weights']}")
+        self.bar.step(f"building {self.preset.family} ({self.preset.name}), weights: {self.result['weights']}")
         stock = models.load_stock(args.model, **factory) if args.model else models.build_stock(self.preset, **factory)
         self.rows = models.build_rows(stock, self.preset, full=args.full)
         pixels, fresh = self.process(args.image, 1).to(**factory), self.rows[-1].module.model
-        warm, pooled = (torch.stack([*m.get_image_features(pixels).pooler_output]) for m in (fresh, stock.model))
-        pooled, name = models.Pool(self.preset.grid)(pooled), "warm start against the pooled stock projector"
+        # Of one tile where there are many; how they are packed is the stock class's own code.
+        pixels = pixels[:1] if pixels.ndim == 4 else pixels[0, :1]
+        warm, pool = fresh.project_images(pixels), models.Pool(self.preset.grid, self.preset.merge_size)
+        layer = self.rows[0].module.config.vision_feature_layer
+        hidden = stock.model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer]
+        pooled = pool(stock.model.multi_modal_projector(hidden[:, fresh.multi_modal_projector.skip_tokens :]))
+        name = "warm start against the pooled stock projector"
         self.result["checks"].append(meters.compare(name, warm, pooled, meters.FEATURES))
         # From here on dense random weights: the warm start's zeros could run faster than a trained projector.
         models.randomise(fresh.multi_modal_projector, 1)
+        if self.preset.size:
+            fused, blocks = fresh.multi_modal_projector, fresh.encode_blocks(pixels)
+            plain = models.reference_projector(fused, self.preset.config.vision_config.hidden_size)
+            ours, theirs = (module(blocks, fresh.vision_grid) for module in (fused, plain))
+            self.result["checks"].append(meters.compare("fused against reference", ours, theirs, meters.FEATURES))
 
     def warm_up(self, mode: str, point: Point) -> list[Eager]:
         pixels = self.process(self.args.image, point.batch * point.images)

@@ -1,12 +1,12 @@
-"""From rows to speed-ups over LLaVA-1.5, and the refusal to report any when outputs that should agree do not."""
+"""From rows to speed-ups over the stock model, and the refusal to report any when outputs that should agree do not."""
 
 from statistics import median
 from typing import Any
 
 from ..stats import ENOUGH_ROUNDS, paired_ratio
-from .presets import Point
+from .presets import FAMILIES, Point
 
-BASELINE = "llava-1.5/mlp2x"
+BASELINES = {f"{family}/mlp2x" for family in FAMILIES}
 
 
 def label(row: dict[str, Any]) -> str:
@@ -21,7 +21,7 @@ def place(row: dict[str, Any]) -> Point:
 def compare_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every row against LLaVA-1.5 of its batch, text length and mode; captured rows also against eager LLaVA-1.5."""
     measured = [row for row in rows if row["total_ms"] is not None]
-    baselines = {(place(row), row["mode"]): row for row in measured if label(row) == BASELINE}
+    baselines = {(place(row), row["mode"]): row for row in measured if label(row) in BASELINES}
     pairs = ((row, baselines.get((place(row), mode))) for row in measured for mode in {row["mode"]: 0, "eager": 0})
     return [_comparison(row, baseline) for row, baseline in pairs if baseline is not None and baseline is not row]
 

@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llava_integration.convert", description="Make a LLaVA-STF folder.")
     commands = parser.add_subparsers(dest="command", required=True)
     official = commands.add_parser("official", help="from the released LLaVA-STF checkpoint")
-    llava = commands.add_parser("llava", help="warm start from a LLaVA-1.5 folder of transformers")
+    llava = commands.add_parser("llava", help="warm start from a LLaVA-1.5, NeXT or OneVision folder")
     for command in (official, llava):
         command.add_argument("src", metavar="SRC", help="local folder of the checkpoint; only read")
         command.add_argument("dst", metavar="DST", help="new folder")
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--auto-map", action="store_true", help="add code for trust_remote_code=True")
     official.add_argument("--base", metavar="DIR", help="language model of a pretrained projector or LoRA adapter")
     official.add_argument("--vision-tower", metavar="DIR", help="CLIP or SigLIP, if mm_vision_tower is not local")
-    llava.add_argument("--merge-size", type=int, default=2, metavar="R", help="side of the window, default 2")
+    llava.add_argument("--merge-size", type=int, metavar="R", help="side of the window; default: 2, or what divides")
     llava.add_argument("--truncate", action="store_true", help="drop rows and columns of patches that fill no window")
     return parser
 

@@ -8,19 +8,19 @@ The loader holds subclasses, not names: transformers copies the file of a class 
 saved again, with all that it imports relatively, and the copy has to be complete.
 """
 
+import inspect
 import json
 import re
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent.parent
-RELATIVE = re.compile(r"^from (\.[\w.]*) import", re.MULTILINE)
-MODULE = "llava_stf_auto"
+from ..core.register import Family
 
-# Under flat names, and with relative imports only: transformers copies files of one folder.
-COPIED = [*sorted((PACKAGE / "core").glob("[a-z]*.py")), PACKAGE / "llava_stf.py", PACKAGE / "processing.py"]
+RELATIVE = re.compile(r"^from \.([\w.]+) import", re.MULTILINE)
+MODULE = "llava_stf_auto"
 KERNELS = "from stf_kernels import CompactTokenProjector"
 PLAIN = "from .plain_projector import hub_or_plain as CompactTokenProjector"
 
+# Of LLaVA-STF; another family's has its names.
 LOADER = '''"""LLaVA-STF for trust_remote_code=True: from the stf-kernels package if installed, else in plain torch."""
 
 import os
@@ -32,7 +32,7 @@ from transformers.utils import logging
 try:
     import llava_integration as stf
 except ImportError:
-    from .llava_stf import LlavaStfConfig
+    from .FILE import LlavaStfConfig
 
     stf = sys.modules[LlavaStfConfig.__module__]
     if "STF_KERNELS_HUB" not in os.environ:
@@ -65,25 +65,36 @@ class LlavaStfProcessor(stf.LlavaStfProcessor):
 AutoProcessor.register(stf.LlavaStfConfig, LlavaStfProcessor, exist_ok=True)
 '''
 
-MODEL_CLASSES = {"AutoConfig": "LlavaStfConfig", "AutoModel": "LlavaStfModel"}
-MODEL_CLASSES |= {"AutoModelForImageTextToText": "LlavaStfForConditionalGeneration"}
+GENERATOR = "ForConditionalGeneration"
+MODEL_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForImageTextToText": GENERATOR}
 
 
-def write_auto_map(folder: Path) -> None:
+def write_auto_map(folder: Path, family: Family) -> None:
     """Add the code to `folder` and name it in config.json and, where there is a processor, processor_config.json."""
-    (folder / f"{MODULE}.py").write_text(LOADER, encoding="utf-8")
-    for path in COPIED:
-        # A file of the package that needs nothing but torch, transformers and its neighbours in the folder.
-        source = path.read_text(encoding="utf-8").replace(KERNELS, PLAIN)
-        source = RELATIVE.sub(lambda found: f"from .{_flat_name(found[1])} import", source)
-        (folder / f"{_flat_name(path.stem)}.py").write_text(source, encoding="utf-8")
-    _add(folder / "config.json", MODEL_CLASSES)
+    own, prefix = Path(inspect.getfile(family.generator)), family.generator.__name__.removesuffix(GENERATOR)
+    loader = LOADER.replace("LlavaStf", prefix).replace("FILE", _flat_name(own.stem))
+    (folder / f"{MODULE}.py").write_text(loader, encoding="utf-8")
+    for name, source in _sources(own).items():
+        (folder / f"{name}.py").write_text(source, encoding="utf-8")
+    _add(folder / "config.json", {auto: prefix + kind for auto, kind in MODEL_CLASSES.items()})
     if (folder / "processor_config.json").is_file():
-        _add(folder / "processor_config.json", {"AutoProcessor": "LlavaStfProcessor"})
+        _add(folder / "processor_config.json", {"AutoProcessor": family.processor.__name__})
+
+
+def _sources(path: Path) -> dict[str, str]:
+    """A file and all files of this package that it imports, under flat names: transformers copies one folder.
+
+    Each needs nothing but torch, transformers and its neighbours in the folder.
+    """
+    source = path.read_text(encoding="utf-8").replace(KERNELS, PLAIN)
+    found = {_flat_name(path.stem): RELATIVE.sub(lambda match: f"from .{_flat_name(match[1])} import", source)}
+    for module in RELATIVE.findall(source):
+        found |= _sources(path.parent.joinpath(*module.split(".")).with_suffix(".py"))
+    return found
 
 
 def _flat_name(module: str) -> str:
-    """tower, .tower, .core.tower -> llava_stf_tower"""
+    """tower, core.tower -> llava_stf_tower"""
     name = module.rpartition(".")[2]
     return name if name.startswith("llava_stf") else f"llava_stf_{name}"
 

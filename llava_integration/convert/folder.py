@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
+from ..core.register import family_of
 from .auto_map import write_auto_map
 from .checkpoint import EMBEDDINGS, Entries, Entry, read_json
 from .report import CARD_FILE, ConversionError, Report, blamed_on, model_card
@@ -65,7 +65,7 @@ class Target:
             raise ConversionError(f"max_shard_bytes: expected a positive int or None, got {size!r}")
         _check_destination(self.dst, list(folders.values()))
 
-    def write(self, config: LlavaStfConfig, entries: Entries, processor, generation: dict, report: Report) -> Report:
+    def write(self, config: PreTrainedConfig, entries: Entries, processor, generation: dict, report: Report) -> Report:
         """Write everything beside `dst`, then rename; returns the report.
 
         `entries`: under the model's names; `processor`: None without a tokenizer.
@@ -73,7 +73,8 @@ class Target:
         dtype = self.dtype or entries[EMBEDDINGS].dtype
         dtype = dtype if dtype in DTYPES else torch.float32
         config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
-        config.architectures = [LlavaStfForConditionalGeneration.__name__]
+        family = family_of(config)
+        config.architectures = [family.generator.__name__]
         with blamed_on("SRC: generation_config.json", "correct the file or remove it"):
             GenerationConfig(**generation)
         size = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
@@ -92,7 +93,7 @@ class Target:
             if processor is not None:
                 processor.save_pretrained(folder)
             if self.auto_map:
-                write_auto_map(folder)
+                write_auto_map(folder, family)
             card = model_card(config, report, processor=processor is not None, auto_map=self.auto_map)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
             _write_json(folder / REPORT_FILE, report.as_dict())

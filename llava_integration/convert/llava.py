@@ -1,19 +1,18 @@
-"""Any LLaVA-1.5 folder of transformers -> a warm-started LLaVA-STF folder, tensor by tensor.
+"""Any folder of a stock LLaVA -> a warm-started LLaVA-STF folder of the same family, tensor by tensor.
 
 `from_llava` makes the projector, the only tensors that are new; tower and language model are copied as they are:
 
     [model.]vision_tower.[vision_model.]*, [model.]language_model.[model.]*, [language_model.]lm_head.*,
-    [model.]multi_modal_projector.linear_{1,2}.*        names of every age that LlavaForConditionalGeneration loads
+    [model.]multi_modal_projector.linear_{1,2}.*, [model.]image_newline     names of every age that transformers loads
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
-from ..processing import LlavaStfProcessor
+from ..core.register import Family, families
 from ..warm_start import from_llava
 from .checkpoint import EMBEDDINGS, Entry, match, on_meta, open_weights, read_json, rename, settle_head
 from .folder import Target, generation_settings
@@ -31,6 +30,7 @@ PREFIXES = {
     "language_model.model.": "model.language_model.",
     "language_model.": "model.language_model.",
     "lm_head.": "lm_head.",
+    "": "model.",
 }
 
 
@@ -39,11 +39,11 @@ def convert_llava(
     dst: str | Path,
     *,
     blocks: list[int] | None = None,
-    merge_size: int = 2,
+    merge_size: int | None = None,
     truncate: bool = False,
     **target: Any,
 ) -> Report:
-    """Warm-start LLaVA-STF from the LLaVA-1.5 in `src` into the new folder `dst`.
+    """Warm-start LLaVA-STF from the LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision in `src` into the new folder `dst`.
 
     Args:
         blocks, merge_size, truncate: as for `from_llava`.
@@ -53,12 +53,12 @@ def convert_llava(
     """
     src, to = Path(src), Target(Path(dst), **target)
     to.check(SRC=src)
-    report = Report("llava", src, "a LLaVA-1.5 of transformers")
-    stock_config = _read_config(src)
+    family, stock_config = _read_config(src)
+    report = Report("llava", src, f"a {stock_config.model_type} of transformers")
     entries = rename(open_weights(src), _model_name)
     if not settle_head(entries, stock_config.tie_word_embeddings, report):
         stock_config.tie_word_embeddings = stock_config.text_config.tie_word_embeddings = False
-    stock = on_meta(lambda: LlavaForConditionalGeneration(stock_config).eval())
+    stock = on_meta(lambda: family.stock(stock_config).eval())
     entries = match(stock, entries, report)
     linears = stock.model.multi_modal_projector.to_empty(device="cpu").to(to.dtype or entries[EMBEDDINGS].dtype)
     with torch.no_grad():
@@ -70,11 +70,14 @@ def convert_llava(
         made = f"multi_modal_projector.{name.split('.', 1)[1]}, warm start"
         entries[PROJECTOR + name] = Entry(made, tuple(tensor.shape), tensor.dtype, tensor.detach, "")
         report.tensors["created"].append(f"{PROJECTOR}{name} <- {made}")
+    r, (height, width) = stf.config.spatial_merge_size, stf.model.vision_grid
+    tokens = f"{height // r}x{width // r} tokens"
+    report.notes.append(f"windows of {r}x{r} patches: {tokens} for a grid of {height}x{width}")
     generation = generation_settings([src], stf.config.text_config)
     return to.write(stf.config, entries, _processor(src, stf.config, report), generation, report)
 
 
-def _warm_start(stock: LlavaForConditionalGeneration, **options) -> LlavaStfForConditionalGeneration:
+def _warm_start(stock: PreTrainedModel, **options) -> PreTrainedModel:
     """`from_llava`, whose refusals get the command's names; what is about none of them is about the configuration.
 
     Of `stock`, on the meta device, only the projector has values.
@@ -97,26 +100,28 @@ def _model_name(name: str) -> str | None:
     return next((new + bare[len(old) :] for old, new in PREFIXES.items() if bare.startswith(old)), None)
 
 
-def _read_config(src: Path) -> LlavaConfig:
+def _read_config(src: Path) -> tuple[Family, PreTrainedConfig]:
     if not (src / "config.json").is_file():
-        raise ConversionError(f"SRC: expected config.json in {src}, found none; name the folder of a LLaVA-1.5")
+        raise ConversionError(f"SRC: expected config.json in {src}, found none; name the folder of a stock LLaVA")
     content = read_json(src / "config.json")
-    kind = content.get("model_type")
-    if kind != "llava" or not ("text_config" in content and "vision_config" in content):
-        hint = "name a LLaVA-1.5 folder of transformers"
-        if kind == "llava_stf":
+    kind, known = content.get("model_type"), {family.stock.config_class.model_type: family for family in families()}
+    if kind not in known or not ("text_config" in content and "vision_config" in content):
+        hint = "name a LLaVA folder of transformers"
+        if kind in {family.config.model_type for family in families()}:
             hint = "this folder is converted already"
         elif str(kind).startswith("llava"):
             hint = "an official LLaVA-STF is converted with `official`"
-        expected = "model_type 'llava' with text_config and vision_config"
-        raise ConversionError(f"{CONFIG}: expected {expected}, got {kind!r}; {hint}")
+        names = ", ".join(map(repr, sorted(known)))
+        raise ConversionError(
+            f"{CONFIG}: expected model_type {names} with text_config and vision_config, got {kind!r}; {hint}"
+        )
     if "quantization_config" in content:
         raise ConversionError(f"{CONFIG}: expected no quantization_config; convert a checkpoint that is not quantized")
     with blamed_on(CONFIG):
-        return LlavaConfig.from_pretrained(src, local_files_only=True)
+        return known[kind], known[kind].stock.config_class.from_pretrained(src, local_files_only=True)
 
 
-def _processor(src: Path, config: LlavaStfConfig, report: Report) -> LlavaStfProcessor | None:
+def _processor(src: Path, config: PreTrainedConfig, report: Report) -> ProcessorMixin | None:
     tokenizer = read_tokenizer([src], report)
     if tokenizer is None:
         return None

@@ -1,9 +1,10 @@
-"""Tokenizer, image processor and chat template of SRC, as one LlavaStfProcessor."""
+"""Tokenizer, image processor and chat template of SRC, as the processor of the family."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import transformers
 from PIL import Image
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import (
@@ -13,11 +14,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     SiglipImageProcessorPil,
 )
 
-from ..llava_stf import LlavaStfConfig
-from ..processing import LlavaStfProcessor
+from ..core.register import family_of
 from .checkpoint import read_json
 from .report import ConversionError, Report, blamed_on, passed_on
 
@@ -26,6 +27,7 @@ SPECIAL_TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 SETTINGS_FILE = "preprocessor_config.json"
 SETTINGS = ["do_normalize", "do_rescale", "do_resize", "do_convert_rgb", "image_mean", "image_std", "resample"]
 SETTINGS += ["rescale_factor", "size"]
+TILES = "image_grid_pinpoints"
 CROP_SETTINGS = ["do_center_crop", "crop_size"]
 SIGLIP_NORMALIZATION = [0.5, 0.5, 0.5]
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
@@ -182,18 +184,29 @@ def read_image_settings(folders: Sequence[Path], report: Report) -> dict:
     return {}
 
 
-def image_processor(vision: PreTrainedConfig, settings: dict) -> object:
-    """The PIL image processor, which needs no torchvision, for images of the tower's size."""
-    side, pad = vision.image_size, bool(settings.get("do_pad"))
+def image_processor(config: PreTrainedConfig, settings: dict) -> object:
+    """The PIL image processor, which needs no torchvision, for images or tiles of the tower's size."""
+    side, pad = config.vision_config.image_size, bool(settings.get("do_pad"))
     square = {"height": side, "width": side}
-    siglip = vision.model_type == "siglip_vision_model"
+    siglip = config.vision_config.model_type == "siglip_vision_model"
+    stock = family_of(config).stock.__name__.replace("ForConditionalGeneration", "ImageProcessorPil")
     kind = SiglipImageProcessorPil if siglip and not pad else LlavaImageProcessorPil
     names = SETTINGS if kind is SiglipImageProcessorPil else SETTINGS + CROP_SETTINGS
     options = {"size": {"shortest_edge": side}, "crop_size": square, "do_pad": pad}
+    if tiled := hasattr(config, "image_grid_pinpoints"):
+        kind, names = getattr(transformers, stock), [*SETTINGS, *CROP_SETTINGS, TILES, "do_pad"]
+        options = {"size": square, "crop_size": square, TILES: config.image_grid_pinpoints}
+        if settings.get(TILES, options[TILES]) != options[TILES]:
+            raise ConversionError(
+                f"{SETTINGS_FILE}: expected the {TILES} of config.json, {options[TILES]}, got {settings[TILES]}; "
+                "tokens would not fit their tiles: correct the one or the other"
+            )
+    elif siglip:
+        options = {"size": square}
     if siglip:
-        options = {"size": square, "image_mean": SIGLIP_NORMALIZATION, "image_std": SIGLIP_NORMALIZATION}
+        options |= {"image_mean": SIGLIP_NORMALIZATION, "image_std": SIGLIP_NORMALIZATION}
     options |= {name: settings[name] for name in names if settings.get(name) is not None}
-    if siglip and pad:
+    if siglip and pad and not tiled:
         options |= {"do_pad": True, "do_center_crop": False}
     with blamed_on(SETTINGS_FILE, "correct the file or remove it, and the processor is built from the tower"):
         made = kind(**options)
@@ -207,20 +220,20 @@ def image_processor(vision: PreTrainedConfig, settings: dict) -> object:
 
 
 def make_processor(
-    settings: dict, tokenizer, config: LlavaStfConfig, template: str | None, image_token: str = IMAGE_TOKEN
-) -> LlavaStfProcessor:
+    settings: dict, tokenizer, config: PreTrainedConfig, template: str | None, image_token: str = IMAGE_TOKEN
+) -> ProcessorMixin:
     """The processor of a model of `config`; ConversionError when the tokenizer has no room for the image token."""
     # What generation needs; a trainer sets its own. Only what is among init_kwargs is saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    kind = family_of(config).processor
     with passed_on():
-        processor = LlavaStfProcessor(
-            image_processor(config.vision_config, settings),
+        processor = kind(
+            image_processor(config, settings),
             tokenizer,
-            patch_size=config.vision_config.patch_size,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             chat_template=template,
             image_token=image_token,
-            spatial_merge_size=config.spatial_merge_size,
+            **kind.sizes(config),
         )
     rows = config.text_config.vocab_size
     if processor.image_token_id != config.image_token_index or len(tokenizer) > rows:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import metadata_load
-
-from ..llava_stf import LlavaStfConfig
+from transformers import PreTrainedConfig
 
 KINDS = ("mapped", "relaid out", "merged", "resized", "created", "left over")
 CARD_FILE = "README.md"
@@ -75,12 +74,12 @@ library_name: transformers
 pipeline_tag: image-text-to-text
 tags:
 - llava
-- llava_stf
+- {kind}
 ---
 
 # LLaVA-STF from {name}
 
-{tokens} image tokens per image: Learning Compact Vision Tokens for Efficient Large Multimodal Models
+{tokens} image tokens per {what}: Learning Compact Vision Tokens for Efficient Large Multimodal Models
 (arXiv 2506.07138).
 
 ## Source
@@ -117,13 +116,15 @@ where it is installed, and plain torch where it is not.
 """
 
 
-def model_card(config: LlavaStfConfig, report: Report, *, processor: bool, auto_map: bool) -> str:
+def model_card(config: PreTrainedConfig, report: Report, *, processor: bool, auto_map: bool) -> str:
     """README.md; folders appear by their names, never with a path. `processor`, `auto_map`: what is there."""
     counts = [f"* {kind}: {len(lines)}\n" for kind, lines in report.tensors.items() if lines]
     card = CARD.format(
         **(_official if report.command == "official" else _warm_started)(report),
         name=_name(report.src),
+        kind=config.model_type,
         tokens=config.image_seq_length,
+        what="tile of an image" if hasattr(config, "image_grid_pinpoints") else "image",
         form=report.form + (f", vision tower {report.tower}" if report.tower else ""),
         command=report.command,
         layers=str(config.vision_feature_layer).strip("[]"),

@@ -7,7 +7,8 @@ M = len(vision_feature_layer), C = vision hidden size, D = text hidden size. Sou
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
@@ -69,9 +70,16 @@ def prefix_tokens(vision_config: PreTrainedConfig) -> int:
 
 
 def vision_grid(vision_config: PreTrainedConfig) -> tuple[int, int]:
-    """Patches (H, W) of the tower's square image."""
-    side = vision_config.image_size // vision_config.patch_size
-    return side, side
+    """Patches (H, W) of the tower's square image; ValueError for a tower whose images are not square."""
+    sizes = vision_config.image_size, vision_config.patch_size
+    if any(type(size) is not int for size in sizes) or sizes[0] < sizes[1]:
+        raise ValueError(f"vision_config: expected a square grid of patches, got image_size, patch_size {sizes}")
+    return (sizes[0] // sizes[1],) * 2
+
+
+def smallest_window(side: int, *, truncate: bool = False) -> int:
+    """The smallest r from 2 that divides a grid of side x side, or any grid with `truncate`: 24 -> 2, 27 -> 3."""
+    return next((r for r in range(2, side + 1) if truncate or side % r == 0), 1)
 
 
 # What depends on each other; every way to change one of them ends in `settled`.
@@ -80,11 +88,38 @@ FIELDS |= {"vision_feature_select_strategy", "spatial_merge_size", "spatial_merg
 FIELDS |= {"mbtf_hidden_size", "stf_hidden_size"}
 
 
+@dataclass(kw_only=True, repr=False, eq=False)
 class CompactConfig:
-    """In front of a stock configuration: fields agree with the tower and with each other however they came in.
+    r"""What a configuration has beside the stock one's fields, in front of whose class it stands.
 
-    image_seq_length is derived: overwritten where a file or a dict says otherwise, refused where a caller does.
+    Fields agree with the tower and with each other however they came in. image_seq_length is derived: overwritten where
+    a file or a dict says otherwise, refused where a caller does.
+
+    Args:
+        vision_feature_layer (`int` or `list[int]`): hidden states of the tower in concatenation order; 0 is the
+            embedding output, i the output of layer i. Stored non-negative.
+        vision_feature_select_strategy (`"default"`, `"full"` or `None`): "default" drops the CLS token, "full" keeps
+            all tokens. `None` is what the tower needs: "default" for CLIP, "full" for SigLIP, which has no CLS.
+        spatial_merge_size (`int`): side r of the window that becomes one token; 1 is MBTF alone.
+        spatial_merge_truncate (`bool`): drop the last rows and columns of a grid that r does not divide.
+        image_seq_length (`int`, *optional*): tokens per image or tile; derived, an error where it contradicts the grid.
+        use_mbtf (`bool`): False is STF alone, for exactly one block.
+        mbtf_hidden_size (`int`, *optional*): width between the two linears of MBTF, 4*C by default.
+        stf_hidden_size (`int`, *optional*): width between the two linears of STF, 4*r*r*C by default.
+        feature_order (`str`): element order of the merged feature axis in the stored weights. Always "patch_major".
+
+    Raises ValueError for what contradicts the tower or itself, and for an unknown tower, activation or feature order.
     """
+
+    vision_feature_layer: int | list[int] | tuple[int, ...] = field(default_factory=lambda: published_blocks(23))
+    vision_feature_select_strategy: Literal["default", "full"] | None = None
+    spatial_merge_size: int = 2
+    spatial_merge_truncate: bool = False
+    image_seq_length: int | None = None
+    use_mbtf: bool = True
+    mbtf_hidden_size: int | None = None
+    stf_hidden_size: int | None = None
+    feature_order: str = FEATURE_ORDER
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

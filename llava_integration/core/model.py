@@ -12,17 +12,20 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto import AutoModel
 from transformers.utils import output_capturing
 from transformers.utils.generic import can_return_tuple
 
 from .config import resolve_layers, vision_grid
 from .insertion import check_token_count, image_rows, is_captured
+from .projector import build_projector
 from .tower import check_pixels, image_chunks, to_device_of, tower_hidden_states
 
 # Since transformers 5.19 a tower can be told which hidden states to keep.
 KEEPS_SOME_STATES = hasattr(output_capturing, "select_hidden_states")
+FIXED_GRID = "every image has the grid of the vision tower, which config.image_seq_length counts"
 SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # of transformers' quantizers
 
 
@@ -98,6 +101,17 @@ class CompactModel(_Saved):
         self._no_split_modules = [type(self.vision_tower).__name__, type(self.multi_modal_projector).__name__]
         super().post_init()
 
+    def __init__(self, config: PreTrainedConfig):
+        PreTrainedModel.__init__(self, config)  # not the stock model's, which builds a stock projector
+        self.build(config)
+        self.post_init()
+
+    def build(self, config: PreTrainedConfig) -> None:
+        """The model's own children and parameters."""
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = build_projector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+
     @property
     def vision_grid(self) -> tuple[int, int]:
         """Patches (H, W) of one image."""
@@ -119,11 +133,12 @@ class CompactModel(_Saved):
 
     def project_images(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> Tensor:
         """pixel_values [N, 3, S, S] -> [N, (H//r)*(W//r), D]. Tensor in, tensor out: what torch.compile takes whole."""
-        parts = [
-            self.multi_modal_projector(self.encode_blocks(part, vision_feature_layer), self.vision_grid)
-            for part in image_chunks(self.vision_tower, pixel_values)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.multi_modal_projector(self._encode_all(pixel_values, vision_feature_layer), self.vision_grid)
+
+    def _encode_all(self, pixel_values: Tensor, layers: int | list[int] | None) -> list[Tensor]:
+        """`encode_blocks` chunk by chunk, and whole for the projector, which takes all images at once."""
+        parts = [self.encode_blocks(part, layers) for part in image_chunks(self.vision_tower, pixel_values)]
+        return parts[0] if len(parts) == 1 else [torch.cat(states) for states in zip(*parts, strict=True)]
 
     def image_outputs(
         self, pixel_values: Tensor, layers: int | list[int] | None = None, whole_tower: bool = True, **kwargs
@@ -158,8 +173,16 @@ class CompactModel(_Saved):
         """TypeError or ValueError for pixel values that the tower does not take."""
         check_pixels(self.config.vision_config, pixel_values)
 
-    def check_options(self, **options) -> None:
-        """ValueError for `feature_options` that have no meaning in this family."""
+    def check_options(self, vision_feature_select_strategy: str | None = None, **options) -> None:
+        """ValueError for options of `get_image_features` that have no meaning for this tower or family."""
+        expected = self.config.vision_feature_select_strategy
+        if vision_feature_select_strategy not in (None, expected):
+            raise ValueError(
+                f"vision_feature_select_strategy: expected {expected!r}, got {vision_feature_select_strategy!r}; the "
+                "projector's windows cover the grid of patches, without a CLS token"
+            )
+        if options.get("interpolate_pos_encoding"):
+            raise ValueError(f"interpolate_pos_encoding: expected False, {FIXED_GRID}; got True")
 
     def run(
         self,
@@ -193,7 +216,9 @@ class CompactModel(_Saved):
             pooled = encoded.pooler_output
             tokens = pooled.flatten(0, 1) if isinstance(pooled, Tensor) else torch.cat(list(pooled))
             tokens = tokens.to(embeds.device, embeds.dtype)
-            embeds = embeds.masked_scatter(self.get_placeholder_mask(input_ids, embeds, tokens), tokens)
+            mask = self.get_placeholder_mask(input_ids, embeds, tokens)
+            embeds = embeds.masked_scatter(mask[0] if isinstance(mask, tuple) else mask, tokens)
+        embeds, kwargs = self.insert_videos(input_ids, embeds, mm_encoder_outputs or {}, kwargs)
         outputs = stock.forward(self, inputs_embeds=embeds, return_dict=True, **kwargs)
         if tokens is None:
             return outputs
@@ -203,6 +228,15 @@ class CompactModel(_Saved):
         else:
             outputs["image_hidden_states"] = tokens
         return outputs
+
+    def insert_videos(self, input_ids: Tensor | None, inputs_embeds: Tensor, encoded: dict, options: dict) -> tuple:
+        """inputs_embeds with the videos of a family that takes them, and `options` of forward without those."""
+        if options.pop("pixel_values_videos", None) is not None:
+            raise ValueError(
+                f"pixel_values_videos: expected none, {type(self).__name__} takes images alone; give the frames as "
+                "images, each with a placeholder of its own"
+            )
+        return inputs_embeds, options
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """bool [B, S, 1], True at image tokens; ValueError unless they are as many as the rows of `image_features`.
@@ -226,6 +260,10 @@ class CompactModel(_Saved):
         """
         if input_ids is not None and input_ids.device.type == "cpu" and not is_captured():
             self._check_count(input_ids == self.config.image_token_id, len(pixel_values))
+
+    def images_in_rows(self, input_ids: Tensor, **options) -> list[int]:
+        """How many images stand in each row of input_ids [B, S]."""
+        return ((input_ids == self.config.image_token_id).sum(1) // self.config.image_seq_length).tolist()
 
     def uncached_images(self, input_ids: Tensor, pixel_values: Tensor, cached: int) -> Tensor:
         """pixel_values [N, ...] without the images that stand in the first `cached` of input_ids [B, S].
@@ -252,11 +290,7 @@ class CompactModel(_Saved):
             self._check_count(mask, len(pixel_values))
         rows = image_rows(mask, len(pixel_values) * per_image)
         flat = inputs_embeds.view(-1, inputs_embeds.shape[-1])
-        done = 0
-        for part in image_chunks(self.vision_tower, pixel_values):
-            blocks, count = self.encode_blocks(part, layers), len(part) * per_image
-            self.multi_modal_projector(blocks, self.vision_grid, out=flat, rows=rows[done : done + count])
-            done += count
+        self.multi_modal_projector(self._encode_all(pixel_values, layers), self.vision_grid, out=flat, rows=rows)
         return flat[rows]
 
     def _writes_in_place(self, inputs_embeds: Tensor) -> bool:
@@ -281,7 +315,15 @@ class CompactModel(_Saved):
 
 
 class CompactGeneration(_Saved):
-    """`generate()` in all its modes. Expects a CompactModel as `model`."""
+    """`generate()` in all its modes, of a CompactModel of the class `model_class`."""
+
+    model_class: type[CompactModel]
+
+    def __init__(self, config: PreTrainedConfig):
+        PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """As GenerationMixin.generate; counts image tokens before it encodes images, and generates none.
@@ -326,16 +368,15 @@ class CompactGeneration(_Saved):
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Beams repeat the images of a prompt as a group, A B A B; transformers 5.17 repeats each image, A A B B."""
-        pixel_values = None
-        if expand_size > 1 and input_ids is not None:
-            pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None:
-            images = (input_ids == self.config.image_token_id).sum(1) // self.config.image_seq_length
-            groups = pixel_values.split(images.tolist())
-            pixel_values = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in groups])
+        images = {}
+        if expand_size > 1 and input_ids is not None and model_kwargs.get("pixel_values") is not None:
+            options = {name: model_kwargs[name] for name in self.model.feature_options if name in model_kwargs}
+            counts = self.model.images_in_rows(input_ids, **options)
+            images = {name: model_kwargs.pop(name) for name in ("pixel_values", "image_sizes") if name in model_kwargs}
+            for name, value in images.items():
+                groups = [group.repeat(expand_size, *[1] * (value.ndim - 1)) for group in value.split(counts)]
+                images[name] = torch.cat(groups)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
+        return input_ids, model_kwargs | images

@@ -1,4 +1,8 @@
-"""Make transformers' Auto classes and its checkpoint loader know a family."""
+"""Make transformers' Auto classes and its checkpoint loader, from_llava and the converters know a family."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers import PreTrainedConfig as Config
@@ -6,12 +10,40 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto import modeling_auto
 
 
-def register(config: type[Config], model: type, generator: type, processor: type, *, renames: dict[str, str]) -> None:
+class Family(NamedTuple):
+    """The classes of a family, and the stock ForConditionalGeneration that it starts from."""
+
+    stock: type
+    config: type[Config]
+    model: type
+    generator: type
+    processor: type
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def families() -> list[Family]:
+    """All, by the model_type of the stock one: the files *_stf.py of this package, and who else has registered."""
+    for file in Path(__file__).parents[1].glob("*_stf.py"):
+        import_module(f"{__package__.rpartition('.')[0]}.{file.stem}")
+    return sorted(_FAMILIES.values(), key=lambda family: family.stock.config_class.model_type)
+
+
+def family_of(config: Config) -> Family:
+    """The one whose configuration this is."""
+    return _FAMILIES[config.model_type]
+
+
+def register(
+    config: type[Config], model: type, generator: type, processor: type, *, stock: type, renames: dict[str, str]
+) -> None:
     """Calling it again changes nothing.
 
     `renames`: our model_type and model class -> those of the stock family. A class outside transformers inherits no
     renames of tensors, and language_model.model.* of older checkpoints would be lost.
     """
+    _FAMILIES[config.model_type] = Family(stock, config, model, generator, processor)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
     for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):

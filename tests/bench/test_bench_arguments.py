@@ -47,6 +47,9 @@ def refused(option, words, *arguments):
         (["--budget", "nan"], "above 0"),
         (["--modes", "fast"], "'fast'"),
         (["--model", "absent", "--preset", "cpu"], "'absent'"),
+        (["--family", "qwen"], "'qwen'"),
+        (["--family", "llava-onevision", "--preset", "13b"], "got '13b'"),
+        (["--family", "llava-next", "--images", "2"], "got ['images']"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_loaded(arguments, words):
@@ -64,6 +67,6 @@ def test_bad_input_is_named_before_anything_is_loaded(arguments, words):
 def test_half_a_file_or_checkpoint_is_found_before_anything_is_loaded(tmp_path, config, words):
     (tmp_path / "config.json").write_text(config)
     refused("--model", words, "--model", tmp_path)
-    whole = (ROOT / "bench" / "assets" / "rocket.jpg").read_bytes()
+    whole = (ROOT / "bench" / "assets" / "raccoon.jpg").read_bytes()
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
     refused("--image", "cannot be read", "--image", tmp_path / "half.jpg")

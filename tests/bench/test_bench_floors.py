@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.kernels.problems import LLAVA, PRODUCTS
 from bench.prefill import models, stages
-from bench.prefill.floors import prefill_work
+from bench.prefill.floors import cost_on_a_gpu, prefill_work
 from bench.prefill.presets import Point, preset
 from bench.roofline import Ceilings, linear
 
@@ -21,6 +21,33 @@ def test_the_projector_is_82_gflop_an_image():
     assert sum(piece.flops for piece in work["projector_ms"]) == whole
     known = Ceilings(790e12, 4.3e12, "measured on such a card")
     assert 1e6 * sum(map(known.seconds, work["projector_ms"])) == pytest.approx(120, rel=0.02)
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("llava-next", (2340, 594)), ("llava-onevision", (2929, 347))])
+def test_the_photograph_has_the_tokens_of_the_real_models(family, tokens):
+    """4 tiles and the base: 24*24 + 36*49 of LLaVA-NeXT, 12*12 + 18*25 of a quarter; and what that brings an H100."""
+    whole = preset("7b", family, (480, 640))
+    assert (whole.tiles, whole.image_tokens(1), whole.image_tokens(whole.merge_size)) == (5, *tokens)
+    assert all(str(count) in cost_on_a_gpu(whole) for count in tokens)
+
+
+@pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
+def test_the_products_of_tiles_are_those_that_torch_counts(family):
+    sizes, factory = preset("tiny", family, (60, 100)), {"device": "cpu", "dtype": torch.float32}
+    pixels, point = models.image_processor(sizes)(Image.new("RGB", (100, 60)), 2), Point(2, 5)
+    for row in models.build_rows(models.build_stock(sizes, **factory), sizes, full=False):
+        inputs = models.build_inputs(sizes, pixels, point, row.image_tokens, **factory)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            row.module(**inputs, logits_to_keep=1)
+        counts = counter.get_flop_counts()["Global"]
+        counted = sum(counts.get(op, 0) for op in (aten.mm, aten.bmm, aten.addmm, aten.convolution))
+        work = prefill_work(sizes, row.model, point, 4)
+        vision, c = sizes.config.vision_config, sizes.config.vision_config.hidden_size
+        tokens, length = sizes.grid**2 + (family == "llava-next"), row.image_tokens + 5
+        layers = max(row.module.config.vision_feature_layer) if "-stf" in row.model else vision.num_hidden_layers
+        attention = 4 * 2 * sizes.tiles * tokens**2 * c * layers + 2 * 2 * length**2 * sizes.attention_widths[0] * 2
+        ours = sum(piece.flops for pieces in work.values() for piece in pieces)
+        assert ours == pytest.approx(counted + attention, rel=1e-3), row.name
 
 
 def test_a_product_moves_each_operand_once_and_the_slower_of_two_ceilings_counts():

@@ -89,6 +89,24 @@ def test_the_terminal_says_what_matters_first_and_how_to_get_more_rounds(full_ru
     assert "peak MB" in table.report(result, full=True)
 
 
+@pytest.mark.parametrize(
+    ("family", "tiles", "tokens"), [("llava-next", 5, (16 + 6 * 9, 4 + 4 * 5)), ("llava-onevision", 21, (817, 97))]
+)
+def test_a_family_in_tiles_is_measured_as_its_users_call_it(family, tiles, tokens, tmp_path, capsys):
+    """640x480 in 2x2 tiles of 56 pixels: 8 rows of tokens, 6 without padding; of windows 4, and none to cut."""
+    path = tmp_path / "x.json"
+    assert main(["--family", family, *TINY, "--rounds", "1", "--json", str(path)]) == 0
+    result = results.read(path)
+    assert (result["preset"], result["complete"]) == (f"tiny, {tiles} tiles", True)
+    rows = [(label(row), row["image_tokens"]) for row in result["rows"]]
+    assert rows == [(f"{family}/mlp2x", tokens[0]), (f"{family}-stf/fused", tokens[1])]
+    assert [check["agrees"] for check in result["checks"]] == [True, True]
+    assert list(result["speedup"]) == [f"{family}-stf/fused eager over {family}/mlp2x eager, batch 1, text 8"]
+    for row in result["rows"]:
+        assert all(row[stage] > 0 for stage in ("vision_ms", "projector_ms", "prefill_ms"))
+    assert str(tokens[1]) in capsys.readouterr().out
+
+
 def test_a_checkpoint_takes_the_place_of_a_preset(tmp_path):
     folder, sizes = tmp_path / "small-llava", preset("tiny", num_key_value_heads=2)
     models.build_stock(sizes, device="cpu", dtype=torch.float32).save_pretrained(folder)

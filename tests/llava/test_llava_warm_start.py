@@ -62,6 +62,19 @@ def test_other_sizes(stock, options, expected):
     check_equals_pooled_stock(stock, stf, build.pixels(2, size=stock.config.vision_config.image_size))
 
 
+@pytest.mark.parametrize(
+    ("options", "r"),
+    [({}, 3), ({"merge_size": 2, "truncate": True}, 2), ({"truncate": True}, 2), ({"merge_size": 9}, 9)],
+)
+def test_a_siglip_tower_and_the_default_window(options, r):
+    """A grid of 9x9 that no 2x2 divides, as SigLIP's 27x27; no CLS token; the last layer is read."""
+    vision = build.siglip(image_size=130, vision_use_head=False)
+    stock = build.stock(vision=vision, vision_feature_select_strategy="full", vision_feature_layer=-1)
+    stf = li.from_llava(stock, **options)
+    assert (stf.config.spatial_merge_size, stf.config.image_seq_length) == (r, (9 // r) ** 2)
+    check_equals_pooled_stock(stock, stf, build.pixels(2, size=130), r)
+
+
 def test_it_generates_with_the_stock_models_settings(stock):
     stock.generation_config.update(eos_token_id=[3, 7], max_new_tokens=5)
     stf = li.from_llava(stock)
@@ -171,7 +184,7 @@ def test_refusals(changes, options, error, message):
 
 def test_wrong_models_are_refused(stock, stf):
     for wrong in (stf, stock.model, None):
-        with pytest.raises(TypeError, match="model: expected a stock transformers LlavaForConditionalGeneration, got"):
+        with pytest.raises(TypeError, match="model: expected a stock transformers LlavaForConditionalGeneration, "):
             li.from_llava(wrong)
     stock.model.multi_modal_projector.linear_2 = torch.nn.Sequential(stock.model.multi_modal_projector.linear_2)
     with pytest.raises(TypeError, match=r"model: expected multi_modal_projector.linear_2 to be a plain nn.Linear"):

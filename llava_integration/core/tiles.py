@@ -1,0 +1,226 @@
+"""Images in tiles, as LLaVA-NeXT cuts them: a small copy of the whole one, then R x C tiles of a larger one.
+
+    [N, T, 3, S, S] or [tiles, 3, S, S]  ->  tower, projector  ->  [tiles, (H//r)*(W//r), D]  ->  N x [tokens, D]
+
+To the stock classes' own packing a window is a patch of p*r pixels: S // (p*r) = (S // p) // r tokens a side, with and
+without truncation. So what they do behind the projector follows from their own code, in model and processor alike: the
+order of tokens and tiles, the padding that is cut off, the newline behind each row, the limit on many tiles.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .config import prefix_tokens, smallest_window
+from .insertion import is_captured
+from .model import CompactModel
+
+
+class Seen:
+    """`whole`, seen with other values of some attributes."""
+
+    def __init__(self, whole: object, **others: object):
+        vars(self).update(others, _whole=whole)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+
+class _OnHost(TorchFunctionMode):
+    """Lists become tensors on the host: the lengths that a packing returns would wait for a GPU, or end its capture."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.tensor:
+            kwargs.pop("device", None)
+        return function(*args, **kwargs)
+
+
+class TiledModel(CompactModel):
+    """A CompactModel of tiles; in front of LlavaNextModel or one that packs like it."""
+
+    feature_options = (*CompactModel.feature_options, "vision_aspect_ratio", "batch_num_images")
+
+    def build(self, config: PreTrainedConfig) -> None:
+        super().build(config)
+        self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
+
+    def pack_image_features(self, *args, **kwargs):
+        """The stock model's, for tiles of (H//r) x (W//r) tokens: N x [T, (H//r)*(W//r), D] -> N x [tokens, D]."""
+        vision = self.config.vision_config
+        patch = vision.patch_size * self.config.spatial_merge_size
+        coarse = Seen(self, config=Seen(self.config, vision_config=Seen(vision, patch_size=patch)))
+        return super().pack_image_features.__func__(coarse, *args, **kwargs)
+
+    def token_counts(self, image_sizes, batch_num_images=None, **packing) -> list[int]:
+        """Tokens of every image of (height, width) `image_sizes`."""
+        tiles = sum(tile_counts(self.config, image_sizes, batch_num_images)[1])
+        tokens = torch.empty(tiles, self.config.image_seq_length, 1, device="meta")
+        packed = pack_tiles(self, tokens, tokens[0, 0], image_sizes, batch_num_images, **packing)
+        return [len(image) for image in packed]
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        vision_aspect_ratio: str | None = None,
+        batch_num_images: Tensor | None = None,
+        whole_tower: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """What the tower returns for all tiles, with `.pooler_output`: N tensors [tokens of the image, D].
+
+        whole_tower=False: nothing but the tokens, as `forward` needs them, from the layers that they need.
+        Raises ValueError where pixel values and image sizes do not belong together, for a select strategy other than
+        the config's and for `interpolate_pos_encoding`.
+        """
+        self.check_options(vision_feature_select_strategy, **kwargs)
+        tiles = flat_tiles(self.config, pixel_values, image_sizes, batch_num_images)
+        outputs = self.image_outputs(tiles, vision_feature_layer, whole_tower, **kwargs)
+        packing = {"batch_num_images": batch_num_images, "vision_aspect_ratio": vision_aspect_ratio}
+        outputs.pooler_output = pack_tiles(self, outputs.pooler_output, self.image_newline, image_sizes, **packing)
+        return outputs
+
+    own_image_features = get_image_features
+
+    def get_placeholder_mask(self, *args, **kwargs):
+        """The stock model's: how many tokens an image has is in its features alone."""
+        return super(CompactModel, self).get_placeholder_mask(*args, **kwargs)
+
+    def check_pixels(self, pixel_values: Tensor) -> None:
+        five = isinstance(pixel_values, Tensor) and pixel_values.ndim == 5
+        super().check_pixels(pixel_values.flatten(0, 1) if five else pixel_values)
+
+    def check_prompt(self, input_ids: Tensor | None, pixel_values: Tensor, image_sizes=None, **options) -> None:
+        flat_tiles(self.config, pixel_values, image_sizes, options.get("batch_num_images"))
+        if input_ids is not None and input_ids.device.type == "cpu" and not is_captured():
+            needed, mask = sum(self._counts(image_sizes, **options)), input_ids == self.config.image_token_id
+            if needed != int(mask.sum()):
+                raise ValueError(
+                    f"Image features and image tokens do not match, tokens: {int(mask.sum())}, features: {needed}. "
+                    f"input_ids: expected {self._counts(image_sizes, **options)} image tokens for the images of these "
+                    f"sizes, found {mask.sum(-1).tolist()} in the rows; prepare prompts with the processor of this "
+                    "model, not of the stock one"
+                )
+
+    def _counts(self, image_sizes, batch_num_images=None, vision_aspect_ratio=None, **_) -> list[int]:
+        return self.token_counts(image_sizes, batch_num_images, vision_aspect_ratio=vision_aspect_ratio)
+
+    def images_in_rows(self, input_ids: Tensor, image_sizes=None, **options) -> list[int]:
+        ends = torch.tensor(self._counts(image_sizes, **options)).cumsum(0)
+        rows = (input_ids == self.config.image_token_id).sum(1).cumsum(0).cpu()
+        return torch.searchsorted(ends, rows, right=True).diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
+
+    def uncached_images(self, input_ids: Tensor, pixel_values: Tensor, cached: int) -> Tensor:
+        """Those of the new turn alone are expected: which they are, their sizes do not say."""
+        return pixel_values
+
+    def _writes_in_place(self, inputs_embeds: Tensor) -> bool:
+        """Never: the rows of the projector are packed before they go into a prompt."""
+        return False
+
+
+def tile_counts(config: PreTrainedConfig, image_sizes, batch_num_images=None) -> tuple[list[list[int]], list[int]]:
+    """(height, width) of every image before it was cut, as ints, and how many tiles it was cut into.
+
+    An image that stands with others in a prompt has one tile where `batch_num_images` says how they belong.
+    """
+    if image_sizes is None:
+        raise ValueError("image_sizes: expected (height, width) of every image, as the processor gives, got None")
+    sizes = [[int(side) for side in size] for size in torch.as_tensor(image_sizes).tolist()]
+    alone = [True] * len(sizes)
+    if batch_num_images is not None:
+        alone = [count == 1 for count in torch.as_tensor(batch_num_images).tolist() for _ in range(count)]
+    if len(alone) != len(sizes) or any(len(size) != 2 or min(size) < 1 for size in sizes):
+        raise ValueError(f"image_sizes: expected (height, width) of {len(alone)} image(s), got {sizes}")
+    pinpoints, side = config.image_grid_pinpoints, config.vision_config.image_size
+    counts = [
+        image_size_to_num_patches(size, pinpoints, side) if a else 1 for size, a in zip(sizes, alone, strict=True)
+    ]
+    return sizes, counts
+
+
+def flat_tiles(config: PreTrainedConfig, pixel_values: Tensor, image_sizes, batch_num_images=None) -> Tensor:
+    """[N, T, 3, S, S], padded to the most tiles, or [tiles, 3, S, S] -> [tiles, 3, S, S] of all images."""
+    counts = tile_counts(config, image_sizes, batch_num_images)[1]
+    padded = pixel_values.ndim == 5
+    fits = len(pixel_values) == (len(counts) if padded else sum(counts))
+    if not fits or (padded and max(counts) > pixel_values.shape[1]):
+        raise ValueError(
+            f"pixel_values, image_sizes: expected {counts} tiles for images of these sizes, got pixel values of shape "
+            f"{list(pixel_values.shape)}; pass both as the processor made them"
+        )
+    if not padded:
+        return pixel_values
+    return torch.cat([tiles[:count] for tiles, count in zip(pixel_values, counts, strict=True)])
+
+
+def pack_tiles(model, tokens: Tensor, newline: Tensor, image_sizes, batch_num_images=None, **packing) -> list[Tensor]:
+    """tokens [tiles, n, D] of all images, newline [D] -> N tensors [tokens of the image, D].
+
+    `model`: a TiledModel or a stock model, whose packing takes some fields of the configuration as arguments.
+    """
+    sizes, counts = tile_counts(model.config, image_sizes, batch_num_images)
+    stock = next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
+    names = [name for name in inspect.signature(stock.pack_image_features).parameters if hasattr(model.config, name)]
+    options = {name: packing.get(name) or getattr(model.config, name) for name in names}
+    with _OnHost():
+        return model.pack_image_features(list(tokens.split(counts)), sizes, image_newline=newline, **options)[0]
+
+
+class TiledProcessor:
+    """In front of a stock processor that counts tokens by tiles."""
+
+    @classmethod
+    def from_llava(cls, processor: ProcessorMixin, *, merge_size: int | None = None):
+        """The processor to go with `llava_integration.from_llava(model, merge_size=merge_size)`."""
+        stock = cls.__mro__[2]
+        if not isinstance(processor, stock) or isinstance(processor, TiledProcessor):
+            raise TypeError(f"processor: expected a {stock.__name__}, got {type(processor).__name__}")
+        names = inspect.signature(stock.__init__).parameters
+        parts = {name: getattr(processor, name) for name in names if hasattr(processor, name)}
+        side = cls.tile_side(processor)
+        r = smallest_window(side) if merge_size is None else merge_size
+        if type(r) is not int or not 1 <= r <= side:
+            raise ValueError(f"merge_size: expected an int from 1 to {side}, the side of a tile, got {merge_size!r}")
+        return cls(**parts | cls.windows(processor, r))
+
+    def __call__(self, images=None, text=None, videos=None, **kwargs):
+        """As ProcessorMixin.__call__; none are None or []. ValueError for videos where there is no video processor."""
+        images, videos = (None if isinstance(given, list) and not given else given for given in (images, videos))
+        if videos is not None and getattr(self, "video_processor", None) is None:
+            raise ValueError(
+                f"videos: expected none, this {type(self).__name__} has no video processor; give the frames as images, "
+                "each with a placeholder of its own (LLaVA-OneVision: install torchvision)"
+            )
+        return super().__call__(images=images, text=text, videos=videos, **kwargs)
+
+    @staticmethod
+    def tile_side(processor: ProcessorMixin) -> int:
+        """Patches along the side of a tile."""
+        crop, size = processor.image_processor.crop_size, processor.image_processor.size
+        pixels = (crop and crop["height"]) or size.get("height") or size["shortest_edge"]
+        return pixels // processor.patch_size
+
+    @staticmethod
+    def windows(processor: ProcessorMixin, r: int) -> dict[str, int]:
+        """The arguments that make windows of r x r patches out of patches."""
+        return {"patch_size": r * processor.patch_size}
+
+    @staticmethod
+    def sizes(config: PreTrainedConfig) -> dict[str, Any]:
+        """The arguments that a model's configuration decides."""
+        patch = config.vision_config.patch_size * config.spatial_merge_size
+        return {"patch_size": patch, "num_additional_image_tokens": prefix_tokens(config.vision_config)}

@@ -1,0 +1,47 @@
+"""Broken if this fails: a model of tiles is not the stock one with every tile's tokens averaged."""
+
+import pytest
+import torch
+
+import llava_integration as li
+from tests.llava import tiled
+
+WINDOWS = [("next", 2, False), ("next", 3, True), ("next", 4, False), ("onevision", 3, False), ("onevision", 2, True)]
+
+
+def close(ours, expected):
+    assert [f.shape for f in ours] == [f.shape for f in expected]
+    return all((a - b).abs().max() < 1e-12 * b.abs().max() for a, b in zip(ours, expected, strict=True))
+
+
+def features(model, made):
+    with torch.no_grad():
+        return list(model.get_image_features(**made).pooler_output)
+
+
+@pytest.mark.parametrize("family", tiled.MODELS)
+def test_the_rules_written_here_are_those_of_the_stock_models(family):
+    model = tiled.MODELS[family]()
+    made = tiled.inputs(model, tiled.SIZES)
+    assert close(features(model, made), tiled.expected(model, made, tiled.SIZES, 1))
+
+
+@pytest.mark.parametrize(("family", "r", "truncate"), WINDOWS)
+def test_features_are_the_packed_averages_of_the_stock_tokens(family, r, truncate):
+    stock = tiled.MODELS[family]()
+    stf = li.from_llava(stock, merge_size=r, truncate=truncate)
+    made = tiled.inputs(stock, tiled.SIZES)
+    assert close(features(stf, made), tiled.expected(stock, made, tiled.SIZES, r))
+
+
+@pytest.mark.parametrize("family", tiled.MODELS)
+def test_counts(family):
+    stock = tiled.MODELS[family]()
+    for r, truncate in [(None, False), (2, True), (3, True)]:
+        stf = li.from_llava(stock, merge_size=r, truncate=truncate)
+        processor = type(stf).__name__.replace("ForConditionalGeneration", "Processor")
+        processor = getattr(li, processor).from_llava(tiled.processor(stock), merge_size=r)
+        draw = torch.Generator().manual_seed(0)
+        sizes = [tuple(size) for size in (torch.randint(2, 60, (80, 2), generator=draw) ** 1.6).long().tolist()]
+        made = stf.model.token_counts(sizes)
+        assert processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens == made

@@ -1,0 +1,260 @@
+"""Broken if this fails: a model of tiles answers, learns, saves or refuses otherwise than its stock model would."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import llava_integration as li
+from tests.llava import build, tiled
+
+FAMILIES = pytest.mark.parametrize("family", tiled.MODELS)
+SIZES = [(60, 100), (100, 60), (7, 9)]
+
+
+def both(family, **changes):
+    stock = tiled.MODELS[family](**changes)
+    return stock, li.from_llava(stock)
+
+
+def prompts(stf, made, groups, dtype=torch.float64):
+    """Padded prompts with `groups[b]` images each, and all that the model gets."""
+    counts = stf.model.token_counts(made["image_sizes"], made.get("batch_num_images"))
+    rows, generator = [], torch.Generator().manual_seed(2)
+    images = iter(counts)
+    for group in groups:
+        row = [2, 7]
+        for _ in range(group):
+            row += [build.IMAGE_TOKEN] * next(images) + torch.randint(
+                6, build.VOCAB, (3,), generator=generator
+            ).tolist()
+        rows.append(row)
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), **made}
+
+
+@FAMILIES
+@pytest.mark.parametrize("groups", [[1, 1, 1], [2, 1], [1, 0, 2]], ids=str)
+def test_logits_are_those_of_the_stock_language_model_on_the_packed_averages(family, groups):
+    stock, stf = both(family)
+    made = tiled.inputs(stock, SIZES)
+    inputs = prompts(stf, made, groups)
+    with torch.no_grad():
+        embeds = stock.get_input_embeddings()(inputs["input_ids"])
+        features = torch.cat(tiled.expected(stock, made, SIZES, stf.config.spatial_merge_size))
+        embeds[inputs["input_ids"] == build.IMAGE_TOKEN] = features
+        expected = stock(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits
+        output = stf(**inputs)
+    assert torch.allclose(output.logits, expected, atol=1e-11)
+    assert torch.allclose(output.image_hidden_states, features, atol=1e-11)
+
+
+def test_images_of_one_prompt_have_one_tile_each_as_onevision_has_it():
+    stock, stf = both("onevision")
+    made = tiled.inputs(stock, SIZES, together=True)
+    assert made["batch_num_images"].tolist() == [3]
+    counts = stf.model.token_counts(made["image_sizes"], made["batch_num_images"])
+    assert counts == [3 * 3 + 1] * 3
+    inputs = prompts(stf, made, [3])
+    with torch.no_grad():
+        features = stf(**inputs).image_hidden_states
+    assert torch.allclose(features, torch.cat(tiled.expected(stock, made, SIZES, 3)), atol=1e-11)
+
+
+@pytest.mark.parametrize(("r", "truncate"), [(3, False), (2, True)])
+def test_the_frames_of_a_video_have_their_windows_and_no_pooling_besides(r, truncate):
+    stock = tiled.onevision_model()
+    stf = li.from_llava(stock, merge_size=r, truncate=truncate)
+    frames = build.pixels(2 * 3, size=130).unflatten(0, (2, 3))
+    tokens = tiled.pooled(tiled.stock_tokens(stock, frames.flatten(0, 1)), r).flatten(1, 2)
+    newline = stock.model.image_newline.expand(2, 1, -1)
+    expected = torch.cat([tokens.unflatten(0, (2, 3)).flatten(1, 2), newline], dim=1)
+    with torch.no_grad():
+        videos = stf.get_video_features(pixel_values_videos=frames).pooler_output
+        ids = torch.full((2, expected.shape[1] + 2), tiled.VIDEO_TOKEN)
+        ids[:, [0, -1]] = 9
+        output = stf(input_ids=ids, pixel_values_videos=frames)
+        made = stf.generate(input_ids=ids, pixel_values_videos=frames, max_new_tokens=2, min_new_tokens=2)
+        by_hand = stf.get_input_embeddings()(ids)
+        by_hand[:, 1:-1] = expected
+        logits = stf(inputs_embeds=by_hand).logits
+    assert torch.allclose(videos, expected, atol=1e-11)
+    assert torch.allclose(output.logits, logits, atol=1e-11)
+    assert made[:, ids.shape[1]].tolist() == logits[:, -1].argmax(-1).tolist()
+
+
+@FAMILIES
+def test_all_tiles_go_through_the_projector_at_once(family, monkeypatch):
+    stock, stf = both(family)
+    seen, forward = [], type(stf.model.multi_modal_projector).forward
+    monkeypatch.setattr(
+        type(stf.model.multi_modal_projector),
+        "forward",
+        lambda self, b, *a, **k: seen.append(len(b[0])) or forward(self, b, *a, **k),
+    )
+    with torch.no_grad():
+        stf(**prompts(stf, tiled.inputs(stock, SIZES), [2, 1]))
+    assert seen == [sum(math.prod(tiled.best_grid(stock.config, size)) + 1 for size in SIZES)]
+
+
+@FAMILIES
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}, {"prefill_chunk_size": 7}], ids=str)
+def test_generate(family, options):
+    """Its first token is that of forward, whatever batch, mode and images of a prompt."""
+    stock, stf = both(family)
+    inputs = prompts(stf, tiled.inputs(stock, SIZES), [2, 1])
+    torch.manual_seed(0)
+    made = stf.generate(**inputs, **{"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False} | options)
+    assert made.shape == (2, inputs["input_ids"].shape[1] + 4)
+    if not options or "prefill_chunk_size" in options:
+        logits = stf(**inputs).logits[:, -1]
+        logits[:, build.IMAGE_TOKEN] = logits[:, 3] = -math.inf  # suppressed; the end of the text
+        assert made[:, -4].tolist() == logits.argmax(-1).tolist()
+    if "num_beams" in options:
+        alone = [
+            stf.generate(**one(inputs, slice(*cut), row), num_beams=3, max_new_tokens=4, min_new_tokens=4)
+            for row, cut in enumerate([(0, 2), (2, 3)])
+        ]
+        assert [row[-4:].tolist() for row in made] == [row[0, -4:].tolist() for row in alone]
+
+
+def one(inputs, images, row):
+    """The inputs of one prompt of a batch."""
+    kept = {name: inputs[name][row : row + 1] for name in ("input_ids", "attention_mask")}
+    return kept | {name: inputs[name][images] for name in inputs.keys() - kept.keys()}
+
+
+@FAMILIES
+def test_every_projector_weight_learns_within_two_steps(family):
+    stock, stf = both(family)
+    projector = stf.train().requires_grad_(False).model.multi_modal_projector.requires_grad_(True)
+    before = copy.deepcopy(projector.state_dict())
+    inputs = prompts(stf, tiled.inputs(stock, SIZES[:2]), [1, 1])
+    optimizer = torch.optim.SGD(projector.parameters(), lr=1e-1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        stf(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+    for name, after in projector.state_dict().items():
+        assert (after != before[name]).double().mean() > 0.99, name
+
+
+@FAMILIES
+def test_gradient_checkpointing_changes_nothing(family):
+    stock, stf = both(family)
+    inputs = prompts(stf, tiled.inputs(stock, SIZES[:1]), [1])
+    grads = []
+    for checkpointing in (False, True):
+        stf.zero_grad()
+        if checkpointing:
+            stf.train().gradient_checkpointing_enable({"use_reentrant": False})
+        stf(**inputs, labels=inputs["input_ids"]).loss.backward()
+        grads.append(
+            {name: parameter.grad.clone() for name, parameter in stf.named_parameters() if parameter.grad is not None}
+        )
+    assert grads[0].keys() == grads[1].keys()
+    assert "model.image_newline" in grads[0]
+    assert all(torch.allclose(grads[0][name], grads[1][name], atol=1e-12) for name in grads[0])
+
+
+@FAMILIES
+def test_saved_and_loaded(family, tmp_path):
+    stock, stf = both(family, dtype=torch.float32)
+    stf.save_pretrained(tmp_path)
+    assert build.same_state(build.load(tmp_path, AutoModelForImageTextToText), stf)
+    processor = getattr(li, type(stf).__name__.replace("ForConditionalGeneration", "Processor"))
+    made = processor.from_llava(tiled.processor(stock))
+    made.save_pretrained(tmp_path)
+    again = processor.from_pretrained(tmp_path)
+    images = [build.image(1, size[::-1]) for size in SIZES]
+    text = ["<image> cat", "is <image> the picture", "<image>"]
+    inputs = again(images=images, text=text, return_tensors="pt", padding=True)
+    first = made(images=images, text=text, return_tensors="pt", padding=True)
+    assert inputs.keys() == first.keys()
+    assert all(torch.equal(inputs[name], first[name]) for name in inputs)
+    with torch.no_grad():
+        stf(**inputs)
+
+
+@FAMILIES
+def test_runner(family):
+    """Logits of the model's own forward, of the stock one too; one graph would serve one set of sizes."""
+    for model in both(family):
+        made = tiled.inputs(model, SIZES[:2])
+        with torch.no_grad():
+            tokens = sum(len(image) for image in model.get_image_features(**made).pooler_output)
+            ids = torch.full((1, tokens + 5), build.IMAGE_TOKEN)
+            ids[:, :2], ids[:, -3:] = 9, 11
+            expected = model(input_ids=ids, **made).logits[:, -1]
+        runner = li.PrefillRunner(model, *ids.shape, max_new_tokens=2)
+        made.pop("batch_num_images", None)
+        assert torch.allclose(runner(ids, **made), expected, atol=1e-11)
+        with pytest.raises(ValueError, match="image_sizes: expected"):
+            runner(ids, made["pixel_values"])
+
+
+class TestRefusals:
+    @FAMILIES
+    def test_sizes_that_do_not_match_the_tiles(self, family):
+        stock, stf = both(family)
+        made = tiled.inputs(stock, SIZES)
+        ids = prompts(stf, made, [1, 1, 1])["input_ids"]
+        for wrong in (made["image_sizes"][:2], torch.tensor([[5, 400]] * 3), None):
+            with pytest.raises(ValueError, match="image_sizes: expected"):
+                stf(input_ids=ids, pixel_values=made["pixel_values"][:, :3], image_sizes=wrong)
+        fewer = ids.where(ids.cumsum(1) != build.IMAGE_TOKEN + 9, 9)  # the first image token of a row is text
+        for call in (stf, stf.generate):
+            with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+                call(input_ids=fewer, **made)
+        with pytest.raises(ValueError, match="pixel_values: expected"):
+            stf(input_ids=ids, pixel_values=made["pixel_values"][..., 1:], image_sizes=made["image_sizes"])
+        strategy = {"default": "full", "full": "default"}[stf.config.vision_feature_select_strategy]
+        with pytest.raises(ValueError, match="vision_feature_select_strategy: expected"):
+            stf.get_image_features(**made, vision_feature_select_strategy=strategy)
+
+    def test_a_video_for_a_model_without_video(self):
+        stock, stf = both("next")
+        frames = torch.zeros(1, 2, 3, build.PIXELS, build.PIXELS)
+        ids = torch.tensor([[5, 6, 7]])
+        with pytest.raises(ValueError, match="pixel_values_videos: expected none"):
+            stf(input_ids=ids, pixel_values_videos=frames)
+        with pytest.raises(ValueError, match="videos: expected none"):
+            li.LlavaNextStfProcessor.from_llava(tiled.processor(stock))(text="what", videos=[frames[0]])
+
+    @pytest.mark.parametrize(
+        ("family", "changes", "options", "match"),
+        [
+            ("next", {"vision_feature_layer": [-2, -3]}, {}, "model: expected one vision_feature_layer"),
+            ("next", {"vision_feature_select_strategy": "full"}, {}, "model: expected .*select_strategy='default'"),
+            (
+                "onevision",
+                {"vision_feature_select_strategy": "default"},
+                {},
+                "model: expected .*select_strategy='full'",
+            ),
+            ("next", {}, {"merge_size": 5}, "merge_size: expected a divisor of the 4x4 grid, got 5"),
+            ("onevision", {}, {"merge_size": 2}, "merge_size: expected a divisor of the 9x9 grid, got 2"),
+            ("onevision", {}, {"merge_size": 10, "truncate": True}, "merge_size: expected .* got 10"),
+        ],
+    )
+    def test_models(self, family, changes, options, match):
+        with pytest.raises(ValueError, match=match):
+            li.from_llava(tiled.MODELS[family](**changes), **options)
+
+    @FAMILIES
+    def test_a_tower_without_a_square_grid(self, family):
+        stock = tiled.MODELS[family]()
+        stock.config.vision_config.image_size = [56, 112]
+        with pytest.raises(ValueError, match="vision_config: expected a square grid"):
+            li.from_llava(stock)
+
+    def test_processors(self):
+        stock = tiled.next_model()
+        processor = tiled.processor(stock)
+        with pytest.raises(ValueError, match="merge_size: expected an int from 1 to 4"):
+            li.LlavaNextStfProcessor.from_llava(processor, merge_size=5)
+        with pytest.raises(TypeError, match="processor: expected a LlavaOnevisionProcessor, got LlavaNextProcessor"):
+            li.LlavaOnevisionStfProcessor.from_llava(processor)
