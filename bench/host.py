@@ -141,15 +141,22 @@ def recorded() -> dict[str, Any] | None:
     driver = recording_driver()
     if driver.COMPILER is None or not find_spec("triton"):
         return None
-    code = (
-        "import json, sys; from bench import host; "
-        f"host.recording_driver().install({ARCH!r}); json.dump(host.host_times('cpu'), open(sys.argv[1], 'w'))"
-    )
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, **driver.build(Path(folder)), "OMP_NUM_THREADS": "1"}
-        answer = Path(folder) / "host.json"
+        # Nothing can be timed there, so nothing is selected: the kernels of the model.
+        ours = {"STF_KERNELS_SELECT": "off", "STF_KERNELS_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **driver.build(Path(folder)), **ours}
+        answer, code = Path(folder) / "host.json", "import sys; from bench import host; host.record(sys.argv[1])"
         subprocess.run([sys.executable, "-c", code, str(answer)], cwd=results.ROOT, env=environment, check=True)
         return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def record(path: str) -> None:
+    """In that process; also how many launches a call of the chain is."""
+    recorder = recording_driver().install(ARCH)
+    found = host_times("cpu")
+    recorder.take()
+    {what: pair for what, _, pair in cases("cpu")}["chain"][0]()
+    Path(path).write_text(json.dumps({**found, "launches": len(recorder.take())}), encoding="utf-8")
 
 
 def cpu_times() -> Iterator[dict[str, Any]]:

@@ -31,6 +31,7 @@ def test_without_a_gpu_ours_are_launched_on_a_recording_driver(monkeypatch):
     found = host.recorded()
     assert [row["what"] for row in found["rows"]] == HOST_ROWS
     assert found["stage"]["us"] > 0 < found["stage"]["driver_us"]
+    assert found["launches"] == 4, "not the kernels, then"
     monkeypatch.setattr(recording_driver, "COMPILER", None)
     assert host.recorded() is None
 
