@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from stf_kernels.command import STARTED, lazy
 
 if TYPE_CHECKING:
-    from .llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration, LlavaStfModel  # noqa: F401
-    from .processing import LlavaStfProcessor  # noqa: F401
-    from .runner import PrefillRunner
-    from .warm_start import from_llava
+    from .llava_stf import LlavaStfConfig as LlavaStfConfig
+    from .llava_stf import LlavaStfForConditionalGeneration as LlavaStfForConditionalGeneration
+    from .llava_stf import LlavaStfModel as LlavaStfModel
+    from .processing import LlavaStfProcessor as LlavaStfProcessor
+    from .runner import PrefillRunner as PrefillRunner
+    from .warm_start import from_llava as from_llava
 
 _FAMILIES = sorted(file.stem for file in Path(__file__).parent.glob("*_stf.py"))
 _KINDS = ("Config", "ForConditionalGeneration", "Model", "Processor")

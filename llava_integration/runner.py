@@ -73,7 +73,7 @@ class PrefillRunner:
     def __init__(
         self, model: PreTrainedModel, batch: int, seq_len: int, *, max_new_tokens: int = 128, full_tower: bool = False
     ):
-        if not isinstance(model, tuple(family.stock for family in families())):
+        if not any(isinstance(model, family.stock) for family in families()):
             got = type(model).__name__
             raise TypeError(f"model: expected a LLaVA or LLaVA-STF ForConditionalGeneration, got {got}")
         for name, value, least in (("batch", batch, 1), ("seq_len", seq_len, 1), ("max_new_tokens", max_new_tokens, 0)):

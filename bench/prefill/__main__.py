@@ -77,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         given = [name for name in ("model", "images", "full") if getattr(args, name)]
         if given or args.preset not in (None, *FAMILIES[args.family][1]):
             known = f"expected a preset of {list(FAMILIES[args.family][1])} and none of --model, --images, --full"
-            parser.error(f"argument --family: {args.family}: {known}, got {given or args.preset}")
+            parser.error(f"argument --family: {args.family}: {known}, got {given or args.preset!r}")
     args.image = args.image or photograph(str(PHOTOGRAPH))
     return args
 

@@ -71,10 +71,12 @@ def prefix_tokens(vision_config: PreTrainedConfig) -> int:
 
 def vision_grid(vision_config: PreTrainedConfig) -> tuple[int, int]:
     """Patches (H, W) of the tower's square image; ValueError for a tower whose images are not square."""
-    sizes = vision_config.image_size, vision_config.patch_size
-    if any(type(size) is not int for size in sizes) or sizes[0] < sizes[1]:
-        raise ValueError(f"vision_config: expected a square grid of patches, got image_size, patch_size {sizes}")
-    return (sizes[0] // sizes[1],) * 2
+    image, patch = vision_config.image_size, vision_config.patch_size
+    if type(image) is not int or type(patch) is not int or image < patch:
+        raise ValueError(
+            f"vision_config: expected a square grid of patches, got image_size {image}, patch_size {patch}"
+        )
+    return image // patch, image // patch
 
 
 def smallest_window(side: int, *, truncate: bool = False) -> int:
@@ -88,7 +90,7 @@ FIELDS |= {"vision_feature_select_strategy", "spatial_merge_size", "spatial_merg
 FIELDS |= {"mbtf_hidden_size", "stf_hidden_size"}
 
 
-@dataclass(kw_only=True, repr=False, eq=False)
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
 class CompactConfig:
     r"""What a configuration has beside the stock one's fields, in front of whose class it stands.
 
@@ -189,11 +191,11 @@ def settled(config: PreTrainedConfig) -> dict[str, Any]:
             f"CLS token, got {config.vision_feature_select_strategy!r}"
         )
     tokens = _tokens_per_image(config)
-    widths = {
+    given_and_default = {
         "mbtf_hidden_size": (config.mbtf_hidden_size, 4 * vision.hidden_size),
         "stf_hidden_size": (config.stf_hidden_size, 4 * config.spatial_merge_size**2 * vision.hidden_size),
     }
-    widths = {name: default if given is None else given for name, (given, default) in widths.items()}
+    widths = {name: default if given is None else given for name, (given, default) in given_and_default.items()}
     for name, width in widths.items():
         if width < 1:
             raise ValueError(f"{name}: expected a positive width, got {width}")

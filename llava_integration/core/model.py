@@ -94,7 +94,7 @@ class CompactModel(_Saved):
     multi_modal_projector: nn.Module
     own_image_features: Callable
     # What `get_image_features` takes besides the pixels, of what `forward` does.
-    feature_options = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+    feature_options: tuple[str, ...] = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
     def post_init(self):
         # Hidden states of a tower split over devices would have to be gathered; one device is always enough for it.

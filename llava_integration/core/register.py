@@ -2,7 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers import PreTrainedConfig as Config
@@ -13,11 +13,11 @@ from transformers.models.auto import modeling_auto
 class Family(NamedTuple):
     """The classes of a family, and the stock ForConditionalGeneration that it starts from."""
 
-    stock: type
-    config: type[Config]
-    model: type
-    generator: type
-    processor: type
+    stock: Any
+    config: Any
+    model: Any
+    generator: Any
+    processor: Any
 
 
 _FAMILIES: dict[str, Family] = {}

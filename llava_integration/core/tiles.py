@@ -63,8 +63,8 @@ class TiledModel(CompactModel):
 
     def token_counts(self, image_sizes, batch_num_images=None, **packing) -> list[int]:
         """Tokens of every image of (height, width) `image_sizes`."""
-        tiles = sum(tile_counts(self.config, image_sizes, batch_num_images)[1])
-        tokens = torch.empty(tiles, self.config.image_seq_length, 1, device="meta")
+        _, tiles = tile_counts(self.config, image_sizes, batch_num_images)
+        tokens = torch.empty(sum(tiles), self.config.image_seq_length, 1, device="meta")
         packed = pack_tiles(self, tokens, tokens[0, 0], image_sizes, batch_num_images, **packing)
         return [len(image) for image in packed]
 
@@ -189,7 +189,7 @@ class TiledProcessor:
         stock = cls.__mro__[2]
         if not isinstance(processor, stock) or isinstance(processor, TiledProcessor):
             raise TypeError(f"processor: expected a {stock.__name__}, got {type(processor).__name__}")
-        names = inspect.signature(stock.__init__).parameters
+        names = inspect.signature(stock).parameters
         parts = {name: getattr(processor, name) for name in names if hasattr(processor, name)}
         side = cls.tile_side(processor)
         r = smallest_window(side) if merge_size is None else merge_size
