@@ -14,6 +14,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 from .core.config import smallest_window
+from .images import pictures
 
 
 class LlavaStfProcessor(LlavaProcessor):
@@ -112,6 +113,7 @@ class LlavaStfProcessor(LlavaProcessor):
         samples = [] if text is None else [text] if isinstance(text, str) else text
         if not isinstance(samples, (list, tuple)) or not all(isinstance(sample, str) for sample in samples):
             raise ValueError(f"text: expected a string or a list of strings, got {text!r}")
+        images = None if images is None else pictures(images, image_processor=self.image_processor, **kwargs)
         with _refusing(images):
             return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 

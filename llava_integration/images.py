@@ -1,0 +1,167 @@
+"""One picture, the same pixels, whatever way it comes in: a path, a file:// or http(s):// URL, base64, a PIL image, an
+array or a tensor becomes an upright RGB image of 8 bits.
+
+    rotated       turned upright by its EXIF orientation
+    transparent   laid over white
+    16 bit        v / 257: uint16, PIL's I;16 and I
+    float         from 0 to 1, times 255; anything beyond is refused
+    bool          0 and 255
+    animated      refused: one frame is an image, all of them are a video
+
+With do_rescale=False arrays and tensors are the caller's own business and pass as they are.
+"""
+
+import base64
+import binascii
+import io
+import math
+import os
+import urllib.parse
+import urllib.request
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+ASPECT = 8  # a longer strip is cut to what the crop keeps before it is resized
+MARGIN = 4  # of its pixels on either side, or of the result's where that is smaller: more than a filter's reach
+REPORTED = 8  # broken images of one call
+
+
+def pictures(images: Any, *, image_processor: Any = None, **options: Any) -> Any:
+    """`images`, nested as it is, each as above. ValueError names every one that is broken by its index."""
+    options |= options.get("images_kwargs") or {}
+    wrong: list[str] = []
+
+    def convert(value: Any, place: str) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 3:
+            return [convert(item, f"{place or ' at images'}[{i}]") for i, item in enumerate(value)]
+        try:
+            if options.get("do_rescale") is False and not isinstance(value, (str, os.PathLike, Image.Image)):
+                return value
+            return _without_ends(_rgb(value, options.get("input_data_format")), image_processor, options)
+        except Exception as error:  # files, network and codecs raise what they like
+            wrong.append(f"{_said(value)}{place} ({type(error).__name__}: {_short(error)})")
+
+    converted = convert(images, "")
+    if wrong:
+        more = f"; and {len(wrong) - REPORTED} more" if len(wrong) > REPORTED else ""
+        got = "; ".join(wrong[:REPORTED])
+        raise ValueError(f"images: expected PIL images, arrays, paths or lists of them, got {got}{more}")
+    return converted
+
+
+def _rgb(value: Any, layout: Any) -> Image.Image:
+    if isinstance(value, (str, os.PathLike)):
+        with _open(os.fspath(value)) as image:
+            return _of_pil(image)
+    return _of_pil(value) if isinstance(value, Image.Image) else _of_array(value, layout)
+
+
+def _open(source: str) -> Image.Image:
+    if source.startswith(("http://", "https://")):
+        with urllib.request.urlopen(source, timeout=60) as answer:
+            return Image.open(io.BytesIO(answer.read()))
+    if source.startswith("file:"):
+        source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
+    if not source.startswith("data:") and (len(source) < 1024 or os.path.exists(source)):
+        try:
+            return Image.open(source)
+        except FileNotFoundError:
+            if len(source) < 64:  # no image is so short
+                raise
+    try:
+        encoded = source.partition(",")[2] if source.startswith("data:") else source
+        return Image.open(io.BytesIO(base64.b64decode("".join(encoded.split()), validate=True)))
+    except binascii.Error:
+        raise FileNotFoundError("there is no such file, and it is no base64") from None
+
+
+def _of_pil(image: Image.Image) -> Image.Image:
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's JPEG with its preview
+        raise ValueError("it is animated; give one frame, or all of them as `videos`")
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        array = np.asarray(image)
+        return _of_array(array if image.mode == "F" else _within(array, 65535).astype(np.uint16), None)
+    if ("A" in image.mode.upper() and image.mode != "LAB") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _of_array(value: Any, layout: Any) -> Image.Image:
+    """[h, w], [h, w, c] or [c, h, w] with one, three or four channels; where both would do, `layout` decides."""
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad:
+            raise ValueError("it requires a gradient, which no processor keeps; detach it")
+        value = value.float() if value.dtype == torch.bfloat16 else value
+        value = value.cpu().numpy()
+    array = np.asarray(value)
+    if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "buif":
+        raise ValueError(f"expected [h, w], [h, w, c] or [c, h, w] of numbers, got {array.dtype} {list(array.shape)}")
+    if array.ndim == 3:
+        last = getattr(layout, "value", layout) == "channels_last" or array.shape[0] not in (1, 3, 4)
+        array = array if last else np.moveaxis(array, 0, -1)
+        if array.shape[-1] not in (1, 3, 4):
+            raise ValueError(f"expected one, three or four channels, got {list(array.shape)}")
+        array = array[..., 0] if array.shape[-1] == 1 else array
+    kind = array.dtype.kind
+    if kind == "f":
+        array = np.rint(_within(array, 1, "; scale to 0..1, or give uint8 for 0..255") * 255.0)
+    elif array.dtype == np.uint16:
+        array = np.rint(array / 257)
+    elif kind != "b":
+        array = _within(array, 255)
+    pixels = array.astype(np.uint8) * (255 if kind == "b" else 1)
+    return _of_pil(Image.fromarray(np.ascontiguousarray(pixels)))
+
+
+def _within(array: np.ndarray, most: int, remedy: str = "") -> np.ndarray:
+    low, high = array.min(), array.max()
+    if not (low >= 0 and high <= most):  # NaN is neither
+        raise ValueError(f"expected {array.dtype} from 0 to {most}, got {low:.4g} to {high:.4g}{remedy}")
+    return array
+
+
+def _without_ends(image: Image.Image, processor: Any, options: dict[str, Any]) -> Image.Image:
+    """A strip, resized by its shorter edge, as far as the centre crop will keep it: 1 x 1000 pixels would become
+    336 x 336,000 first. What is left has its shorter edge right, so nothing resizes it again."""
+
+    def option(name: str) -> Any:
+        return options[name] if options.get(name) is not None else getattr(processor, name, None)
+
+    size, crop = option("size"), option("crop_size")
+    short, long = sorted(image.size)
+    cropped = option("do_resize") and option("do_center_crop") and not hasattr(processor, "image_grid_pinpoints")
+    if long <= ASPECT * short or not (cropped and size and crop):
+        return image
+    edge = dict(size).get("shortest_edge") if not isinstance(size, int) else size
+    if edge is None:
+        return image
+    kept = crop if isinstance(crop, int) else max(dict(crop).values())
+    whole = int(edge * long / short)  # the longer edge of the result, as transformers has it
+    scale = whole / long
+    spare = math.ceil(MARGIN * max(scale, 1.0))
+    first = (whole - kept) // 2 - spare
+    last = first + kept + 2 * spare  # whose centre crop begins spare pixels behind its edge, where the whole's does
+    if first < 0 or last > whole:
+        return image
+    upright = image.size[0] == short
+    box = (0, first / scale, short, last / scale) if upright else (first / scale, 0, last / scale, short)
+    new = (edge, last - first) if upright else (last - first, edge)
+    return image.resize(new, Image.Resampling(option("resample") or Image.Resampling.BICUBIC), box=box)
+
+
+def _said(value: Any) -> str:
+    shape = getattr(value, "size" if isinstance(value, Image.Image) else "shape", None)
+    return f"{type(value).__name__} of shape {list(shape)}" if shape is not None else _short(repr(value))
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 120 else text[:120] + "..."
