@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # tiny_llava.py
-TEMPLATE = "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"
-TEMPLATE += "{{ '<image> ' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}{% endfor %}"
-TEMPLATE += "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 
 
 @pytest.fixture(autouse=True)
@@ -20,15 +17,6 @@ def _no_network(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tiny random LLaVA-STF with its processor, as from_pretrained reads it."""
-    from tiny_llava import make_model, make_processor
+    from support.clients import make_folder  # each client has another part of what this imports
 
-    import llava_integration as li
-
-    model = li.from_llava(make_model())
-    model.lm_head.weight.data[:5] = 0  # words, no special tokens
-    model.save_pretrained(tmp_path / "model")
-    processor = li.LlavaStfProcessor.from_llava(make_processor())
-    processor.chat_template = TEMPLATE
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return make_folder(tmp_path / "llava-stf")

@@ -10,7 +10,6 @@ from support.processes import python
 import stf_kernels
 from llava_integration.convert import auto_map
 from llava_integration.core import plain_projector
-from stf_kernels import hub
 from tests.llava import build
 
 SIZES = {"mbtf_hidden_dim": 24, "stf_hidden_dim": 40, "merge_size": 2, "skip_tokens": 1, "mbtf": True}
@@ -19,7 +18,7 @@ SIZES = {"mbtf_hidden_dim": 24, "stf_hidden_dim": 40, "merge_size": 2, "skip_tok
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("hub") / "stf-kernels"
-    hub.build(made)
+    assert python(".ci/hub.py", str(made)).returncode == 0
     return made
 
 
@@ -30,15 +29,6 @@ def kernel(folder):
 
 def blocks():
     return [torch.randn(2, 17, 8, requires_grad=True) for _ in range(3)]
-
-
-def test_it_loads_beside_the_installed_package(kernel):
-    assert kernel.__name__ != "stf_kernels"
-    ours, theirs = (lib.CompactTokenProjector(3, 8, 12, skip_tokens=1) for lib in (stf_kernels, kernel))
-    theirs.load_state_dict(ours.state_dict())
-    x = blocks()
-    assert torch.equal(ours(x), theirs(x))
-    assert hasattr(getattr(torch.ops, kernel.__name__), "compact_token_projector")
 
 
 def put_into(layer, folder, mode):

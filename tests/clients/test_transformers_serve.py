@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import io
-import re
 import signal
 import socket
 import subprocess
@@ -15,38 +14,21 @@ from pathlib import Path
 
 import openai
 import pytest
-from conftest import TEMPLATE
+from support.clients import IN_FOLDER, QUESTION, ask, make_folder, readme
 from support.processes import ROOT, clean_environment, python
-from tiny_llava import make_image, make_model, make_processor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tiny_llava import make_image
 
-import llava_integration  # noqa: F401
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-(SECTION,) = re.findall(r"^\*\*transformers\*\*(.*?)^\*\*", README, re.MULTILINE | re.DOTALL)
-(PIPELINE,) = re.findall(r"^```python\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
-CONVERT, SERVE = re.findall(r"^    (.*)$", SECTION.rpartition("```")[2], re.MULTILINE)
-QUESTION = "What is this?"
-
-
-def answer(folder, tokens):
-    """What `generate` says, by hand."""
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    text = f"USER: <image> {QUESTION} ASSISTANT:"
-    inputs = processor(images=make_image(), text=text, return_tensors="pt")
-    made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(made, skip_special_tokens=True)
+PIPELINE, (CONVERT, SERVE) = readme("transformers")
 
 
 def test_the_three_lines_of_the_pipeline(folder):
     """In a process of its own; transformers has nothing to say against the model."""
-    folder.rename(folder.with_name("llava-stf"))
-    code = f"import os; os.chdir({str(folder.parent)!r})\nfrom tiny_llava import make_image\nimage = make_image()\n"
-    result = python("-c", code + PIPELINE, PYTHONPATH=f"{ROOT}:{ROOT}/examples")
+    code = IN_FOLDER.format(str(folder.parent)) + PIPELINE
+    result = python("-c", code, PYTHONPATH=f"{ROOT}:{ROOT}/examples")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "not supported" not in result.stderr
     said = result.stdout.strip()
-    assert said.endswith(answer(folder.with_name("llava-stf"), 256).strip())
+    assert said.endswith(ask(folder, 256)[0].strip())
     assert len(said.split()) > 10
 
 
@@ -78,11 +60,7 @@ def serving(folder, log):
 
 def test_it_converts_and_serves(tmp_path):
     """An image in base64; then one that does not decode, which the server survives."""
-    model, processor = make_model(), make_processor()
-    model.lm_head.weight.data[:5] = 0
-    processor.chat_template = TEMPLATE
-    model.save_pretrained(tmp_path / "llava-1.5")
-    processor.save_pretrained(tmp_path / "llava-1.5")
+    make_folder(tmp_path / "llava-1.5", stock=True)
     python_, *arguments = CONVERT.split()
     assert python_ == "python"
     arguments = [str(tmp_path / word) if word.startswith("llava-") else word for word in arguments]
@@ -90,7 +68,7 @@ def test_it_converts_and_serves(tmp_path):
     assert converted.returncode == 0, converted.stderr
     with serving(tmp_path, tmp_path / "log") as client:
 
-        def ask(picture):
+        def served(picture):
             url = "data:image/png;base64," + base64.b64encode(picture).decode()
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
             options = {"model": "./llava-stf", "max_tokens": 4, "temperature": 0}
@@ -98,9 +76,9 @@ def test_it_converts_and_serves(tmp_path):
 
         file = io.BytesIO()
         make_image().save(file, "PNG")
-        expected = answer(tmp_path / "llava-stf", 4)
+        expected, _ = ask(tmp_path / "llava-stf", 4)
         assert len(expected.split()) == 4
-        assert ask(file.getvalue()).choices[0].message.content == expected
+        assert served(file.getvalue()).choices[0].message.content == expected
         with pytest.raises(openai.APIError):
-            ask(b"no picture")
-        assert ask(file.getvalue()).choices[0].message.content == expected
+            served(b"no picture")
+        assert served(file.getvalue()).choices[0].message.content == expected

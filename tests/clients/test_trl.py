@@ -8,8 +8,9 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel
+from support.clients import IN_FOLDER, QUESTION, ask, make_folder, readme
 from support.processes import ROOT, clean_environment, python
-from tiny_llava import make_image, make_model, make_processor
+from tiny_llava import make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from bench.server import SETTINGS
@@ -51,19 +52,13 @@ def losses(result):
     return [float(loss) for loss in re.findall(r"'loss': '?([\d.e-]+)", result.stdout)]
 
 
-def inputs_of(folder, image=None):
-    processor = AutoProcessor.from_pretrained(folder)
-    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=image or make_image(), text=text, return_tensors="pt")
-
-
 def test_it_trains_reloads_merges_and_answers(folder, data, tmp_path):
     found = losses(train(folder, data, tmp_path / "out", "--max_steps", "12", "--per_device_train_batch_size", "4"))
     assert len(found) == 12
     assert found[-1] < 0.8 * found[0]
     adapter, merged = tmp_path / "out" / "adapter", tmp_path / "out" / "merged"
-    base, inputs = AutoModelForImageTextToText.from_pretrained(folder), inputs_of(merged)
+    base = AutoModelForImageTextToText.from_pretrained(folder)
+    inputs = AutoProcessor.from_pretrained(merged)(make_image(), text=QUESTION + "<image>", return_tensors="pt")
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     model = AutoModelForImageTextToText.from_pretrained(merged)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -96,15 +91,13 @@ def test_vllm_serves_what_was_trained(folder, data, tmp_path):
         pytest.skip(f"{VLLM.parent.parent} is not there (make test-vllm): generate, tested above, is what answers")
     build.randomize(build.stf(torch.float32, **build.wide())).save_pretrained(folder)  # heads that vLLM takes on a CPU
     losses(train(folder, data, tmp_path / "out", "--max_steps", "4", "--per_device_train_batch_size", "4"))
-    merged, image = tmp_path / "out" / "merged", make_image()
-    model, inputs = AutoModelForImageTextToText.from_pretrained(merged), inputs_of(merged, image)
-    answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
-    image.save(merged / "asked.png")
+    merged = tmp_path / "out" / "merged"
+    make_image().save(merged / "asked.png")
     environment = clean_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", **SETTINGS)
     command = [str(VLLM), "-c", SERVED, str(merged), "USER: <image> What is this? ASSISTANT:"]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads(result.stdout.splitlines()[-1]) == answer
+    assert json.loads(result.stdout.splitlines()[-1]) == ask(merged, 4)[1]
 
 
 def test_two_processes_give_the_losses_of_one(folder, data, tmp_path):
@@ -124,20 +117,16 @@ BEFORE = """
 import functools
 import trl
 from datasets import Dataset
-from tiny_llava import make_image
 on_a_cpu = trl.SFTConfig(use_cpu=True, bf16=False, report_to="none")
 trl.SFTTrainer = functools.partial(trl.SFTTrainer, args=on_a_cpu)
 turns = {"prompt": [{"role": "user", "content": "What is this?"}]}
 turns |= {"completion": [{"role": "assistant", "content": "A rocket."}]}
-dataset = Dataset.from_list([{"images": [make_image()]} | turns] * 2)
+dataset = Dataset.from_list([{"images": [image]} | turns] * 2)
 """
 
 
 def test_the_three_lines_of_the_readme(folder):
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^\*\*TRL\*\*.*?^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    folder.rename(folder.with_name("llava-stf"))
-    code = f"import os; os.chdir({str(folder.parent)!r})\n{FOUND}\n{BEFORE}\n{code}"
+    code = f"{FOUND}\n{IN_FOLDER.format(str(folder.parent))}{BEFORE}{readme('TRL')[0]}"
     result = python("-c", code, PYTHONPATH=f"{ROOT}:{ROOT}/examples", timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "train_loss" in result.stdout
@@ -145,9 +134,7 @@ def test_the_three_lines_of_the_readme(folder):
 
 def test_what_cannot_be_trained_is_named_in_one_sentence(folder, data, tmp_path):
     """Before TRL loads anything: another kind of model, no processor, another TRL."""
-    make_model().save_pretrained(tmp_path / "stock")
-    make_processor().save_pretrained(tmp_path / "stock")
-    result = train(tmp_path / "stock", data, tmp_path / "out")
+    result = train(make_folder(tmp_path / "stock", stock=True), data, tmp_path / "out")
     assert result.stderr.splitlines()[-1].startswith(f"ValueError: {tmp_path}/stock: expected a LLaVA-STF model")
     (folder / "processor_config.json").unlink()
     result = train(folder, data, tmp_path / "out")

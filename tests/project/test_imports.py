@@ -29,7 +29,6 @@ MAY_IMPORT = {
     "modules": ["functional", "ops", "linear", "checks"],
     "layers": ["modules", "ops", "linear", "checks"],
     "command": [],
-    "hub": ["command"],
     "preparation": ["modules", "ops", "configs", "backend", "checks"],
     "__init__": ["functional", "layers", "modules", "preparation", "backend", "relayout", "command"],
     "tune": ["ops", "configs", "backend", "command"],

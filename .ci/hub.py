@@ -1,8 +1,8 @@
-"""This package as the kernels hub keeps it: python -m stf_kernels.hub FOLDER
+"""stf_kernels as the kernels hub keeps it: python .ci/hub.py FOLDER
 
     FOLDER/README.md                                    its card
     FOLDER/build/torch-universal/metadata.json          name, licence, and an id made of the contents
-    FOLDER/build/torch-universal/stf_kernels/...        this package, file by file
+    FOLDER/build/torch-universal/stf_kernels/...        the package, file by file
 
 `kernels.get_local_kernel(Path(FOLDER))` imports it under its id, and its operators with it, beside an installed one.
 """
@@ -14,9 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .command import run
-
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent / "stf_kernels"
 VERSION = 1  # of the surface: what get_kernel(..., version=1) asks for
 CARD = "---\nlibrary_name: kernels\nlicense: apache-2.0\n---\nFused Triton kernels for LLaVA-STF (arXiv 2506.07138)\n"
 
@@ -42,16 +40,11 @@ def build(folder: Path) -> str:
     return name
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m stf_kernels.hub", description=__doc__.partition("\n")[0])
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     folder = parser.parse_args().folder
     try:
         print(f"{build(folder)} -> {folder}")
     except FileExistsError as error:
         parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    run(main)
