@@ -59,7 +59,7 @@ $(PINS_VENV)/.installed: pyproject.toml constraints.txt .ci/gpu-pins.txt
 	$(PYTHON) -m venv .venv-$*
 	$(call pinned,.ci/$*.txt) > .venv-$*/constraints.txt
 	.venv-$*/bin/python $(PIP_INSTALL) -c .venv-$*/constraints.txt -r .ci/$*.txt -e '.[llava]' torch pytest einops accelerate peft
-	-sed -i '/_registrations,$$/d' .venv-$*/lib/python3*/site-packages/torchvision/__init__.py 2>/dev/null
+	@sed -i '/_registrations,$$/d' .venv-$*/lib/python3*/site-packages/torchvision/__init__.py 2>/dev/null || true
 	@touch $@
 
 prefill: $(VENV)/.installed
@@ -132,9 +132,9 @@ test-clients:
 	for pins in $(filter-out .ci/gpu-pins.txt,$(wildcard .ci/*.txt)); do \
 		client=$$(basename $$pins .txt); outcome=passed; \
 		$(MAKE) --no-print-directory test-$$client || { outcome=FAILED; status=1; }; \
-		table="$$table$$(printf '%-14s%-10s%s' $$client $$(grep -m 1 "^$${client%%-*}.*==" $$pins | cut -d= -f3) $$outcome)\n"; \
+		table="$$table$$(printf '%-19s%-10s%s' $$client $$(grep -m 1 "^$${client%%-*}.*==" $$pins | cut -d= -f3) $$outcome)\n"; \
 	done; \
-	printf "%-14s%-10s%s\n$$table" client version outcome; exit $$status
+	printf "%-19s%-10s%s\n$$table" client version outcome; exit $$status
 
 aot: $(VENV)/.installed
 	$(RUN) -m stf_kernels.aot
