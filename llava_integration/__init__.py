@@ -8,7 +8,7 @@ exactly from any stock checkpoint. A family is a file of this folder: llava_next
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stf_kernels.command import STARTED, lazy
+from stf_kernels.command import STARTED, lazy, missing
 
 if TYPE_CHECKING:
     from .llava_stf import LlavaStfConfig as LlavaStfConfig
@@ -26,4 +26,9 @@ __all__ += ["PrefillRunner", "from_llava"]
 
 __getattr__ = lazy(__name__, *_FAMILIES, "runner", "warm_start")
 if not STARTED:  # a command registers when it asks for a name
-    __getattr__("from_llava")
+    try:
+        __getattr__("from_llava")
+    except ImportError as error:
+        if (sentence := missing(error)) is None:
+            raise
+        raise ImportError(f"llava_integration: {sentence}", name=error.name) from error

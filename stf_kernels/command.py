@@ -5,6 +5,7 @@
     a disk is full                 74 (EX_IOERR), and a line that says so
     stderr's terminal is gone      nothing: the job goes on
     text stdout cannot encode      written with backslashes
+    a package is missing or old    2, and the command that installs it
 
     if __name__ == "__main__":
         run(main)
@@ -93,10 +94,25 @@ def _status(main: Callable[[], int]) -> Any:
         return status
     except _OutputLost as lost:
         return 141 if lost.args[0] == errno.EPIPE else _say(f"stdout: {os.strerror(lost.args[0])}")
+    except ImportError as error:
+        if _received or (sentence := missing(error)) is None:
+            raise
+        return _say(sentence, 2)
     except Exception as error:  # a BrokenProcessPool, say, of the workers that a signal ended
         if _received or os.strerror(errno.ENOSPC) in str(error):
             return _say(str(error))
         raise
+
+
+def missing(error: ImportError) -> str | None:
+    """What to install, in one sentence; None for a mistake of our own."""
+    root = (error.name or "").partition(".")[0]
+    if not root or f"{root}." in _OWN:
+        return None
+    wanted = "'stf-kernels[llava]'" if root in ("transformers", "PIL", "safetensors", "tqdm") else root
+    absent = isinstance(error, ModuleNotFoundError) and error.name == root
+    what = "is not installed" if absent else f"is of a version that does not do ({str(error).partition(' (')[0]})"
+    return f"{root} {what}: pip install --upgrade {wanted}"
 
 
 def lazy(package: str, *homes: str) -> Callable[[str], object]:
@@ -124,12 +140,12 @@ def shielded() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _say(message: str) -> int:
+def _say(message: str, status: int = os.EX_IOERR) -> int:
     if not _received:
         spec = sys.modules["__main__"].__spec__
         name = spec.name.removesuffix(".__main__") if spec else sys.argv[0]
         print(f"python -m {name}: error: {message}", file=sys.stderr)
-    return os.EX_IOERR
+    return status
 
 
 def _open_streams() -> None:

@@ -271,3 +271,28 @@ assert type(AutoConfig.for_model("llava_stf")) is llava_integration.LlavaStfConf
 def test_importing_the_package_registers_its_operators():
     done = python("-c", "import stf_kernels, torch; torch.ops.stf_kernels.token_fusion_mlp.default")
     assert done.returncode == 0, done.stderr
+
+
+PACKAGES = {
+    "missing": "raise ModuleNotFoundError(\"No module named 'transformers'\", name='transformers')",
+    "old": "__version__ = '4.57.0'",
+}
+
+
+@pytest.mark.parametrize("how", ["import", "command"])
+@pytest.mark.parametrize("what", PACKAGES)
+def test_a_missing_or_old_package_says_what_to_install(what, how, tmp_path):
+    (tmp_path / "transformers.py").write_text(PACKAGES[what])
+    arguments = ["-m", "llava_integration.convert", "llava", "/nowhere", "/nowhere/dst"]
+    arguments = ["-c", "import llava_integration"] if how == "import" else arguments
+    done = python(*arguments, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == (1 if how == "import" else 2), done.stderr
+    assert "transformers is" in last
+    assert last.endswith("pip install --upgrade 'stf-kernels[llava]'")
+    assert how == "import" or done.stderr.count("\n") == 1, done.stderr
+
+
+def test_our_own_mistake_in_an_import_keeps_its_traceback():
+    done = python("-c", program("def main(): from stf_kernels.command import nothing"))
+    assert (done.returncode, "Traceback" in done.stderr) == (1, True)
