@@ -10,6 +10,7 @@ from support.processes import python
 import stf_kernels
 from llava_integration.convert import auto_map
 from llava_integration.core import plain_projector
+from llava_integration.core.register import family_of
 from tests.llava import build
 
 SIZES = {"mbtf_hidden_dim": 24, "stf_hidden_dim": 40, "merge_size": 2, "skip_tokens": 1, "mbtf": True}
@@ -107,7 +108,7 @@ def test_a_folder_without_this_package_takes_them_from_the_hub(folder, kernel, t
     ids, _ = build.prompt([1])
     model, inputs = build.stf(torch.float32), {"input_ids": ids, "pixel_values": build.pixels(1, torch.float32)}
     model.save_pretrained(tmp_path / "model")
-    auto_map.write_auto_map(tmp_path / "model")
+    auto_map.write_auto_map(tmp_path / "model", family_of(model.config))
     torch.save(inputs, tmp_path / "inputs.pt")
     expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist()
 
