@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import MultiModalData
-from transformers.utils import is_torchvision_available
 from transformers.utils.generic import can_return_tuple
+from transformers.video_utils import make_batched_videos
 
 from .core.config import CompactConfig, default_blocks, prefix_tokens
 from .core.model import CompactGeneration, forward_of
@@ -86,12 +86,28 @@ class LlavaOnevisionStfForConditionalGeneration(
 
 
 class LlavaOnevisionStfProcessor(TiledProcessor, LlavaOnevisionProcessor):
-    """Image processor, video processor and tokenizer in one; `num_image_tokens` is how many windows a tile has."""
+    """Image processor and tokenizer in one; `num_image_tokens` is how many windows a tile has.
+
+    Frames of videos are prepared as images are: transformers' own video processors need torchvision.
+    """
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """No video processor without torchvision, which transformers' video processors need."""
-        return [name for name in super().get_attributes() if name != "video_processor" or is_torchvision_available()]
+        return [name for name in super().get_attributes() if name != "video_processor"]
+
+    @property
+    def video_processor(self):
+        return self.image_processor
+
+    def _process_videos(self, videos, **kwargs) -> tuple[dict, list[str]]:
+        videos, side = make_batched_videos(videos), self.image_processor.size["height"]
+        if len({len(video) for video in videos}) != 1:
+            raise ValueError(f"videos: expected as many frames in each, got {[len(video) for video in videos]}")
+        frames = [frame for video in videos for frame in video]
+        # The base tile of a picture that is cut once: the whole frame, resized.
+        pixels = self.image_processor(frames, image_grid_pinpoints=[[side, side]], return_tensors="np")["pixel_values"]
+        processed = {"pixel_values_videos": pixels[:, 0].reshape(len(videos), -1, *pixels.shape[2:])}
+        return processed, [self.replace_video_token(processed, index) for index in range(len(videos))]
 
     @staticmethod
     def tile_side(processor: LlavaOnevisionProcessor) -> int:

@@ -203,7 +203,7 @@ class TiledProcessor:
         if videos is not None and getattr(self, "video_processor", None) is None:
             raise ValueError(
                 f"videos: expected none, this {type(self).__name__} has no video processor; give the frames as images, "
-                "each with a placeholder of its own (LLaVA-OneVision: install torchvision)"
+                "each with a placeholder of its own"
             )
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 

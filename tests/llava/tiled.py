@@ -19,7 +19,7 @@ from transformers import (
 
 from tests.llava import build
 
-VIDEO_TOKEN = 5
+VIDEO_TOKEN = 1
 # (height, width): portrait, landscape, tiny, square, as wide and as high as it gets, a tile exactly
 SIZES = [(100, 60), (60, 100), (7, 9), (200, 200), (5, 300), (300, 5), (56, 56)]
 
@@ -71,7 +71,7 @@ def processor(model):
     images = LlavaOnevisionImageProcessorPil(**options)
     options = {"num_image_tokens": (side // vision.patch_size) ** 2, "vision_feature_select_strategy": strategy}
     ratio = model.config.vision_aspect_ratio
-    return OnevisionProcessor(images, tokenizer, video_token="what", vision_aspect_ratio=ratio, **options)
+    return OnevisionProcessor(images, tokenizer, video_token="<unk>", vision_aspect_ratio=ratio, **options)
 
 
 def inputs(model, sizes, together=False, dtype=torch.float64):
