@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("dst", metavar="DST", help="new folder")
         command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: as in SRC")
         command.add_argument("--blocks", type=_layers, metavar="I,I,...", help="tower layers in concatenation order")
+        command.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or infinity")
         command.add_argument("--auto-map", action="store_true", help="add code for trust_remote_code=True")
     official.add_argument("--base", metavar="DIR", help="language model of a pretrained projector or LoRA adapter")
     official.add_argument("--vision-tower", metavar="DIR", help="CLIP or SigLIP, if mm_vision_tower is not local")

@@ -44,6 +44,7 @@ class Target:
         auto_map: write the code that trust_remote_code=True takes; without stf_kernels it runs in plain torch.
         max_shard_bytes: upper limit of a file, 2 GB by default; about as much is held in memory.
         progress: show a bar on a terminal.
+        allow_nonfinite: a weight that holds NaN or infinity is a warning of the report, not a refusal.
     """
 
     dst: Path
@@ -51,6 +52,7 @@ class Target:
     auto_map: bool = False
     max_shard_bytes: int | None = None
     progress: bool = False
+    allow_nonfinite: bool = False
 
     def check(self, **sources: Path | None) -> None:
         """ConversionError for what can be refused before anything is read; `sources`: folders, by option."""
@@ -87,7 +89,8 @@ class Target:
         with whole_folder(self.dst) as folder:
             hidden = not (self.progress and sys.stderr.isatty())
             with tqdm(total=size, unit="B", unit_scale=True, disable=hidden) as bar:
-                _write_weights(folder, entries, dtype, self.max_shard_bytes or MAX_SHARD_BYTES, bar.update)
+                warnings = report.warnings if self.allow_nonfinite else None
+                _write_weights(folder, entries, dtype, self.max_shard_bytes or MAX_SHARD_BYTES, bar.update, warnings)
             config.save_pretrained(folder)
             _write_json(folder / "generation_config.json", generation)
             if processor is not None:
@@ -160,7 +163,12 @@ def _check_destination(dst: Path, sources: Sequence[Path]) -> None:
 
 
 def _write_weights(
-    folder: Path, entries: Entries, dtype: torch.dtype, max_bytes: int, advance: Callable[[int], object]
+    folder: Path,
+    entries: Entries,
+    dtype: torch.dtype,
+    max_bytes: int,
+    advance: Callable[[int], object],
+    warnings: list[str] | None,
 ) -> None:
     """`entries` as `dtype` in files of at most `max_bytes`; only a tensor that alone is larger makes a larger file."""
     sizes = {name: math.prod(entry.shape) * dtype.itemsize for name, entry in entries.items()}
@@ -173,7 +181,7 @@ def _write_weights(
     for file, names in split.filename_to_tensors.items():
         tensors = {}
         for name in names:
-            tensors[name] = _cast(name, entries[name], dtype)
+            tensors[name] = _cast(name, entries[name], dtype, warnings)
             advance(sizes[name])
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(folder.stat().st_mode & 0o666)  # save_file leaves a temporary file's 0600
@@ -182,10 +190,15 @@ def _write_weights(
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _cast(name: str, entry: Entry, dtype: torch.dtype) -> Tensor:
+def _cast(name: str, entry: Entry, dtype: torch.dtype, warnings: list[str] | None) -> Tensor:
     tensor = entry.read()
     if tuple(tensor.shape) != entry.shape:
         raise ConversionError(f"{name}: expected shape {entry.shape}, got {tuple(tensor.shape)}")
+    if bad := tensor.numel() - int(tensor.isfinite().sum()):
+        found = f"{entry.name} in {entry.origin}: {bad} of {tensor.numel()} values are NaN or infinite"
+        if warnings is None:
+            raise ConversionError(f"SRC: {found}; expected numbers: get the file again, or pass --allow-nonfinite")
+        warnings.append(found)
     # A copy: two names of one tensor are refused by save_file.
     cast = torch.empty(entry.shape, dtype=dtype).copy_(tensor)
     if dtype == torch.float16 and tensor.dtype != dtype and not cast.isfinite().all() and tensor.isfinite().all():

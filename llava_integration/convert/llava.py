@@ -47,7 +47,7 @@ def convert_llava(
 
     Args:
         blocks, merge_size, truncate: as for `from_llava`.
-        dtype, auto_map, max_shard_bytes, progress: as in `Target`.
+        dtype, auto_map, max_shard_bytes, progress, allow_nonfinite: as in `Target`.
 
     Raises ConversionError, one line; then there is nothing at `dst`.
     """

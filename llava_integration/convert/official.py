@@ -63,7 +63,7 @@ def convert_official(
         blocks: layers of the tower in concatenation order, where the checkpoint is not the published one.
         base: folder of the language model, for the pretrain form and for LoRA.
         vision_tower: folder of the CLIP or SigLIP model, where config.json does not name a local one.
-        dtype, auto_map, max_shard_bytes, progress: as in `Target`.
+        dtype, auto_map, max_shard_bytes, progress, allow_nonfinite: as in `Target`.
 
     Raises ConversionError, one line; then there is nothing at `dst`.
     """

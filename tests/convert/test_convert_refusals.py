@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from llava_integration.convert import ConversionError
+from llava_integration.convert import ConversionError, convert_official
 from llava_integration.convert.checkpoint import open_weights
 from llava_integration.convert.official import block_layers
 from tests.convert import checkpoints as ck
@@ -137,6 +137,15 @@ class TestTensors:
     def test_values_that_float16_cannot_hold(self, refused, src, dst):
         ck.rewrite(src, lambda tensors: tensors["model.norm.weight"].fill_(1e5))
         refused(r"^--dtype: model\.language_model\.norm\.weight has values up to 1e\+05", src, dst, dtype=torch.float16)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+    def test_values_that_are_none(self, refused, src, dst, value):
+        name = "model.layers.0.self_attn.q_proj.weight"
+        ck.rewrite(src, lambda tensors: tensors[name].view(-1)[3:5].fill_(value))
+        refused(rf"^SRC: {name} in .*: 2 of \d+ values are NaN or infinite; .*--allow-nonfinite$", src, dst)
+        report = convert_official(src, dst, allow_nonfinite=True)
+        assert [line.partition(" in ")[0] for line in report.warnings if "NaN" in line] == [name]
+        assert name in (dst / "conversion.json").read_text()
 
     def test_a_folder_of_transformers(self, refused, stock, dst):
         refused(r"config\.json|mm_vision_tower", stock[0], dst)
