@@ -95,7 +95,7 @@ def read_json(path: Path, missing_ok: bool = False) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: expected JSON, got {error}; get the file again") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path}: expected a JSON object, got {type(content).__name__}")

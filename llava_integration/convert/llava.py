@@ -34,6 +34,7 @@ PREFIXES = {
 }
 
 
+@blamed_on("SRC", "get the checkpoint again")  # what no check foresaw
 def convert_llava(
     src: str | Path,
     dst: str | Path,

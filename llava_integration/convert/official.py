@@ -48,6 +48,7 @@ ROPE_FIELDS = ("rope_theta", "rope_scaling")  # of files before transformers 5
 NOT_FIELDS = ("model_type", "transformers_version", "architectures", "dtype", "_name_or_path")
 
 
+@blamed_on("SRC", "get the checkpoint again")  # what no check foresaw
 def convert_official(
     src: str | Path,
     dst: str | Path,

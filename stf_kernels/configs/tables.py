@@ -65,7 +65,7 @@ def table_of(slug: str, arch: str) -> Table:
         return {}
     try:
         return parse_table(path.read_text(encoding="utf-8"), arch)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except Exception as error:  # whatever nonsense it holds must not end a user's call
         warnings.warn(f"stf_kernels: {path.name} is not used, the model serves instead. {error}", stacklevel=2)
         return {}
 
