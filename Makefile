@@ -17,7 +17,7 @@ help:
 	@echo "make lint             1 s    ruff"
 	@echo "make types           30 s    mypy; 3 s when little has changed"
 	@echo "make docs            20 s    the pages of docs/ into docs/_build/html/"
-	@echo "make fuzz           20 min  2,000 drawn calls of every operator and kernel, between pages that fault"
+	@echo "make fuzz                    2,000 drawn calls of every operator and kernel, between pages that fault"
 	@echo "make aot           > 10 min  compile every configuration for every GPU and check the generated code"
 	@echo "make test-browser            the report page in a headless Chromium, which it installs as root on Debian"
 	@echo "make test-gpu-pins           make test with the versions nearest to the GPU machine's (installs 5 GB)"

@@ -29,6 +29,8 @@ SLOW = (
     "tests/learn/",
     "tests/llava/test_llava_loading.py",
     "tests/llava/test_llava_save_load.py",
+    "tests/operators/test_attack.py",
+    "tests/project/test_commands.py",
     "tests/training/test_compile.py",
     "tests/project/test_examples.py",
 )
