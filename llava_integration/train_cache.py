@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .core.config import prefix_tokens, resolve_layers, vision_grid
 from .core.model import CompactModel
@@ -164,8 +163,11 @@ def _project(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dic
     else:
         skip = base.config.vision_feature_select_strategy == "default"
         tokens = base.multi_modal_projector(torch.cat(blocks, dim=-1)[:, int(skip) :])
-    features = BaseModelOutputWithPooling(pooler_output=list(tokens))
-    return args, kwargs | {"mm_encoder_outputs": {"image": features}}
+    ids = kwargs["input_ids"]
+    embeds = base.get_input_embeddings()(ids)
+    mask = (ids == base.config.image_token_id).unsqueeze(-1)
+    embeds = embeds.masked_scatter(mask, tokens.flatten(0, 1).to(embeds.dtype))
+    return args, kwargs | {"input_ids": None, "inputs_embeds": embeds}
 
 
 def write_whole(path: Path, write: Any) -> None:

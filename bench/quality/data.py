@@ -1,9 +1,9 @@
 """Questions on real images, in LLaVA's format: `python -m bench.quality.data OUT`.
 
-    OUT/images/*.png   64x64: 5,000 of easy-vqa, one coloured shape each; boards of 8x8 handwritten digits
+    OUT/images/*.png   64x64: 5,000 of easy-vqa, one coloured shape each; boards of 4x4 handwritten digits
     OUT/train.json     [{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}...]}...]
     OUT/scenes.json    such questions with the scene written as words in place of the image
-    OUT/patches.json   {image: [65 classes]} of the training images: the shape, then what stands in each patch
+    OUT/patches.json   {image: [17 classes]} of the training images: the shape, then what stands in each patch
     OUT/test.jsonl     {"question_id", "image", "text", "answer", "kind"} a line
 
 easy-vqa (MIT licence) and scikit-learn's digits (UCI, CC BY 4.0) are in their packages; nothing is fetched. Digits that
@@ -17,15 +17,15 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import command
 
 NAME = "bench.quality.data"
-SIDE, PIXELS = 8, 8  # digits along a board, pixels along a digit
-ROWS = "ABCDEFGH"
+SIDE, PIXELS = 4, 16  # digits along a board, pixels along a digit, which is a patch of the tower
+ROWS = "ABCD"
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 DETAIL = ("digit", "larger", "count")  # kinds of questions on boards
@@ -35,6 +35,8 @@ SCENES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 IGNORED = -100  # a class that is not trained on
 TRAINING_DIGITS = 1297  # of 1,797 in scikit-learn; the others are drawn for the test
 
+Cell = tuple[int, int]
+CELLS = [(row, column) for row in range(SIDE) for column in range(SIDE)]
 Turn = tuple[str, str, str]  # question, answer, kind
 
 
@@ -42,33 +44,47 @@ def cell(row: int, column: int) -> str:
     return f"{ROWS[row]}{column + 1}"
 
 
-def ask(board: list[list[int]], rows: list[int], kind: str, draw: random.Random) -> Turn:
-    """A question on one of `rows` of a board."""
-    row, column = draw.choice(rows), draw.randrange(SIDE)
+def ask(
+    board: list[list[int]], kind: str, draw: random.Random, at: Cell | None = None, beside: Cell | None = None
+) -> Turn:
+    """A question on a board, on the cells `at` and `beside` or any."""
+    row, column = at or draw.choice(CELLS)
     if kind == "digit":
         return f"Which digit stands in {cell(row, column)}?", str(board[row][column]), kind
     if kind == "larger":
-        column = draw.randrange(SIDE - 1)
-        question = f"Is {cell(row, column)} larger than {cell(row, column + 1)}?"
-        return question, "yes" if board[row][column] > board[row][column + 1] else "no", kind
+        if beside is None:
+            column = draw.randrange(SIDE - 1)
+            beside = row, column + 1
+        question = f"Is {cell(row, column)} larger than {cell(*beside)}?"
+        return question, "yes" if board[row][column] > board[beside[0]][beside[1]] else "no", kind
     if kind == "read":
-        return f"Read row {ROWS[row]}.", in_words(board, [row]), kind
+        cells = (f"{cell(row, column)} {board[row][column]}" for column in range(SIDE))
+        return f"Read row {ROWS[row]}.", " ".join(cells), kind
     counts = {digit: board[row].count(digit) for digit in range(10)}
     wanted = draw.choice(sorted(set(counts.values())))  # else most answers would be 0 or 1
     digit = draw.choice([digit for digit, count in counts.items() if count == wanted])
     return f"How many digits {digit} stand in row {ROWS[row]}?", str(wanted), kind
 
 
-def in_words(board: list[list[int]], rows: list[int]) -> str:
-    return " ".join(f"{cell(row, column)} {board[row][column]}" for row in rows for column in range(SIDE))
-
-
-def board_record(draw: random.Random, rows: int, split: str) -> tuple[list[list[int]], str, list[Turn]]:
-    """A board, so many of its rows in words, and questions on these."""
+def board_record(draw: random.Random, split: str) -> tuple[list[list[int]], str, list[Turn]]:
+    """A board, a word for each of its patches, such as B3=7, and questions on it."""
     board = [[draw.randrange(10) for _ in range(SIDE)] for _ in range(SIDE)]
-    shown = sorted(draw.sample(range(SIDE), rows))
     kinds = draw.sample(TRAINED, len(TRAINED)) if split == "train" else DETAIL
-    return board, in_words(board, shown), [ask(board, shown, kind, draw) for kind in kinds]
+    return board, in_words(board, CELLS), [ask(board, kind, draw) for kind in kinds]
+
+
+def in_words(board: list[list[int]], cells: Sequence[tuple[int, int]]) -> str:
+    return " ".join(f"{cell(row, column)}={board[row][column]}" for row, column in cells)
+
+
+def few_words(draw: random.Random, count: int) -> tuple[str, list[Turn]]:
+    """So many cells of a board and questions on these: from few, what a word says is learnt sooner."""
+    board, shown = board_record(draw, "train")[0], draw.sample(CELLS, count)
+    said = " ".join(f"{cell(row, column)} {board[row][column]}" for row, column in sorted(shown))
+    turns = [ask(board, "digit", draw, draw.choice(shown)) for _ in range(3)]
+    turns += [ask(board, "larger", draw, *draw.sample(shown, 2)) for _ in range(2 if count > 1 else 0)]
+    turns.append(("Read the board.", said, "read"))
+    return in_words(board, shown), draw.sample(turns, len(turns))
 
 
 def draw_board(board: list[list[int]], digits: dict[int, Any], draw: random.Random) -> Any:
@@ -120,9 +136,10 @@ def conversation(start: str, turns: list[Turn]) -> list[dict[str, str]]:
 
 
 def make(
-    out: Path, *, boards: int = 5000, easy: int = 4000, scenes: int = 12000, test_boards: int = 500, seed: int = 0
+    out: Path, *, boards: int = 4000, easy: int = 4000, scenes: int = 12000, test_boards: int = 500, seed: int = 0
 ) -> None:
     """Write a data set into `out`: so many boards, images of easy-vqa and scenes, 2 * test_boards test images."""
+    import numpy
     from sklearn.datasets import load_digits
 
     draw, (pictures, labels) = random.Random(seed), load_digits(return_X_y=True)
@@ -134,10 +151,10 @@ def make(
     ):
         digits: dict[int, list] = {digit: [] for digit in range(10)}
         for picture, label in zip(pictures[own], labels[own], strict=True):
-            digits[int(label)].append(picture.reshape(PIXELS, PIXELS))
+            digits[int(label)].append(numpy.kron(picture.reshape(8, 8), numpy.ones((PIXELS // 8, PIXELS // 8))))
         found = []
         for index in range(count):
-            name, (board, _, turns) = f"board-{split}-{index}.png", board_record(draw, SIDE, split)
+            name, (board, _, turns) = f"board-{split}-{index}.png", board_record(draw, split)
             draw_board(board, digits, draw).save(out / "images" / name)
             found.append((name, turns))
             patches[name] = [IGNORED, *(digit for row in board for digit in row)]
@@ -156,8 +173,8 @@ def make(
                 {"id": name, "image": name, "conversations": conversation("<image>", turns)} for name, turns in found
             ]
     for _ in range(scenes):
-        _, scene, turns = board_record(draw, draw.choice((1, 1, 2)), "train")
-        words.append((scene, turns))
+        count = draw.choice((1, 2, 4, 8, len(CELLS)))
+        words.append(board_record(draw, "train")[1:] if count == len(CELLS) else few_words(draw, count))
     draw.shuffle(train)
     draw.shuffle(words)
     write(out / "train.json", json.dumps(train))

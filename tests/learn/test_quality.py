@@ -117,8 +117,8 @@ class TestStudy:
                 continue
             board, asked[question["kind"]] = patches[question["image"]][1:], asked[question["kind"]] + 1
             at = [
-                board["ABCDEFGH".index(name[0]) * 8 + int(name[1]) - 1]
-                for name in re.findall(r"\b[A-H]\d", question["text"])
+                board["ABCD".index(name[0]) * 4 + int(name[1]) - 1]
+                for name in re.findall(r"\b[A-D]\d", question["text"])
             ]
             if question["kind"] == "digit":
                 expected = str(at[0])
@@ -126,8 +126,8 @@ class TestStudy:
                 expected = "yes" if at[0] > at[1] else "no"
             else:
                 digit, row = re.search(r"(\d) stand in row (.)", question["text"]).groups()
-                start = 8 * "ABCDEFGH".index(row)
-                expected = str(board[start : start + 8].count(int(digit)))
+                start = 4 * "ABCD".index(row)
+                expected = str(board[start : start + 4].count(int(digit)))
             assert question["answer"] == expected, question
         assert asked == {"digit": 20, "larger": 20, "count": 20}
 
@@ -139,8 +139,8 @@ class TestStudy:
 
     def test_words_of_the_questions_are_known(self, study, folder):
         tokenizer = study.make_processor(folder).tokenizer
-        question = "USER: <image>\nWhich digit stands in B5? ASSISTANT: 7 </s>"
-        tokens = ["<s>", "user:", "<image>", "which", "digit", "stands", "in", "b5", "assistant:", "7", "</s>"]
+        question = "USER: <image>\nWhich digit stands in B3? ASSISTANT: 7 </s>"
+        tokens = ["<s>", "user:", "<image>", "which", "digit", "stands", "in", "b3", "assistant:", "7", "</s>"]
         assert tokenizer.convert_ids_to_tokens(tokenizer(question)["input_ids"]) == tokens
 
     def test_an_interrupted_study_goes_on(self, study, tmp_path, monkeypatch, capsys):
@@ -165,7 +165,7 @@ class TestStudy:
         assert command.main(arguments) == 0
         assert measured[5:] == study.ROWS[4:]
         result = read(tmp_path / "quality.json")
-        assert [row["image_tokens"] for row in result["rows"]] == [64, 16, 16, 16, 16, 64, 16, 16, 4]
+        assert [row["image_tokens"] for row in result["rows"]] == [16, 4, 4, 4, 4, 16, 4, 4, 1]
         assert (result["complete"], result["seeds"]) == (True, [0])
         assert (tmp_path / "quality.png").stat().st_size > 10000
         assert "STF + MBTF" in capsys.readouterr().out
