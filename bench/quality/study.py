@@ -1,6 +1,6 @@
 """The comparison of arXiv 2506.07138 at a size that two cores train: a LLaVA-1.5 of under a million parameters.
 
-    tower    CLIP, 64x64 pixels, 4x4 patches; trained to say what stands in each patch, then frozen
+    tower    CLIP, 64x64 pixels, 4x4 patches; trained to say what each patch shows and where it is, then frozen
     text     Llama, trained on the questions with the scene in words
     stage1   stock projector, trained alone on images: the checkpoint that every row starts from
     ROWS     each trained as the paper does, first the projector, then the language model too; same data, same steps
@@ -50,8 +50,16 @@ TEMPLATE = (
     "{{ '<image>\n' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-CLASSES = 10 + len(data.SCENES)  # of a patch, then of a whole image
+CLASSES = 10 + len(data.SCENES), data.SIDE**2  # what a patch or an image shows; where a patch is
 PIXELS = data.SIDE * data.PIXELS
+VISION = CLIPVisionConfig(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    image_size=PIXELS,
+    patch_size=data.PIXELS,
+)
 
 
 class Budget(NamedTuple):
@@ -155,18 +163,19 @@ def _turns(file: Path) -> list[str]:
 
 
 class Seeing(nn.Module):
-    """A tower and what it says of each patch, for its training."""
+    """A tower and what it says of each patch, for its training. Where a patch is, it would forget if nobody asked."""
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
-        self.tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=PIXELS, patch_size=data.PIXELS))
-        self.head = nn.Linear(sizes["hidden_size"], CLASSES)
+        self.tower = CLIPVisionModel(VISION)
+        self.heads = nn.ModuleList(nn.Linear(VISION.hidden_size, classes) for classes in CLASSES)
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.head(self.tower(pixel_values).last_hidden_state)
-        shape, patches = F.cross_entropy(logits[:, 0], labels[:, 0]), F.cross_entropy(logits[:, 1:].mT, labels[:, 1:])
-        return {"loss": shape + patches}
+        seen = self.tower(pixel_values).last_hidden_state
+        what, where = (head(seen) for head in self.heads)
+        places = torch.arange(CLASSES[1]).expand(len(labels), -1)
+        losses = F.cross_entropy(what[:, 0], labels[:, 0]), F.cross_entropy(what[:, 1:].mT, labels[:, 1:])
+        return {"loss": sum(losses) + F.cross_entropy(where[:, 1:].mT, places)}
 
 
 class Study:
@@ -225,17 +234,15 @@ class Study:
 
     def text(self, out: Path) -> None:
         set_seed(0)
-        tower = CLIPVisionModel.from_pretrained(self.part("tower", self.tower))
         tokenizer = self.processor.tokenizer
         sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2}
         sizes |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
         # Wider than the usual 0.02: at this width the model would not start to look things up within its budget.
         sizes |= {"initializer_range": 0.06, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
         sizes |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "tie_word_embeddings": False}
-        options = {"vision_config": tower.config, "text_config": LlamaConfig(**sizes)}
+        options = {"vision_config": VISION, "text_config": LlamaConfig(**sizes)}
         options |= {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "image_seq_length": data.SIDE**2}
         model = LlavaForConditionalGeneration(LlavaConfig(**options))
-        model.model.vision_tower.load_state_dict(tower.state_dict())
         with (
             torch.no_grad()
         ):  # the word of a cell begins as its name and its digit, or looking up takes far longer to learn
@@ -250,8 +257,14 @@ class Study:
     def stage1(self, out: Path) -> None:
         set_seed(0)
         model = LlavaForConditionalGeneration.from_pretrained(self.part("text", self.text))
+        tower = CLIPVisionModel.from_pretrained(self.part("tower", self.tower))
+        model.model.vision_tower.load_state_dict(tower.state_dict())
         self.conversations("train", from_llava(model), cache=True)  # the layers of every row
         records = self.conversations("train", model, cache=True)
+        with torch.no_grad():  # tokens begin as large as words: the language model adds little to much larger ones
+            seen = torch.stack([records[index]["blocks"][0][0, 1:] for index in range(16)])
+            projector, words = model.model.multi_modal_projector, model.get_input_embeddings().weight
+            projector.linear_2.weight.mul_(words.std() / projector(seen).std())
         train(model, self.processor, records, self.arguments(out, self.budget.stage1, 3e-3, 0), recipe="pretrain")
 
     def conversations(self, name: str, model: nn.Module, *, cache: bool = False) -> Conversations:
