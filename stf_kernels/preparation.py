@@ -114,4 +114,4 @@ def _run(
         y = module(x) if merging is None else module(x, tuple(grid))
         wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if training and wanted:
-            torch.autograd.grad(y.sum(), wanted)
+            torch.autograd.grad(y.sum(), wanted, allow_unused=True)

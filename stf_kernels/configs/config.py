@@ -15,7 +15,8 @@ class GemmConfig:
 
     form is the kernel: "pointer" runs anywhere (kernels/segmented_linear.py); "tma" fetches its tiles by the tensor
     memory accelerator (kernels/tma.py); "swap_ab" does too, with A and B swapped and tail_m rows beside the block_m
-    (kernels/swap_ab.py). Where operands do not suit these, `portable` serves. pdl: a programmatic dependent launch.
+    (kernels/swap_ab.py). Operands that do not suit these get plain torch, or `portable` where Triton is forced. pdl: a
+    programmatic dependent launch.
     """
 
     block_m: int

@@ -87,9 +87,8 @@ def choose(
     if known is None or (forced and known[0] is None):
         source, known = "model", (_model(index, *what, forced),)
     [config], itemsize = known, dtype.itemsize
-    if config is not None and (cache.slug, itemsize, wgrad, config) in _rejected:
-        config = None if wgrad else smallest(itemsize)
-    elif source != "table" and (itemsize, wgrad, config) in cache.failed:
+    rejected = (cache.slug, itemsize, wgrad, config) in _rejected
+    if rejected or (source != "table" and (itemsize, wgrad, config) in cache.failed):
         config = smallest(itemsize) if forced and not wgrad else None
     for heard in _listeners:
         heard.append(_said_of(cache, what, source, config))
@@ -242,19 +241,20 @@ def _select(index: int, what: tuple, measure: Measure) -> tuple[GemmConfig | Non
             said = f"stf_kernels: selecting for {_named(what)} on {cache.slug} ended in {type(error).__name__}: {line}"
             try:
                 torch.cuda.synchronize(index)
-            except Exception:
-                _log.error("%s. The device does not answer any more; a new process will not try this again", said)
-                raise error from None
+            except Exception as again:
+                if "captur" not in str(again):  # or another thread captures a graph, which forbids to wait
+                    _log.error("%s. The device does not answer any more; a new process will not try this again", said)
+                    raise error from None
             _log.warning("%s. Plain torch serves; attempt %d of %d", said, _attempts[attempt], _MOST_ATTEMPTS)
             return (None,)
         _keep(cache, what, us, failed)
-    record = cache.known[key_of(*what)].record
+    config = cache.known[key_of(*what)].config
     _log.warning(
-        "stf_kernels: selected for %s on %s: %s, %.1f us (%s: %.1f us), among %d in %.1f s; kept in %s",
-        _named(what), cache.slug, GemmConfig(**record["config"]) if record["config"] else "plain torch",
-        record["us"], record["rival"], record["rival_us"], len(us), time.monotonic() - began, cache.path,
+        "stf_kernels: selected for %s on %s: %s, %.1f us (torch: %.1f us), among %d in %.1f s; kept in %s",
+        _named(what), cache.slug, config or "plain torch", us[config], us[None], len(us),
+        time.monotonic() - began, cache.path,
     )  # fmt: skip
-    return (cache.known[key_of(*what)].config,)
+    return (config,)
 
 
 def _keep(cache: Cache, what: tuple, us: dict[GemmConfig | None, float] | None, failed: Failures) -> None:
@@ -284,7 +284,7 @@ def entry_of(place: dict, us: dict[GemmConfig | None, float]) -> dict:
         "config": best.to_dict() if wins else None,
         "us": us[best if wins else None],
         "rival": "torch" if wins else "triton",
-        "rival_us": us[None if wins else best],
+        "rival_us": us[None] if wins else kernels.get(best),
     }
 
 
@@ -298,22 +298,25 @@ def _said_of(cache: Cache, what: tuple, source: str, config: GemmConfig | None) 
 
 
 def reject(
-    device: torch.device, dtype: torch.dtype, config: GemmConfig, reason: Exception, *, wgrad: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    config: GemmConfig,
+    reason: Exception,
+    *,
+    forced: bool,
+    wgrad: bool = False,
 ) -> GemmConfig | None:
     """Never choose a configuration again on a device in this process, and warn once -> what serves instead.
 
-    That is the smallest one or, if wgrad, None for the library GEMM; where it is itself rejected, `reason` is raised.
+    None is plain torch; if `forced` it is the smallest configuration, and where that is rejected `reason` is raised.
     """
     slug, arch = device_identity(_index(device))
-    instead = None if wgrad else smallest(dtype.itemsize)
+    instead = smallest(dtype.itemsize) if forced else None
     if config == instead:
         raise reason
     rejected = slug, dtype.itemsize, wgrad, config
     if rejected not in _rejected:
         _rejected.add(rejected)
-        warnings.warn(
-            f"stf_kernels: {config} does not run on {slug} ({arch}): {reason}. {instead or 'the library GEMM'} serves "
-            "instead; `python -m stf_kernels.tune` finds better ones",
-            stacklevel=3,
-        )
+        said = f"stf_kernels: {config} does not run on {slug} ({arch}): {reason}. {instead or 'Plain torch'} serves"
+        warnings.warn(said, stacklevel=3)
     return instead

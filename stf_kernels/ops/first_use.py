@@ -34,6 +34,7 @@ class Product(NamedTuple):
 
     device: torch.device
     columns: int  # of every result
+    factor: Tensor  # [..., terms of a sum]: W; a term that is zero in all of it shows nobody whether it is read
     new: Callable[[], tuple[Tensor, ...]]  # memory for the results
     arguments: Callable[[GemmConfig, tuple[Tensor, ...]], tuple]  # as launch.ARGUMENTS, of a launch into such memory
     library: Callable[[], tuple[Tensor, ...]]  # the results by plain torch
@@ -79,7 +80,7 @@ def of_stage(
         like = [draw(x) for x in blocks], draw(weight, weight.shape[1] ** -0.5), None if bias is None else draw(bias)
         return of_stage(arguments, like, stage, save_pre, out)
 
-    return Product(x.device, n, new, into, library, exact, drawn)
+    return Product(x.device, n, weight, new, into, library, exact, drawn)
 
 
 def draw(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -149,13 +150,14 @@ def compile_all(product: Product, configs: Sequence[GemmConfig], failed: dict[Ge
 
 @contextlib.contextmanager
 def _blaming(config: GemmConfig, failed: dict[GemmConfig, str]) -> Iterator[None]:
-    """What a configuration raises is noted, unless it is out of memory or disk, or operands that do not suit it."""
+    """What a configuration raises is noted, unless it is out of memory or disk, operands that do not suit it, or
+    another thread's capture of a graph, which forbids this one to allocate or to wait."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, OSError):
         raise
     except Exception as error:  # the compiler raises what it likes
-        if "out of memory" in str(error):  # as Triton says it
+        if "out of memory" in str(error) or "captur" in str(error):  # as Triton and CUDA say it
             raise
         if not tma.is_refusal(config, error):
             failed[config] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
@@ -169,6 +171,7 @@ class Expected:
     """The results of plain torch, and how far others may be from them."""
 
     def __init__(self, product: Product) -> None:
+        self.factor = product.factor
         self.results = [result.view(-1, product.columns) for result in product.library()]
         total = len(self.results[0])
         self.rows = torch.linspace(0, total - 1, min(total, ROWS), dtype=torch.float64, device=product.device).long()
@@ -181,10 +184,12 @@ class Expected:
 
     @property
     def tells(self) -> bool:
-        """Not of zeros, repeated rows or NaN, as a first call is often made on: a wrong kernel would pass, or none."""
+        """Not of zeros, repeated rows or NaN, as a first call is often made on, nor of a warm start's weights, half of
+        whose columns are zero: a wrong kernel would pass, or none."""
         last = self.exact[-1]
         alike = any(last.shape[dim] > 1 and not last.diff(dim=dim).any() for dim in (0, 1))
-        return not alike and all(part.isfinite().all() for y in self.results for part in y.split(AT_ONCE))
+        seen = bool(self.factor.any(0).all())
+        return seen and not alike and all(part.isfinite().all() for y in self.results for part in y.split(AT_ONCE))
 
     def differs(self, results: Sequence[Tensor]) -> str | None:
         """Why results are wrong, or None."""

@@ -3,9 +3,9 @@
     run_stage             y = act(A @ W^T + b)    kernels/segmented_linear.py, tma.py or swap_ab.py
     run_activation_bwd    dy * act'(pre)          kernels/activations.py
 
-A call that repeats an earlier one in the pointer form on NVIDIA is launched as that one was: the JIT's binding of
-arguments and our own look-ups cost more host time than the launch itself. Under the interpreter outputs are fp32 and
-torch rounds them: a store into bf16 truncates there.
+A call that repeats an earlier one on NVIDIA is launched as that one was: the JIT's binding of arguments and our own
+look-ups cost more host time than the launch itself. Descriptors hold addresses, so every call makes its own. Under the
+interpreter outputs are fp32 and torch rounds them: a store into bf16 truncates there.
 """
 
 import functools
@@ -56,7 +56,7 @@ def run_stage(
 
     blocks: [B, T, C] each, weight [N, K], bias [N]; read in place where the last axis is contiguous, else copied.
     config: that kernel and no other, or an error that says why it does not run. None is the device's choice, which
-        may be plain torch unless `forced`, and is another one where the first does not run.
+        may be plain torch unless `forced`; what does not run is replaced.
     out [R, N], rows [M] int64: row i of the GEMM is written to out[rows[i]], and y is out; rows outside [0, R) are
         not written.
     """
@@ -82,7 +82,6 @@ def run_stage(
             _keep(key, ready)
     if ready.config is None:
         return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
-
     store_dtype = torch.float32 if interpreting() else x.dtype
     if out is None:
         y = torch.empty(stage.out_shape(x.shape, n), device=x.device, dtype=store_dtype)
@@ -92,20 +91,26 @@ def run_stage(
     pre = torch.empty((m, n), device=x.device, dtype=store_dtype) if save_pre else None
     tensors = tuple(blocks), weight, bias, y, pre, rows
     with on_device(x.device):
-        if ready.compiled is not None:
+        waiting = m and n
+        if ready.compiled is not None and ready.config.form == "pointer":
             scratch = split_k_scratch(ready.config, ready.grid[0], x.device)
             ready.compiled[ready.grid](*tensors, *scratch, *ready.sizes)
-        while ready.compiled is None and m and n:
+            waiting = False
+        while waiting and (chosen := ready.config) is not None:
             try:
-                kernel, grid, operands, sizes, constants = ARGUMENTS[ready.config.form](ready.config, tensors, stage)
-                compiled = kernel[grid](*operands, *sizes, **constants, **ready.config.compiler_options())
+                kernel, grid, operands, sizes, constants = ARGUMENTS[chosen.form](chosen, tensors, stage)
+                if ready.compiled is not None and ready.sizes == _behind(kernel, operands, sizes, constants):
+                    ready.compiled[grid](*operands, *ready.sizes)
+                    break
+                compiled = kernel[grid](*operands, *sizes, **constants, **chosen.compiler_options())
             except Exception as error:  # another one is raised again
-                ready = Ready(_instead(ready.config, error, x, exact=config is not None))
+                ready = Ready(_instead(chosen, error, x, exact=config is not None, forced=forced))
                 continue
-            if compiled is not None and ready.config.form == "pointer" and torch.version.hip is None:
-                in_order = tuple(constants[name] for name in kernel.arg_names[len(operands) + len(sizes) :])
-                _keep(key, Ready(ready.config, compiled, grid, sizes + in_order))
+            if compiled is not None and torch.version.hip is None:
+                _keep(key, Ready(chosen, compiled, grid, _behind(kernel, operands, sizes, constants)))
             break
+    if ready.config is None:
+        return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
 
     if out is not None and y is not out:
         out.copy_(y.to(out.dtype))  # between dtypes copy_ loses a pending sign
@@ -114,6 +119,11 @@ def run_stage(
     if store_dtype is not x.dtype:
         y, pre = y.to(x.dtype), None if pre is None else pre.to(x.dtype)
     return y if out is None else out, pre
+
+
+def _behind(kernel: Any, operands: tuple, sizes: tuple, constants: dict[str, Any]) -> tuple:
+    """Every argument behind the tensors, the constants in the kernel's order."""
+    return sizes + tuple(constants[name] for name in kernel.arg_names[len(operands) + len(sizes) :])
 
 
 def product_of(operands: tuple, stage: Stage, save_pre: bool = False, out: Tensor | None = None) -> first_use.Product:
@@ -149,17 +159,21 @@ def _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre) -> tu
     )  # fmt: skip
 
 
-def _instead(config: GemmConfig, error: Exception, x: Tensor, *, exact: bool) -> GemmConfig:
-    """What serves in place of a configuration that did not run; raises an error that is not the configuration's."""
+def _instead(config: GemmConfig, error: Exception, x: Tensor, *, exact: bool, forced: bool) -> GemmConfig | None:
+    """What serves in place of a configuration that did not run: plain torch, unless forced a kernel that asks less of
+    operands or device. Raises an error that is not the configuration's."""
     refused = tma.is_refusal(config, error)
     if refused and not isinstance(error, tma.Refused):
         error = tma.Refused(f"the driver refuses the descriptor: {error}")
         if not exact and (seen := (str(x.device), x.is_contiguous())) not in _warned:
             _warned.add(seen)
-            warnings.warn(f"stf_kernels: {error}; the pointer kernel serves instead", stacklevel=3)
+            serves = "the pointer kernel" if forced else "plain torch"
+            warnings.warn(f"stf_kernels: {error}; {serves} serves instead", stacklevel=3)
     if exact or not isinstance(error, does_not_run()):
         raise error
-    return config.portable() if refused else configs.reject(x.device, x.dtype, config, error)
+    if not refused:
+        return configs.reject(x.device, x.dtype, config, error, forced=forced)
+    return config.portable() if forced else None
 
 
 def does_not_run() -> tuple[type[Exception], ...]:

@@ -36,7 +36,7 @@ def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int],
         try:
             return launch_wgrad(g, blocks, stage, config)
         except launch.does_not_run() as error:
-            configs.reject(g.device, g.dtype, config, error, wgrad=True)
+            configs.reject(g.device, g.dtype, config, error, wgrad=True, forced=False)
     return by_library(g, blocks, shape, stage)
 
 
@@ -91,7 +91,7 @@ def product_of(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], stage:
     def library() -> tuple[Tensor, ...]:
         return (by_library(g, blocks, shape, stage),)
 
-    return first_use.Product(g.device, shape[1], lambda: (g.new_empty(shape),), arguments, library, exact, drawn)
+    return first_use.Product(g.device, shape[1], g.t(), lambda: (g.new_empty(shape),), arguments, library, exact, drawn)
 
 
 def wgrad_arguments(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:

@@ -29,6 +29,7 @@ def pretend(monkeypatch):
         monkeypatch.setattr(selection, "multiprocessors", lambda index: 132)
         for name, nothing in (("_rejected", set()), ("_attempts", Counter()), ("_said", set())):
             monkeypatch.setattr(selection, name, nothing)
+        monkeypatch.setattr(launch, "_ready", {})
         # These tests ask which kernel serves; test_fallback.py has where plain torch does.
         monkeypatch.setattr(selection, "library_cycles", lambda *_: float("inf"))
 
@@ -85,6 +86,9 @@ class Kernel:
             pre.copy_(found_pre)
         if planted == "does not read x":
             y.copy_(torch_path.run_stage([torch.zeros_like(blocks[0])], weight, bias, self.stage)[0])
+        if planted == "half of K":
+            half = torch.arange(weight.shape[1]) < weight.shape[1] // 2
+            y.copy_(torch_path.run_stage(blocks, weight * half, bias, self.stage)[0])
         if planted == "wrong":
             y.view(-1, y.shape[-1])[-1] += 0.5
         if planted == "a row not written":
@@ -106,6 +110,5 @@ def gpu(pretend, monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "medians", gpu.medians)
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(launch, "_ready", {})
     monkeypatch.setenv("STF_KERNELS_CACHE", str(tmp_path))
     return gpu

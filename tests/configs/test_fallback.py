@@ -49,17 +49,18 @@ def gpu(pretend, monkeypatch):
 def test_it_falls_back_once_with_one_warning(gpu):
     ran, refused = gpu
     refused[CHOSEN] = OutOfResources(300_000, 232_448, "shared memory")
-    with pytest.warns(UserWarning, match=r"test-gpu.*shared memory.*stf_kernels\.tune") as warned:
+    with pytest.warns(UserWarning, match=r"test-gpu.*shared memory.*Plain torch serves") as warned:
         launch.run_stage([X], WEIGHT, None, Stage())
     assert len(warned) == 1
     refused[CHOSEN] = AssertionError("the second call starts with what runs")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        launch.run_stage([X], WEIGHT, None, Stage())
-    assert ran == [smallest(2)] * 2
+        for forced in (False, True):
+            launch.run_stage([X], WEIGHT, None, Stage(), forced=forced)
+    assert ran == [smallest(2)], "a kernel that nobody has checked there serves only who forces one"
     refused[smallest(2)] = OutOfResources(400_000, 232_448, "shared memory")
     with pytest.raises(OutOfResources, match="400000"):  # nothing is left that could serve
-        launch.run_stage([X], WEIGHT, None, Stage())
+        launch.run_stage([X], WEIGHT, None, Stage(), forced=True)
 
 
 def test_a_weight_gradient_falls_back_to_the_library(gpu, monkeypatch):
@@ -72,7 +73,7 @@ def test_a_weight_gradient_falls_back_to_the_library(gpu, monkeypatch):
     monkeypatch.setattr(weight_grad, "launch_wgrad", launch_wgrad)
     g = torch.empty(2 * 64, 256, dtype=torch.bfloat16, device="meta")
     cropped = torch.empty(2, 65, 128, dtype=torch.bfloat16, device="meta")[:, 1:]
-    with pytest.warns(UserWarning, match="shared memory.*the library GEMM serves instead"):
+    with pytest.warns(UserWarning, match="shared memory.*Plain torch serves"):
         dw = weight_grad.first_weight_grad(g, [cropped], (256, 128), Stage(), "triton")
     assert dw.shape == (256, 128)
     weight_grad.first_weight_grad(g, [cropped], (256, 128), Stage(), "triton")
@@ -88,16 +89,17 @@ def test_another_error_is_the_users_to_see(gpu):
 
 
 def test_a_refused_descriptor_costs_its_own_call_alone(gpu, monkeypatch):
-    """It is the operands that the driver refuses: the pointer kernel of the same tile serves, nothing is banned."""
+    """It is the operands that the driver refuses: plain torch serves, or the pointer kernel; nothing is banned."""
     ran, refused = gpu
     refused[TMA] = RuntimeError("Failed to create tensor map descriptor: invalid argument")
     monkeypatch.setattr(configs, "choose", lambda *_, **__: TMA)
-    with pytest.warns(UserWarning, match=r"driver refuses.*tensor map.*pointer kernel serves"):
+    with pytest.warns(UserWarning, match=r"driver refuses.*tensor map.*plain torch serves"):
         launch.run_stage([X], WEIGHT, None, Stage())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        launch.run_stage([X], WEIGHT, None, Stage())
-    assert ran == [TMA.portable()] * 2
+        for forced in (False, True):
+            launch.run_stage([X], WEIGHT, None, Stage(), forced=forced)
+    assert ran == [TMA.portable()]
     assert not selection._rejected
 
 

@@ -227,6 +227,32 @@ def test_operands_that_tell_nothing_are_replaced(gpu, value):
     assert served() == good
 
 
+def test_a_warm_start_does_not_hide_what_is_not_read(gpu):
+    """Half of the second weight's columns are zero there, and will not be once it is trained."""
+    bad, good, *_ = candidates()
+    gpu.planted[bad] = "half of K"
+    gpu.us |= {bad: 1.0, good: 40.0}
+    weight = WEIGHT.clone()
+    weight[:, 64:] = 0
+    with pytest.warns(UserWarning, match=f"not used.*: {re.escape(str(bad))}: wrong"):
+        launch.run_stage([X], weight, BIAS, GELU)
+    assert served() == good
+
+
+def test_another_threads_capture_is_nobodys_fault(gpu, monkeypatch, caplog):
+    """It forbids every thread to allocate and to wait."""
+    error = RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    gpu.planted[candidates()[0]] = error
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda *_: (_ for _ in ()).throw(error))
+        call()
+    assert "when stream is capturing. Plain torch serves; attempt 1 of 3" in caplog.text
+    gpu.planted.clear()
+    call()
+    assert gpu.selections == 1
+    assert len({config for config, _ in gpu.ran}) == len(candidates())
+
+
 def test_what_another_process_has_selected_is_taken(gpu):
     first = candidates()[0]
     gpu.us[first] = 40.0
