@@ -77,7 +77,7 @@ class Budget(NamedTuple):
     test_boards: int = 250
 
 
-SMOKE = Budget(300, 600, 150, 50, 100, 16, 1500, 500, 8000, 100)
+SMOKE = Budget(400, 600, 300, 50, 150, 16, 1500, 500, 6000, 60)
 
 
 class StudyError(ValueError):
