@@ -28,7 +28,7 @@ from .command import number, positive_int
 from .prefill.presets import SIZES, preset
 
 NAME = "bench.serving"
-PHOTOGRAPH = Path(__file__).parent / "assets" / "rocket.jpg"
+PHOTOGRAPH = Path(__file__).parent / "assets" / "raccoon.jpg"
 MODELS = ("llava-1.5", "llava-stf")
 TEXT = "the this that is are in on of sky tower light cloud day night red blue white near far up"
 WORDS = TEXT.split()

@@ -80,7 +80,8 @@ def load(folder: Path, compare: bool) -> list[Speaker]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from . import LlavaStfProcessor, from_llava
+    from . import from_llava
+    from .core.register import family_of
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "auto" if device == "cuda" else torch.float32
@@ -89,7 +90,7 @@ def load(folder: Path, compare: bool) -> list[Speaker]:
     speakers = [Speaker(model.config.model_type, model, processor)]
     if compare:
         compact = from_llava(model)
-        merged = LlavaStfProcessor.from_llava(processor, merge_size=compact.config.spatial_merge_size)
+        merged = family_of(compact.config).processor.from_llava(processor, merge_size=compact.config.spatial_merge_size)
         speakers.append(Speaker(f"{compact.config.model_type}, untrained", compact, merged))
     return speakers
 

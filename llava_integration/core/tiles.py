@@ -7,7 +7,9 @@ without truncation. So what they do behind the projector follows from their own 
 order of tokens and tiles, the padding that is cut off, the newline behind each row, the limit on many tiles.
 """
 
+import copy
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,16 +25,6 @@ from transformers.utils.generic import can_return_tuple
 from .config import prefix_tokens, smallest_window
 from .insertion import is_captured
 from .model import CompactModel
-
-
-class Seen:
-    """`whole`, seen with other values of some attributes."""
-
-    def __init__(self, whole: object, **others: object):
-        vars(self).update(others, _whole=whole)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._whole, name)
 
 
 class _OnHost(TorchFunctionMode):
@@ -56,10 +48,10 @@ class TiledModel(CompactModel):
 
     def pack_image_features(self, *args, **kwargs):
         """The stock model's, for tiles of (H//r) x (W//r) tokens: N x [T, (H//r)*(W//r), D] -> N x [tokens, D]."""
-        vision = self.config.vision_config
-        patch = vision.patch_size * self.config.spatial_merge_size
-        coarse = Seen(self, config=Seen(self.config, vision_config=Seen(vision, patch_size=patch)))
-        return super().pack_image_features.__func__(coarse, *args, **kwargs)
+        vision, config = copy.copy(self.config.vision_config), copy.copy(self.config)
+        vision.patch_size *= config.spatial_merge_size
+        vars(config)["vision_config"] = vision  # past the checks: nobody but the stock code sees it
+        return super().pack_image_features.__func__(SimpleNamespace(config=config), *args, **kwargs)
 
     def token_counts(self, image_sizes, batch_num_images=None, **packing) -> list[int]:
         """Tokens of every image of (height, width) `image_sizes`."""
@@ -124,12 +116,10 @@ class TiledModel(CompactModel):
         return torch.searchsorted(ends, rows, right=True).diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
 
     def uncached_images(self, input_ids: Tensor, pixel_values: Tensor, cached: int) -> Tensor:
-        """Those of the new turn alone are expected: which they are, their sizes do not say."""
-        return pixel_values
+        return pixel_values  # those of the new turn are expected
 
     def _writes_in_place(self, inputs_embeds: Tensor) -> bool:
-        """Never: the rows of the projector are packed before they go into a prompt."""
-        return False
+        return False  # the projector's rows are packed before they go into a prompt
 
 
 def tile_counts(config: PreTrainedConfig, image_sizes, batch_num_images=None) -> tuple[list[list[int]], list[int]]:

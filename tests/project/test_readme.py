@@ -7,18 +7,22 @@ import pytest
 from support.processes import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NAMES = {"mlp2x": "LLaVA-1.5", "reference": "LLaVA-STF, plain PyTorch", "fused": "LLaVA-STF, this library"}
+NAMES = {"llava-1.5/mlp2x": "LLaVA-1.5", "llava-stf/reference": "LLaVA-STF, plain PyTorch"}
+NAMES |= {"llava-stf/fused": "LLaVA-STF, this library", "llava-next/mlp2x": "LLaVA-NeXT"}
+NAMES |= {"llava-next-stf/fused": "LLaVA-NeXT, this library", "llava-onevision/mlp2x": "LLaVA-OneVision"}
+NAMES |= {"llava-onevision-stf/fused": "LLaVA-OneVision, this library"}
 
 
 def quoted(result):
     """The lines that the README's table must have for a prefill.json."""
     first = result["rows"][0]
-    speedups = {name.split()[0].split("/")[1]: ratio for name, ratio in result["speedup"].items()}
+    speedups = {name.split()[0]: ratio for name, ratio in result["speedup"].items()}
     for row in result["rows"]:
         times = (row[stage] for stage in ("vision_ms", "projector_ms", "prefill_ms", "total_ms"))
-        speedup = 1 if row is first else speedups[row["projector"]]
+        label = f"{row['model']}/{row['projector']}"
+        speedup = 1 if row is first else speedups[label]
         figures = [str(row["image_tokens"]), *(f"{time:,.0f}" for time in times), f"{speedup:.2f}x"]
-        yield f"| {NAMES[row['projector']]} | {' | '.join(figures)} |"
+        yield f"| {NAMES[label]} | {' | '.join(figures)} |"
 
 
 def test_the_table_is_the_file():
@@ -29,6 +33,18 @@ def test_the_table_is_the_file():
         assert line in README
     assert f"commit {result['commit'][:7]}" in README
     assert f"torch {result['torch']}, transformers {result['transformers']}" in README.replace("\n", " ")
+
+
+@pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
+def test_the_rows_of_the_families_are_their_files(family):
+    result = json.loads((ROOT / f"bench/results/amd-epyc-2-threads/prefill-{family}.json").read_text())
+    assert result["complete"]
+    assert min(row["rounds"] for row in result["rows"]) >= 3
+    for line in quoted(result):
+        assert line in README
+    (cost,) = (re.findall(r"([\d.]+x)$", note)[0] for note in result["notes"] if note.startswith("calculated"))
+    assert cost in README
+    assert result["commit"][:7] in README
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
