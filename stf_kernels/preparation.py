@@ -29,14 +29,10 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        rows = [_HEADS, *(tuple(_shown(entry[head]) for head in _HEADS) for entry in self.entries)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] if self.entries else []
-        return "\n".join([*lines, *self.notes])
-
-
-def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+        rows = [_HEADS, *([entry[head] for head in _HEADS] for entry in self.entries)] if self.entries else []
+        texts = [["" if x is None else f"{x:.1f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        return "\n".join(["  ".join(map(str.ljust, row, widths)).rstrip() for row in texts] + self.notes)
 
 
 def prepare(

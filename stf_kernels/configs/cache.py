@@ -32,7 +32,7 @@ from .tables import DTYPES, ENTRY, check_entry, write_json
 CACHE_VERSION = 1
 _LOCK_SECONDS = 5.0
 _MORE = {"m", "save_pre", "tf32", "candidates"}
-_KEY = ("stage", "dtype", "n", "k", "m_max", "save_pre", "tf32")
+KEY = ("stage", "dtype", "n", "k", "m_max", "save_pre", "tf32")
 
 # itemsize, of a weight gradient, configuration: kernels share tiles, and what is wrong at one product is not trusted.
 Failed = tuple[int, bool, GemmConfig]
@@ -64,7 +64,7 @@ def cache_of(slug: str, arch: str) -> "Cache":
 
 
 class Cache:
-    """known: entries by the key of their problem (_KEY); failed: what is not tried again."""
+    """known: entries by the key of their problem (KEY); failed: what is not tried again."""
 
     def __init__(self, slug: str, arch: str) -> None:
         import triton
@@ -116,7 +116,7 @@ class Cache:
             for candidate in entry["candidates"]:
                 check_fields(f"{where}.candidates", candidate, {"config", "us"})
                 us[candidate["config"] and GemmConfig.from_dict(candidate["config"])] = float(candidate["us"])
-            known[tuple(entry[name] for name in _KEY)] = Known(entry, config, us)
+            known[tuple(entry[name] for name in KEY)] = Known(entry, config, us)
         for number, record in enumerate(value["failed"]):
             check_fields(f"failed[{number}]", record, {"stage", "dtype", "config", "reason"})
             wgrad = record["stage"].endswith("_wgrad")

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from .cache import Cache, cache_of
+from .cache import KEY, Cache, cache_of
 from .config import GemmConfig
 from .model import cycles, default_config, library_cycles, others, smallest, tiles
 from .tables import device_identity, does_not_suit, multiprocessors, table_of
@@ -38,6 +38,7 @@ MARGIN = 0.98  # a kernel must take less than this share of plain torch's time: 
 # Microseconds of plain torch (None) and of each candidate that is right; what is wrong or does not run goes into the
 # second argument with its reason, as soon as it is known.
 Failures = dict[GemmConfig, str]
+Choice = tuple[GemmConfig | None]  # of one: None is plain torch, where no tuple means that nothing is known
 Measure = Callable[[list[GemmConfig], Failures], dict[GemmConfig | None, float]]
 _PER_FORM = 2
 _NOT_WORTH_TRYING = 2.0  # times the best estimate
@@ -123,10 +124,15 @@ def _index(device: torch.device) -> int:
 
 def key_of(stage: str, dtype: torch.dtype, m: int, n: int, k: int, save_pre: bool) -> tuple:
     """What a selection is for: the shape of W, and rows of A up to the next power of two or 3/4 of it."""
-    name, wgrad = str(dtype).removeprefix("torch."), stage.endswith("_wgrad")
-    rows, shape = (k, (m, n)) if wgrad else (m, (n, k))
+    rows, *shape = _rows_and_weight(stage, m, n, k)
     power = 1 << max(rows - 1, 0).bit_length()
-    return stage, name, *shape, power if 4 * rows > 3 * power else max(3 * power // 4, 1), save_pre, uses_tf32(dtype)
+    bucket = power if 4 * rows > 3 * power else max(3 * power // 4, 1)
+    return stage, str(dtype).removeprefix("torch."), *shape, bucket, save_pre, uses_tf32(dtype)
+
+
+def _rows_and_weight(stage: str, m: int, n: int, k: int) -> tuple[int, int, int]:
+    """Rows of A and the shape of W, by which tables and selections know a weight gradient, too."""
+    return (k, m, n) if stage.endswith("_wgrad") else (m, n, k)
 
 
 def uses_tf32(dtype: torch.dtype) -> bool:
@@ -160,25 +166,20 @@ def _named(what: tuple) -> str:
     return f"{stage} {str(dtype).removeprefix('torch.')} m {m} n {n} k {k}" + " training" * save_pre
 
 
-# Of each: None where it does not know, else a tuple of the configuration, None for plain torch.
-
-
 @functools.lru_cache(maxsize=4096)
-def _tabled(
-    index: int, stage: str, dtype: torch.dtype, m: int, n: int, k: int, save_pre: bool
-) -> tuple[GemmConfig | None] | None:
-    name, wgrad = str(dtype).removeprefix("torch."), stage.endswith("_wgrad")
-    rows, shape = (k, (m, n)) if wgrad else (m, (n, k))  # a table knows both by the rows of A and the shape of W
-    choices = table_of(*device_identity(index)).get((stage, name, *shape)) or []
-    config = next((config for m_max, config in choices if rows <= m_max), choices[-1][1] if choices else None)
-    beyond = bool(choices) and rows > choices[-1][0]
+def _tabled(index: int, stage: str, dtype: torch.dtype, m: int, n: int, k: int, save_pre: bool) -> Choice | None:
+    rows, *shape = _rows_and_weight(stage, m, n, k)
+    choices = table_of(*device_identity(index)).get((stage, str(dtype).removeprefix("torch."), *shape))
+    if not choices:
+        return None
+    config = next((config for m_max, config in choices if rows <= m_max), choices[-1][1])
     # Beyond the table: split K's workspace would grow with M, gigabytes for what a table of one image says. And tables
     # are measured without the pre-activation's store, which wants smaller tiles.
     few_rows = config is not None and (config.split_k > 1 or config.form == "swap_ab")
-    return None if not choices or (beyond and few_rows) or (save_pre and config is not None) else (config,)
+    return None if (few_rows and rows > choices[-1][0]) or (save_pre and config is not None) else (config,)
 
 
-def _cached(cache: Cache, what: tuple, forced: bool) -> tuple[GemmConfig | None] | None:
+def _cached(cache: Cache, what: tuple, forced: bool) -> Choice | None:
     known = cache.known.get(key_of(*what))
     if known is None or (forced and known.kernel is None):
         return None
@@ -206,22 +207,19 @@ def _menu(arch: str, stage: str, itemsize: int, save_pre: bool) -> list[GemmConf
 
 def contenders(index: int, stage: str, dtype: torch.dtype, m: int, n: int, k: int, save_pre: bool) -> list[GemmConfig]:
     """What is tried at first use, the most promising first: a few of every form that the architecture has."""
-    (slug, arch), count, itemsize = device_identity(index), multiprocessors(index), dtype.itemsize
-    costs = {
-        config: cycles(config, m, n, k, itemsize, arch, count) for config in _menu(arch, stage, itemsize, save_pre)
-    }
-    failed, taken, found = cache_of(slug, arch).failed, Counter[tuple](), []
+    (slug, arch), itemsize = device_identity(index), dtype.itemsize
+    size = m, n, k, itemsize, arch, multiprocessors(index)
+    costs = {config: cycles(config, *size) for config in _menu(arch, stage, itemsize, save_pre)}
+    failed, found = cache_of(slug, arch).failed, dict[tuple, list[GemmConfig]]()
     for config in sorted(costs, key=costs.__getitem__):
-        form, workspace = (config.form, config.split_k > 1), 4 * m * n * config.split_k
-        fits = config.split_k == 1 or workspace <= _WORKSPACE
+        fits = config.split_k == 1 or 4 * m * n * config.split_k <= _WORKSPACE
         fresh = (itemsize, stage.endswith("_wgrad"), config) not in failed
-        if fits and fresh and taken[form] < _PER_FORM and costs[config] <= _NOT_WORTH_TRYING * min(costs.values()):
-            taken[form] += 1
-            found.append(config)
-    return found
+        if fits and fresh and costs[config] <= _NOT_WORTH_TRYING * min(costs.values()):
+            found.setdefault((config.form, config.split_k > 1), []).append(config)
+    return sorted((c for form in found.values() for c in form[:_PER_FORM]), key=costs.__getitem__)
 
 
-def _select(index: int, what: tuple, measure: Measure) -> tuple[GemmConfig | None]:
+def _select(index: int, what: tuple, measure: Measure) -> Choice:
     """Measure, keep what was found, say so in one line -> what serves this call, plain torch if nothing was found."""
     cache, attempt, began = cache_of(*device_identity(index)), (index, key_of(*what)), time.monotonic()
     with _selecting:
@@ -236,7 +234,7 @@ def _select(index: int, what: tuple, measure: Measure) -> tuple[GemmConfig | Non
             us = measure(contenders(index, *what), failed)
         except Exception as error:
             _attempts[attempt] += 1
-            _keep(cache, what, None, failed)
+            _keep(cache, what, {}, failed)
             line = (str(error).splitlines() or [""])[0]
             said = f"stf_kernels: selecting for {_named(what)} on {cache.slug} ended in {type(error).__name__}: {line}"
             try:
@@ -257,13 +255,12 @@ def _select(index: int, what: tuple, measure: Measure) -> tuple[GemmConfig | Non
     return (config,)
 
 
-def _keep(cache: Cache, what: tuple, us: dict[GemmConfig | None, float] | None, failed: Failures) -> None:
-    stage, dtype, n, k, m_max, save_pre, tf32 = key_of(*what)
-    place, entries = {"stage": stage, "dtype": dtype}, []
-    if us is not None:
+def _keep(cache: Cache, what: tuple, us: dict[GemmConfig | None, float], failed: Failures) -> None:
+    key, entries = dict(zip(KEY, key_of(*what), strict=True)), []
+    if us:
         candidates = [{"config": config and config.to_dict(), "us": time} for config, time in us.items()]
-        more = {"m": what[2], "save_pre": save_pre, "tf32": tf32, "candidates": candidates}
-        entries.append(entry_of(place | {"n": n, "k": k, "m_max": m_max}, us) | more)
+        entries.append(entry_of(key, us) | {"m": what[2], "candidates": candidates})
+    place = {name: key[name] for name in ("stage", "dtype")}
     records = [place | {"config": config.to_dict(), "reason": reason} for config, reason in failed.items()]
     if entries or records:
         cache.add(entries, records)
@@ -298,25 +295,19 @@ def _said_of(cache: Cache, what: tuple, source: str, config: GemmConfig | None) 
 
 
 def reject(
-    device: torch.device,
-    dtype: torch.dtype,
-    config: GemmConfig,
-    reason: Exception,
-    *,
-    forced: bool,
-    wgrad: bool = False,
+    device: torch.device, dtype: torch.dtype, config: GemmConfig, error: Exception, *, forced: bool, wgrad: bool = False
 ) -> GemmConfig | None:
-    """Never choose a configuration again on a device in this process, and warn once -> what serves instead.
+    """Do not choose a configuration again on a device in this process, warn once -> what serves instead.
 
-    None is plain torch; if `forced` it is the smallest configuration, and where that is rejected `reason` is raised.
+    None is plain torch; if `forced` it is the smallest configuration, and where that is rejected `error` is raised.
     """
     slug, arch = device_identity(_index(device))
     instead = smallest(dtype.itemsize) if forced else None
     if config == instead:
-        raise reason
+        raise error
     rejected = slug, dtype.itemsize, wgrad, config
     if rejected not in _rejected:
         _rejected.add(rejected)
-        said = f"stf_kernels: {config} does not run on {slug} ({arch}): {reason}. {instead or 'Plain torch'} serves"
+        said = f"stf_kernels: {config} does not run on {slug} ({arch}): {error}. {instead or 'Plain torch'} serves"
         warnings.warn(said, stacklevel=3)
     return instead

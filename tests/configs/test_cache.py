@@ -67,8 +67,6 @@ def test_what_is_added_is_there_for_the_next_process(fresh):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda text: text[: len(text) // 2],
-        lambda text: "",
         lambda text: "\x00" * 40,
         lambda text: "[" * 100_000,
         lambda text: "[]",
