@@ -44,5 +44,4 @@ register(
     LlavaNextStfForConditionalGeneration,
     LlavaNextStfProcessor,
     stock=LlavaNextForConditionalGeneration,
-    renames={LlavaNextStfConfig.model_type: "llava_next", LlavaNextStfModel.__name__: "LlavaNextModel"},
 )

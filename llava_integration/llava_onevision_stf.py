@@ -143,8 +143,4 @@ register(
     LlavaOnevisionStfForConditionalGeneration,
     LlavaOnevisionStfProcessor,
     stock=LlavaOnevisionForConditionalGeneration,
-    renames={
-        LlavaOnevisionStfConfig.model_type: "llava_onevision",
-        LlavaOnevisionStfModel.__name__: "LlavaOnevisionModel",
-    },
 )

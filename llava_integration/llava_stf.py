@@ -68,5 +68,4 @@ register(
     LlavaStfForConditionalGeneration,
     LlavaStfProcessor,
     stock=LlavaForConditionalGeneration,
-    renames={LlavaStfConfig.model_type: "llava", LlavaStfModel.__name__: "LlavaModel"},
 )

@@ -35,13 +35,11 @@ def family_of(config: Config) -> Family:
     return _FAMILIES[config.model_type]
 
 
-def register(
-    config: type[Config], model: type, generator: type, processor: type, *, stock: type, renames: dict[str, str]
-) -> None:
-    """Calling it again changes nothing.
+def register(config: type[Config], model: type, generator: type, processor: type, *, stock: Any) -> None:
+    """Make the family of `stock`, a ForConditionalGeneration of transformers, known; again changes nothing.
 
-    `renames`: our model_type and model class -> those of the stock family. A class outside transformers inherits no
-    renames of tensors, and language_model.model.* of older checkpoints would be lost.
+    A class outside transformers inherits no renames of tensors, and language_model.model.* of older checkpoints would
+    be lost: ours are those of the stock classes.
     """
     _FAMILIES[config.model_type] = Family(stock, config, model, generator, processor)
     AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -52,7 +50,8 @@ def register(
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type] = generator.__name__
     modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config.model_type] = generator.__name__
     AutoProcessor.register(config, processor, exist_ok=True)
-    for ours, theirs in renames.items():
+    stock_model = stock.__name__.replace("ForConditionalGeneration", "Model")
+    for ours, theirs in ((config.model_type, stock.config_class.model_type), (model.__name__, stock_model)):
         register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
         _register_with_liger(ours, theirs)
 
