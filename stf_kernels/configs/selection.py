@@ -168,8 +168,8 @@ def _named(what: tuple) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _tabled(index: int, stage: str, dtype: torch.dtype, m: int, n: int, k: int, save_pre: bool) -> Choice | None:
-    rows, *shape = _rows_and_weight(stage, m, n, k)
-    choices = table_of(*device_identity(index)).get((stage, str(dtype).removeprefix("torch."), *shape))
+    rows, n, k = _rows_and_weight(stage, m, n, k)
+    choices = table_of(*device_identity(index)).get((stage, str(dtype).removeprefix("torch."), n, k))
     if not choices:
         return None
     config = next((config for m_max, config in choices if rows <= m_max), choices[-1][1])
