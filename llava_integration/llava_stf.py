@@ -1,5 +1,6 @@
 """LLaVA-STF: LLaVA-1.5 with a compact projector that reads several blocks of a tower cut short."""
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
@@ -9,7 +10,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .core.config import CompactConfig
-from .core.model import FIXED_GRID, CompactGeneration, CompactModel, forward_of
+from .core.model import FIXED_GRID, CompactGeneration, CompactModel, forward_of, takes_videos
 from .core.register import register
 from .processing import LlavaStfProcessor
 
@@ -18,12 +19,19 @@ from .processing import LlavaStfProcessor
 class LlavaStfConfig(CompactConfig, LlavaConfig):
     model_type = "llava_stf"
 
+    video_token_index: int | None = None  # None: a video stands behind the placeholder of an image
+
+    @property
+    def video_token_id(self) -> int:
+        return self.image_token_id if self.video_token_index is None else self.video_token_index
+
 
 class LlavaStfModel(CompactModel, LlavaModel):
     """Vision tower, compact projector and language model, without the language modeling head."""
 
     config: LlavaStfConfig
-    forward = forward_of(LlavaModel)
+    input_modalities = ("image", "video", "text")
+    forward = takes_videos(forward_of(LlavaModel))
 
     @can_return_tuple
     def get_image_features(
@@ -49,6 +57,33 @@ class LlavaStfModel(CompactModel, LlavaModel):
 
     own_image_features = get_image_features
 
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: Tensor | list[Tensor], **options: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """As get_image_features, for videos [V, T, 3, S, S] or V tensors [T, 3, S, S] whose frames are images.
+
+        `.pooler_output`: V tensors [T*(H//r)*(W//r), D], the tokens of the frames in order.
+        """
+        if not all(isinstance(video, Tensor) and video.ndim == 4 for video in pixel_values_videos):
+            got = list(getattr(pixel_values_videos, "shape", [type(pixel_values_videos).__name__]))
+            raise ValueError(f"pixel_values_videos: expected [videos, frames, channels, height, width], got {got}")
+        frames = torch.cat(list(pixel_values_videos))
+        outputs = self.get_image_features(pixel_values=frames, **options, return_dict=True)
+        tokens = iter(outputs.pooler_output)
+        outputs.pooler_output = [torch.cat([next(tokens) for _ in video]) for video in pixel_values_videos]
+        return outputs
+
+    def insert_videos(self, input_ids, inputs_embeds, encoded, options):
+        pixels, video = options.pop("pixel_values_videos", None), encoded.get("video")
+        if pixels is not None:
+            video = self.get_video_features(pixels, return_dict=True)
+        if video is None:
+            return inputs_embeds, options
+        tokens = torch.cat(list(video.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, tokens, self.config.video_token_id)
+        return inputs_embeds.masked_scatter(mask, tokens), options
+
     def check_options(self, vision_feature_select_strategy=None, image_sizes=None, **options) -> None:
         super().check_options(vision_feature_select_strategy, **options)
         if image_sizes is not None:
@@ -60,6 +95,8 @@ class LlavaStfForConditionalGeneration(CompactGeneration, LlavaForConditionalGen
 
     config: LlavaStfConfig
     model_class = LlavaStfModel
+    input_modalities = ("image", "video", "text")
+    forward = takes_videos(LlavaForConditionalGeneration.forward)
 
 
 register(

@@ -1,17 +1,20 @@
 """Prompts and images for LLaVA-STF: every image placeholder becomes (h // p // r) * (w // p // r) image tokens.
 
-144 for 336x336 pixels, patches of p = 14 and windows of r = 2. A video is its frames in order, behind one placeholder.
+144 for 336x336 pixels, patches of p = 14 and windows of r = 2. A video of T frames becomes T times as many, behind one
+placeholder: "<video>" where the tokenizer has that token, else that of an image.
 """
 
 import contextlib
+import itertools
 import math
-import re
 from collections.abc import Iterator
 
 from PIL import Image
-from transformers import LlavaProcessor, PreTrainedConfig
-from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import MultiModalData
+from transformers import BatchFeature, LlavaProcessor, PreTrainedConfig
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
+from transformers.tokenization_utils_base import TextInput
+from transformers.video_utils import VideoInput
 
 from .core.config import smallest_window
 from .images import pictures
@@ -28,10 +31,13 @@ class LlavaStfProcessor(LlavaProcessor):
             covers patches only, so neither changes a count.
         chat_template (`str`, *optional*): Jinja template for `apply_chat_template`.
         image_token (`str`, defaults to `"<image>"`): placeholder of one image in a prompt.
+        video_token (`str`, *optional*): placeholder of one video; default: "<video>" or, without it, `image_token`.
         spatial_merge_size (`int`, defaults to 2): side of the window that becomes one token.
 
-    Raises ValueError for sizes that are not positive ints and a tokenizer without a single token for `image_token`.
+    Raises ValueError for sizes that are not positive ints and a tokenizer without a single token for a placeholder.
     """
+
+    skip_tensor_conversion = (*LlavaProcessor.skip_tensor_conversion, "pixel_values_videos")
 
     def __init__(
         self,
@@ -43,6 +49,7 @@ class LlavaStfProcessor(LlavaProcessor):
         image_token="<image>",
         num_additional_image_tokens=1,
         spatial_merge_size=2,
+        video_token=None,
         **kwargs,
     ):
         for name, value in (("patch_size", patch_size), ("spatial_merge_size", spatial_merge_size)):
@@ -52,14 +59,16 @@ class LlavaStfProcessor(LlavaProcessor):
         for name, part in (("tokenizer", tokenizer), ("image_processor", image_processor)):
             if part is None:
                 raise ValueError(f"{name}: expected one, got None")
-        token = getattr(tokenizer, "image_token", image_token)
-        ids = tokenizer.encode(token, add_special_tokens=False)
-        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-            raise ValueError(
-                f"tokenizer: expected one token for {token!r}, got {ids}; add it with "
-                f"tokenizer.add_tokens(AddedToken({token!r}, special=True)) and give the model as many embeddings"
-            )
-        self.spatial_merge_size = spatial_merge_size
+        token, known = getattr(tokenizer, "image_token", image_token), tokenizer.get_vocab()
+        video_token = video_token or getattr(tokenizer, "video_token", "<video>" if "<video>" in known else token)
+        for placeholder in (token, video_token):
+            ids = tokenizer.encode(placeholder, add_special_tokens=False)
+            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+                raise ValueError(
+                    f"tokenizer: expected one token for {placeholder!r}, got {ids}; add it with tokenizer.add_tokens"
+                    f"(AddedToken({placeholder!r}, special=True)) and give the model as many embeddings"
+                )
+        self.spatial_merge_size, self.video_token, self.video_token_id = spatial_merge_size, video_token, ids[0]
         super().__init__(
             image_processor,
             tokenizer,
@@ -93,66 +102,108 @@ class LlavaStfProcessor(LlavaProcessor):
         """The arguments that a model's configuration decides."""
         return {"patch_size": config.vision_config.patch_size, "spatial_merge_size": config.spatial_merge_size}
 
-    def __call__(self, images=None, text=None, videos=None, **kwargs):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        videos: VideoInput | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
         """As ProcessorMixin.__call__; -> input_ids, attention_mask [B, S], pixel_values [N, 3, h, w].
 
-        `text` holds one placeholder per image, or the expanded tokens of all of them. `videos`: instead of images, one
-        video or a list of them, each [T, h, w, 3], [T, 3, h, w] or a list of T frames; one placeholder a video, T
-        images in pixel_values.
+        `text` holds one placeholder per image and per video, or the expanded tokens of all of them. `images` may be
+        nested by prompt; None and empty lists are no images. `videos`: one or a list of them, each [T, h, w, 3],
+        [T, 3, h, w] or a list of T frames, prepared as images are -> pixel_values_videos [V, T, 3, h, w], a list of V
+        tensors where T differs.
 
-        Raises ValueError or TypeError for counts that do not match, both kinds at once, or what is no image.
+        Raises ValueError or TypeError for counts that do not match and for what is no image.
         """
-        if videos is not None:
-            if images is not None:
-                raise ValueError("videos: expected images or videos, which share a placeholder, got both")
-            images, text = self._frames(videos, text, **kwargs)
-        return super().__call__(images=images, text=text, **kwargs)
+        return super().__call__(images=_given(images), text=text, videos=_given(videos), **kwargs)
 
-    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-        """Text as a list, images fetched; errors that say which argument it was."""
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, **kwargs):
+        """Text as a list, images fetched and flat, videos as lists of frames; errors say which argument it was."""
         samples = [] if text is None else [text] if isinstance(text, str) else text
         if not isinstance(samples, (list, tuple)) or not all(isinstance(sample, str) for sample in samples):
             raise ValueError(f"text: expected a string or a list of strings, got {text!r}")
         images = None if images is None else pictures(images, image_processor=self.image_processor, **kwargs)
+        if isinstance(images, list) and all(isinstance(own, list) for own in images):
+            if len(images) == len(samples):  # nested by prompt: each has to fit its own
+                for index, (own, prompt) in enumerate(zip(images, samples, strict=True)):
+                    count = len(self._flat(own)) if own else 0
+                    self._check_count("image", [prompt], [1] * count, f" in prompt {index}", **kwargs)
+            images = [image for own in images for image in own]
+        if videos is not None:
+            videos = _videos(videos)
+            with _refusing(videos, "videos"):
+                videos = pictures(videos, image_processor=self.image_processor, **kwargs)
         with _refusing(images):
-            return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+            return super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
 
     def _process_images(self, images, **kwargs):
         with _refusing(images):
             return super()._process_images(images, **kwargs)
 
-    def validate_inputs(self, images=None, text=None, **kwargs):
-        """ValueError unless the placeholders, or the expanded image tokens, are as many as the images need."""
-        if text is None:
-            if images is None:
-                raise ValueError("images, text: expected at least one of them, got neither")
-            return
-        per_image = self._per_image(**kwargs)
-        count = 0 if images is None else len(self._flat(images))
-        self._check_count(self._count(text), count, per_image)
-        if isinstance(images, (list, tuple)) and len(images) == len(text):
-            for index, (own, prompt) in enumerate(zip(images, text, strict=True)):
-                if isinstance(own, (list, tuple)):  # nested by prompt: each has to fit its own
-                    self._check_count(self._count([prompt]), len(own), per_image, f" in prompt {index}")
+    @property
+    def video_processor(self):
+        """Frames are prepared as images are; transformers' own video processors need torchvision."""
+        return self.image_processor
 
-    def _check_count(self, found: int, images: int, per_image: int, where: str = "") -> None:
-        if found not in (images, images * per_image):
+    def _process_videos(self, videos, **kwargs):
+        frames, lengths = [frame for video in videos for frame in video], [len(video) for video in videos]
+        known = self.image_processor.valid_kwargs.__annotations__
+        with _refusing(frames, "videos"):
+            pixels = self.image_processor(frames, **{k: v for k, v in kwargs.items() if k in known})["pixel_values"]
+        ends = list(itertools.accumulate(lengths))
+        parts = [pixels[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        if len(set(lengths)) == 1 and hasattr(pixels, "shape"):
+            parts = pixels.reshape(len(videos), lengths[0], *pixels.shape[1:])
+        processed = {"pixel_values_videos": parts}
+        return processed, [self.replace_video_token(processed, index) for index in range(len(videos))]
+
+    def validate_inputs(self, images=None, text=None, videos=None, **kwargs):
+        """ValueError unless the placeholders, or the expanded tokens, are as many as the images and videos need."""
+        if text is None and images is None and videos is None:
+            raise ValueError("images, text: expected at least one of them, got neither")
+        shared = self.video_token == self.image_token
+        if shared and images is not None and videos is not None:
             raise ValueError(
-                f"text: found {found} {self.image_token} tokens{where} for {images} image(s); expected {images}, one "
-                f"per image, or {images * per_image} where LlavaStfProcessor has expanded them already "
-                f"({per_image} an image)"
+                f"videos: expected images or videos, which share the placeholder {self.image_token}, got both; add "
+                "'<video>' to the tokenizer"
+            )
+        if not shared or videos is None:
+            self._check_count("image", text, [] if images is None else [1] * len(self._flat(images)), **kwargs)
+        if not shared or videos is not None:
+            self._check_count("video", text, [len(video) for video in videos or []], **kwargs)
+
+    def _check_count(self, kind: str, text: list[str] | None, frames: list[int], where: str = "", **kwargs) -> None:
+        """`frames` of every image or video; `text` has a placeholder for each, or all their tokens."""
+        if text is None:
+            return
+        token = getattr(self, f"{kind}_token")
+        found = sum(sample.count(token) for sample in text)
+        needed = sum(frames) * self._per_image(**kwargs) if frames else 0
+        if found not in (len(frames), needed):
+            raise ValueError(
+                f"The total number of {token} tokens in the prompts should be the same as the number of {kind}s "
+                f"passed. text: found {found} {token} tokens{where} for {len(frames)} {kind}(s); expected "
+                f"{len(frames)}, one per {kind}, or {needed} where this processor has expanded them already"
             )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         return self.image_token * self._tokens(height, width)
 
-    def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
-        """Leave prompts alone whose image tokens are expanded already."""
-        expanded = sum(self._count([replacement]) for replacement in images_replacements)
-        if images_replacements and self._count(text) == expanded != len(images_replacements):
-            return text, [[] for _ in text]
-        return super().get_text_with_replacements(text, list(images_replacements), *args, **kwargs)
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+        video = video_inputs["pixel_values_videos"][video_idx]
+        return self.video_token * (len(video) * self._tokens(*video[0].shape[-2:]))
+
+    def get_text_with_replacements(self, text, images_replacements=(), videos_replacements=(), *args, **kwargs):
+        """Leave prompts alone whose tokens are expanded already."""
+        left = []
+        for token, replacements in ((self.image_token, images_replacements), (self.video_token, videos_replacements)):
+            found = sum(sample.count(token) for sample in text)
+            left.append([] if found != len(replacements) else list(replacements))
+        return super().get_text_with_replacements(text, *left, *args, **kwargs)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
         """Token counts for images of `image_sizes` [(height, width)]: resizing makes them all equal."""
@@ -175,9 +226,6 @@ class LlavaStfProcessor(LlavaProcessor):
                 return self._tokens(dict(size)["height"], dict(size)["width"])
         raise ValueError("image_processor: expected a crop_size or size with height and width, got neither")
 
-    def _count(self, text: list[str]) -> int:
-        return sum(sample.count(self.image_token) for sample in text)
-
     @staticmethod
     def _flat(images) -> list:
         with _refusing(images):
@@ -186,31 +234,21 @@ class LlavaStfProcessor(LlavaProcessor):
             raise ValueError(f"images: expected at least one pixel in each, got {_describe(empty[0])}")
         return flat
 
-    def _frames(self, videos, text, **kwargs):
-        """videos -> all frames as one list of images, and text with one placeholder per frame."""
-        batched = _videos(videos)
-        if not batched or not all(batched):
-            raise ValueError(f"videos: expected at least one frame in each, got {_describe(videos)}")
-        frames = [frame for video in batched for frame in video]
-        if text is None:
-            return frames, None
-        text = [text] if isinstance(text, str) else list(text)
-        found, expanded = self._count(text), len(frames) * self._per_image(**kwargs)
-        if found not in (len(batched), len(frames), expanded):
-            raise ValueError(
-                f"text: found {found} {self.image_token} tokens for {len(batched)} video(s) of {len(frames)} frame(s); "
-                f"expected {len(batched)}, one per video, or {expanded} where LlavaStfProcessor has expanded them"
-            )
-        if found != len(batched):
-            return frames, text
-        lengths = iter(len(video) for video in batched)
-        placeholder = re.compile(re.escape(self.image_token))
-        return frames, [placeholder.sub(lambda match: match.group() * next(lengths), sample) for sample in text]
+
+def _given(value):
+    """`value`, or None where there is nothing in it; in a list of lists None is a prompt's empty list."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    nested = any(isinstance(item, (list, tuple)) for item in value)
+    value = [[] if item is None and nested else item for item in value]
+    return value if any(not isinstance(item, (list, tuple)) or item for item in value) else None
 
 
 def _videos(value) -> list[list]:
     """The frames of every video in `value`, which may be nested by prompt; TypeError for what is no frame."""
     shape = _shape(value)
+    if shape and 0 in shape[:-3]:
+        raise ValueError(f"videos: expected at least one frame in each, got {_describe(value)}")
     if len(shape) == 5:
         return [list(video) for video in value]
     if len(shape) == 4:
@@ -231,13 +269,13 @@ def _shape(value) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _refusing(images) -> Iterator[None]:
+def _refusing(images, name: str = "images") -> Iterator[None]:
     """Whatever is raised inside, be it by a file that is missing or is no image, or by a URL's client."""
     try:
         yield
     except Exception as error:
         raise ValueError(
-            f"images: expected PIL images, arrays, paths or lists of them, got {_describe(images)}"
+            f"{name}: expected PIL images, arrays, paths or lists of them, got {_describe(images)}"
             f" ({type(error).__name__}: {_one_line(error)})"
         ) from error
 

@@ -67,7 +67,7 @@ class PrefillRunner:
     GPU are trusted, because reading them would wait for the device.
 
     Raises TypeError for another model and for ids or pixels of another type, ValueError for a shape that is not the
-    runner's and for sliding-window layers.
+    runner's, for padding and for sliding-window layers.
     """
 
     def __init__(
@@ -95,10 +95,13 @@ class PrefillRunner:
         self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, pixel_values: Tensor | None = None, image_sizes=None) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_sizes=None, attention_mask=None
+    ) -> Tensor:
         """input_ids [B, S] int64, pixel_values [N, 3, h, w] or None -> logits [B, vocab]; fills `.cache`.
 
-        Tiles: pixel_values [N, T, 3, h, w] or [tiles, 3, h, w], image_sizes N x (height, width).
+        Tiles: pixel_values [N, T, 3, h, w] or [tiles, 3, h, w], image_sizes N x (height, width). attention_mask [B, S],
+        of ones only: what a processor gives is taken as it is, but not prompts of unequal length.
         """
         images: object = 0
         if pixel_values is not None:
@@ -106,7 +109,7 @@ class PrefillRunner:
             if self._tiled:
                 pixel_values = flat_tiles(self.model.config, pixel_values, image_sizes)
                 images = tuple(map(tuple, torch.as_tensor(image_sizes).tolist()))
-        self._check(input_ids, pixel_values)
+        self._check(input_ids, pixel_values, attention_mask)
         self._ids.copy_(input_ids, non_blocking=True)
         if pixel_values is not None:
             dtype = self.model.model.vision_tower.dtype
@@ -176,13 +179,23 @@ class PrefillRunner:
             raise ValueError(f"input_ids: found {int(mask.sum())} image tokens, but {len(features)} are needed")
         flat.index_copy_(0, image_rows(mask, len(features)), features)
 
-    def _check(self, input_ids: Tensor, pixel_values: Tensor | None) -> None:
+    def _check(self, input_ids: Tensor, pixel_values: Tensor | None, mask: Tensor | None) -> None:
         config, expected = self.model.config, [self.batch, self.seq_len]
         if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.long:
             got = getattr(input_ids, "dtype", type(input_ids).__name__)
             raise TypeError(f"input_ids: expected an int64 tensor of dtype torch.int64, got {got}")
         if (got := list(input_ids.shape)) != expected:
             raise ValueError(f"input_ids: expected shape {expected}, got {got}; a PrefillRunner serves one shape")
+        text = config.text_config
+        pad = text.pad_token_id if text.pad_token_id not in (text.bos_token_id, text.eos_token_id) else None
+        if mask is None and pad is not None and input_ids.device.type == "cpu":
+            mask = input_ids[:, [0, -1]] != pad
+        if mask is not None and not mask.all():
+            rows = (mask == 0).any(1).nonzero().flatten().tolist()
+            raise ValueError(
+                f"input_ids: expected prompts without padding, which a PrefillRunner would attend to, got it in rows "
+                f"{rows}; make a runner for each length, or call the model"
+            )
         if pixel_values is not None:
             check_pixels(config.vision_config, pixel_values)
         if input_ids.device.type == "cpu" and isinstance(self.model.model, CompactModel) and not self._tiled:

@@ -137,6 +137,11 @@ class CompactConfig:
                 vars(self)[name] = before
                 raise
 
+    def __getattr__(self, name):
+        if name == "auto_map":  # TRL reads it without a default
+            return {}
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _settle(self, tokens: int | None) -> None:
         found = settled(self)
         if tokens not in (None, found["image_seq_length"]):

@@ -35,7 +35,7 @@ def check_token_count(mask: Tensor, images: float, tokens_per_image: int, image_
         return (
             f"Image features and image tokens do not match, tokens: {int(found)}, features: {needed}. input_ids: found "
             f"{int(found)} image tokens (id {image_token_id}; {mask.sum(-1).tolist()} in the rows), but {needed} are "
-            f"needed for {images:g} image(s) in pixel_values, {tokens_per_image} each; prepare prompts with the "
+            f"needed for {images:g} image(s) or frame(s), {tokens_per_image} each; prepare prompts with the "
             "processor of this model, not with that of the stock LLaVA"
         )
 

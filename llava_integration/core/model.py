@@ -84,6 +84,20 @@ def forward_of(stock: type[PreTrainedModel]) -> Callable:
     return forward
 
 
+def takes_videos(stock_forward: Callable) -> Callable:
+    """`stock_forward`, with pixel_values_videos in the signature, which generate() asks."""
+
+    @functools.wraps(stock_forward)
+    def forward(self, *args, **kwargs):
+        return stock_forward(self, *args, **kwargs)
+
+    signature = inspect.signature(stock_forward)
+    *others, rest = signature.parameters.values()
+    videos = inspect.Parameter("pixel_values_videos", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
+    forward.__signature__ = signature.replace(parameters=[*others, videos, rest])
+    return forward
+
+
 class CompactModel(_Saved):
     """Images to tokens, and tokens into the prompt. Expects vision_tower, multi_modal_projector, language_model.
 
@@ -238,19 +252,21 @@ class CompactModel(_Saved):
             )
         return inputs_embeds, options
 
-    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+    def get_placeholder_mask(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor, token_id: int | None = None
+    ) -> Tensor:
         """bool [B, S, 1], True at image tokens; ValueError unless they are as many as the rows of `image_features`.
 
         A prompt that is prefilled in chunks has parts of images in them.
         """
-        token = self.config.image_token_id
+        token = self.config.image_token_id if token_id is None else token_id
         if input_ids is not None:
             mask = input_ids == token
         else:
             token_ids = torch.full((), token, dtype=torch.long, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token_ids)).all(-1)
         rows = image_features.numel() // image_features.shape[-1]
-        self._check_count(mask, rows / self.config.image_seq_length)
+        check_token_count(mask, rows / self.config.image_seq_length, self.config.image_seq_length, token)
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
     def check_prompt(self, input_ids: Tensor | None, pixel_values: Tensor, **options) -> None:

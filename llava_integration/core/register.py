@@ -1,7 +1,9 @@
 """Make transformers' Auto classes and its checkpoint loader, from_llava and the converters know a family."""
 
+import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
@@ -54,6 +56,19 @@ def register(config: type[Config], model: type, generator: type, processor: type
     for ours, theirs in ((config.model_type, stock.config_class.model_type), (model.__name__, stock_model)):
         register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
         _register_with_liger(ours, theirs)
+    for package in _packages():
+        for cls in (config, model, generator, processor):
+            setattr(package, cls.__name__, cls)
+
+
+def _packages() -> list[ModuleType]:
+    """All that somebody has imported as `transformers`: vLLM, TRL and `transformers serve` ask it for a model by name.
+
+    Its own processing_utils runs its __init__ once more, and leaves another module object in sys.modules.
+    """
+    held = [getattr(module, "__dict__", {}).get("transformers") for module in [*sys.modules.values()]]
+    found = [module for module in held if isinstance(module, ModuleType) and module.__name__ == "transformers"]
+    return [sys.modules["transformers"], *found]
 
 
 def _register_with_liger(ours: str, theirs: str) -> None:

@@ -49,6 +49,25 @@ def test_options(stf, options, message):
         stf(**options)
 
 
+def test_what_get_image_features_does_not_take(stf):
+    with pytest.raises(ValueError, match="interpolate_pos_encoding: expected False, every image has the grid"):
+        stf.get_image_features(build.pixels(1), interpolate_pos_encoding=True)
+    for pixels, got in ((build.pixels(1).numpy(), "numpy.ndarray"), (build.pixels(1).byte(), "torch.uint8")):
+        with pytest.raises(TypeError, match=f"pixel_values: expected a floating-point tensor .* got {got}; .*scaled"):
+            stf(input_ids=build.prompt([1])[0], pixel_values=pixels)
+
+
+def test_image_tokens_that_the_stock_model_takes(stf):
+    """Without pixels they are tokens like any other; with pixels it is the whole batch's count that matters."""
+    ids, mask = build.prompt([2, 1])
+    assert torch.isfinite(build.run(stf, ids, None, mask).logits).all()
+    moved = ids.flatten().sort(descending=True).values.reshape(ids.shape)  # as many, in other rows
+    assert (moved == build.IMAGE_TOKEN).sum(1).tolist() != (ids == build.IMAGE_TOKEN).sum(1).tolist()
+    assert torch.isfinite(build.run(stf, moved, build.pixels(3)).logits).all()
+    with pytest.raises(ValueError, match=r"found 12 image tokens \(id 4; \[8, 4\] in the rows\), but 8 are needed"):
+        build.run(stf, ids, build.pixels(2))
+
+
 def test_pixels_and_encoded_images(stf):
     pixels = build.pixels(1)
     encoded = {"image": stf.get_image_features(pixel_values=pixels)}

@@ -123,7 +123,7 @@ def test_through_the_processor(processor, tmp_path):
         assert torch.equal(processor(images=given, text="<image>", return_tensors="pt")["pixel_values"], expected)
     batch = processor(images=ways, text="<image>" * len(ways), return_tensors="pt")["pixel_values"]
     assert torch.equal(batch, expected.expand_as(batch))
-    frames = processor(videos=[opened(data), upright], text="<image>", return_tensors="pt")["pixel_values"]
+    frames = processor(videos=[opened(data), upright], text="<image>", return_tensors="pt")["pixel_values_videos"][0]
     assert torch.equal(frames, expected.expand_as(frames))
     floats = torch.rand(1, 3, 56, 56)
     own = processor(images=floats, text="<image>", return_tensors="pt", do_rescale=False, do_normalize=False)

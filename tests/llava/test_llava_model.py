@@ -1,7 +1,10 @@
 """Broken if this fails: LLaVA-STF is not its definition, for some tower, window or half of the projector."""
 
+import functools
+
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import reference
 from tests.llava import build
@@ -18,6 +21,49 @@ def test_image_features_from_the_definition(stf):
         expected = oracle([hidden[i] for i in config.vision_feature_layer], (4, 4))
         got = torch.stack(list(stf.get_image_features(pixel_values=pixels).pooler_output))
     assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+class TestImageFeatures:
+    """What get_image_features gives besides the tokens is what the stock one gives, from the same tower."""
+
+    @pytest.mark.parametrize("options", [{}, {"output_hidden_states": True}, {"output_attentions": True}], ids=str)
+    def test_the_output_of_the_tower(self, options):
+        stock, stf = build.stock(vision_feature_layer=[5, 3, 1]), build.stf()
+        for model in (stock, stf):
+            model.set_attn_implementation("eager")
+        stf.model.vision_tower = stock.model.vision_tower
+        with torch.no_grad():
+            ours, theirs = (model.get_image_features(build.pixels(2), **options) for model in (stf, stock))
+        assert ours.keys() == theirs.keys()
+        assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+        for name in ("hidden_states", "attentions"):
+            pairs = zip(ours.get(name) or (), theirs.get(name) or (), strict=True)
+            assert all(one is other or torch.equal(one, other) for one, other in pairs)
+        assert len(stf.get_image_features(build.pixels(2), return_dict=False)) == 3
+
+    @pytest.mark.parametrize("where", ["instance", "class", "subclass"])
+    @pytest.mark.parametrize("way", ["forward", "in place", "generate"])
+    def test_whoever_replaces_it_is_asked(self, stf, monkeypatch, where, way):
+        ids, mask = build.prompt([2])
+        cls, asked = type(stf.model), []
+
+        def zeros(self, pixel_values, **options):
+            assert "whole_tower" not in options
+            asked.append(len(pixel_values))
+            return BaseModelOutputWithPooling(pooler_output=[torch.zeros(4, 48).double() for _ in pixel_values])
+
+        if where == "instance":
+            monkeypatch.setattr(stf.model, "get_image_features", functools.partial(zeros, stf.model))
+        elif where == "class":
+            monkeypatch.setattr(cls, "get_image_features", zeros)
+        else:
+            stf.model.__class__ = type("Other", (cls,), {"get_image_features": zeros})
+        if way == "generate":
+            build.generate(stf, ids, mask, build.pixels(2))
+        else:
+            out = build.run(stf, ids, build.pixels(2), grad=way == "forward")
+            assert all(not tokens.any() for tokens in out.image_hidden_states)
+        assert asked == [2]
 
 
 def test_blocks_are_views_of_the_hidden_states(stf):

@@ -75,25 +75,64 @@ def test_text_or_images_alone(processor):
 
 
 class TestVideo:
-    """T frames are T images' worth of tokens, in order, behind one placeholder."""
+    """T frames are T images' worth of tokens, in order, behind one placeholder, and the pixels that images have."""
 
     def test_frames_behind_one_placeholder(self, stf, processor):
         five = frames(5)
         found, video = process(processor, ["<image> a cat", "dog <image>"], videos=[five[:3], five[3:]])
         assert found == [12, 8]
         images = processor(images=five, return_tensors="pt")
-        assert torch.equal(video["pixel_values"], images["pixel_values"]), "frames in order, two videos in order"
+        together = torch.cat(video["pixel_values_videos"])
+        assert torch.equal(together, images["pixel_values"]), "frames in order, two videos in order"
+        assert stf.float().generate(**video, max_new_tokens=2).shape[0] == 2
+
+    def test_the_model_sees_what_it_sees_in_as_many_images(self, stf, processor):
+        five = frames(5)
+        _, video = process(processor, "<image> a cat <image>", videos=[five[:3], five[3:]])
+        _, images = process(processor, "<image><image><image> a cat <image><image>".replace("><", "> <"), images=five)
+        ids = video["input_ids"]
+        with torch.no_grad():
+            ours = stf.float()(**video).logits
+            theirs = stf(input_ids=ids, pixel_values=images["pixel_values"]).logits
+        assert torch.allclose(ours, theirs, atol=1e-5)
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        as_images = {"input_ids": ids, "pixel_values": images["pixel_values"]}
+        assert torch.equal(stf.generate(**video, **options), stf.generate(**as_images, **options))
+
+    def test_a_token_of_its_own_beside_images(self, processor):
+        """As in LLaVA-NeXT-Video; videos of one length come as one tensor."""
+        tokenizer = build.tokenizer([*build.SPECIAL, *build.WORDS, "<video>"])
+        processor = li.LlavaStfProcessor(processor.image_processor, tokenizer)
+        config = build.options(video_token_index=processor.video_token_id, vision_feature_layer=[5, 3, 1])
+        stf = li.LlavaStfForConditionalGeneration(li.LlavaStfConfig(**config)).eval()
+        text = ["<video> and <image>", "what <video>"]
+        found, inputs = process(processor, text, images=frames(1), videos=[frames(2, 1), frames(2, 3)])
+        assert found == [4, 0]
+        assert (inputs["input_ids"] == processor.video_token_id).sum(1).tolist() == [8, 8]
+        assert inputs["pixel_values_videos"].shape == (2, 2, 3, 56, 56)
+        with torch.no_grad():
+            got = stf(**inputs).logits
+            as_images = inputs["input_ids"].masked_fill(inputs["input_ids"] == processor.video_token_id, 4)
+            pixels = processor(images=[*frames(2, 1), *frames(1), *frames(2, 3)], return_tensors="pt")["pixel_values"]
+            mask = inputs["attention_mask"]
+            expected = stf(input_ids=as_images, pixel_values=pixels, attention_mask=mask).logits
+        assert torch.allclose(got, expected, atol=1e-5)
         for beams in (1, 2):
-            assert stf.float().generate(**video, max_new_tokens=2, num_beams=beams).shape[0] == 2
+            assert stf.generate(**inputs, max_new_tokens=2, num_beams=beams).shape[0] == 2
 
-    @pytest.mark.parametrize("per_frame", [1, 4], ids=["one per frame", "expanded"])
-    def test_prompts_with_more_than_one_token_a_video(self, processor, per_frame):
-        text = "USER : " + "<image>" * 3 * per_frame + " what"
-        found, inputs = process(processor, text, videos=[frames(3)])
+    def test_expanded_prompts(self, processor):
+        found, inputs = process(processor, "USER : " + "<image>" * 12 + " what", videos=[frames(3)])
         assert found == [12]
-        assert len(inputs["pixel_values"]) == 3
+        assert inputs["pixel_values_videos"].shape == (1, 3, 3, 56, 56)
 
-    @pytest.mark.parametrize("videos", [[], [[]], torch.zeros(0, 3, 8, 8), [torch.zeros(0, 3, 8, 8).numpy()]], ids=str)
+    @pytest.mark.parametrize("videos", [None, [], [[]]], ids=str)
+    def test_no_videos(self, processor, videos):
+        """Evaluation harnesses send an empty list beside images."""
+        _, inputs = process(processor, images=build.image(), videos=videos)
+        assert torch.equal(inputs["pixel_values"], process(processor, images=build.image())[1]["pixel_values"])
+        assert "pixel_values_videos" not in inputs
+
+    @pytest.mark.parametrize("videos", [torch.zeros(0, 3, 8, 8), [torch.zeros(0, 3, 8, 8).numpy()]], ids=str)
     def test_without_frames(self, processor, videos):
         with pytest.raises(ValueError, match="videos: expected at least one frame"):
             processor(videos=videos, text="<image>")
@@ -108,7 +147,7 @@ class TestVideo:
         found, inputs = process(processor, "<image> and <image>", videos=[three, three[:1]])
         assert found == [16]
         expected = processor(images=[*three, three[0]], return_tensors="pt")["pixel_values"]
-        assert torch.equal(inputs["pixel_values"], expected)
+        assert torch.equal(torch.cat(inputs["pixel_values_videos"]), expected)
 
     def test_one_array_of_one_video_or_several_or_nested_by_prompt(self, processor):
         video = torch.randint(0, 256, (2, 3, 60, 80, 3), dtype=torch.uint8).numpy()
@@ -116,19 +155,45 @@ class TestVideo:
         found, one = process(processor, "<image> and <image>", videos=video)
         _, other = process(processor, "<image> and <image>", videos=[[video[0]], [list(video[1])]])
         assert found == [24]
-        assert torch.equal(one["pixel_values"], other["pixel_values"])
+        assert torch.equal(one["pixel_values_videos"], other["pixel_values_videos"])
 
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
             ({"videos": "film.mp4"}, TypeError, "videos: expected frames, got a path"),
             ({"videos": frames(1), "images": frames(1)}, ValueError, "videos: expected images or videos, .* got both"),
-            ({"videos": frames(2)}, ValueError, r"text: found 3 <image> tokens for 1 video\(s\) of 2 frame"),
+            ({"videos": frames(2)}, ValueError, r"text: found 3 <image> tokens for 1 video\(s\); expected 1, .* or 8"),
         ],
     )
     def test_bad_videos(self, processor, options, error, message):
         with pytest.raises(error, match=message):
             processor(text="<image> <image> <image>", **options)
+
+    def test_pixels_that_are_no_videos(self, stf):
+        with pytest.raises(ValueError, match=r"pixel_values_videos: expected \[videos, .* got \[2, 3, 56, 56\]"):
+            stf(input_ids=build.prompt([2])[0], pixel_values_videos=build.pixels(2))
+
+
+class TestNoImages:
+    """A batch without images is text; a model's input holds no pixel_values then, or none of them."""
+
+    @pytest.mark.parametrize("images", [None, [], [[], []], [None, []]], ids=str)
+    def test_of_the_whole_batch(self, processor, images):
+        found, inputs = process(processor, ["a cat", "what is"], images=images)
+        assert found == [0, 0]
+        assert "pixel_values" not in inputs
+
+    def test_of_one_prompt(self, processor):
+        found, inputs = process(processor, ["<image> a cat", "what is", "<image>"], images=[frames(1), None, frames(1)])
+        assert found == [4, 0, 4]
+        assert torch.equal(inputs["pixel_values"], processor(images=frames(1) * 2, return_tensors="pt")["pixel_values"])
+
+    def test_in_the_model(self, stf):
+        ids, mask = build.prompt([0, 0])
+        expected = build.run(stf, ids, None, mask).logits
+        assert torch.equal(build.run(stf, ids, build.pixels(0), mask).logits, expected)
+        plain = build.generate(stf, ids, mask, None)
+        assert torch.equal(build.generate(stf, ids, mask, build.pixels(0)), plain)
 
 
 def test_saved_and_loaded_by_auto_processor(processor, tmp_path):
@@ -168,7 +233,7 @@ class TestBadInput:
             (2, "<image>", 1, "expected 2, one per image, or 8"),
             (1, "a cat", 0, "expected 1"),
             (0, "<image> a cat", 1, "expected 0"),
-            (1, "<image>" * 16, 16, "expected 1, one per image, or 4 where LlavaStfProcessor has expanded"),
+            (1, "<image>" * 16, 16, "expected 1, one per image, or 4 where this processor has expanded"),
         ],
     )
     def test_counts_that_do_not_match(self, processor, images, text, found, expected):

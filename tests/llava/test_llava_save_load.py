@@ -14,6 +14,7 @@ from transformers import (
 
 import llava_integration as li
 from tests.llava import build
+from tests.support.processes import python
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -93,6 +94,39 @@ def test_another_element_order_on_disk_is_refused(stf, tmp_path):
     config.write_text(config.read_text().replace("patch_major", "channel_major"))
     with pytest.raises(ValueError, match=r"feature_order: expected 'patch_major'.* got 'channel_major'"):
         AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
+def test_another_number_of_layers_than_the_weights_were_built_for(stf, tmp_path):
+    stf.save_pretrained(tmp_path)
+    match = r"vision_feature_layer: expected 3 layers, .*mbtf\.linear_1\.weight was built, got 2: \[5, 3\]; .*anew"
+    for loader in (AutoModelForImageTextToText, li.LlavaStfModel):
+        with pytest.raises(ValueError, match=match):
+            loader.from_pretrained(tmp_path, vision_feature_layer=[-2, 3])
+    options = {"vision_feature_layer": [5, 3], "ignore_mismatched_sizes": True}
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, **options)
+    assert loaded.model.multi_modal_projector.mbtf.linear_1.in_features == 64
+
+
+def test_a_folder_of_the_stock_llava(stock, tmp_path):
+    stock.save_pretrained(tmp_path)
+    for loader in (li.LlavaStfForConditionalGeneration, li.LlavaStfModel, li.LlavaStfConfig):
+        with pytest.raises(ValueError, match=r"expected model_type 'llava_stf', got 'llava'; .*from_llava"):
+            loader.from_pretrained(tmp_path)
+
+
+def test_found_by_name_in_every_module_object_that_is_called_transformers():
+    """transformers itself leaves a second one while it is imported."""
+    code = """
+import sys, transformers
+first = transformers
+import llava_integration as li
+for module in (first, sys.modules["transformers"]):
+    for name in ("LlavaStfForConditionalGeneration", "LlavaStfModel", "LlavaStfConfig", "LlavaStfProcessor"):
+        assert getattr(module, name) is getattr(li, name)
+assert not li.LlavaStfConfig().auto_map and "auto_map" not in li.LlavaStfConfig().to_dict()
+"""
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
 
 
 def test_pipeline(stf, processor, tmp_path):
