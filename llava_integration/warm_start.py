@@ -178,6 +178,10 @@ def _check_model(model: PreTrainedModel) -> None:
         )
     vision_grid(tower)
     projector = model.model.multi_modal_projector
+    if others := {name for name, _ in projector.named_children()} - {"linear_1", "act", "linear_2"}:
+        raise TypeError(
+            f"model: expected a multi_modal_projector of two linears and nothing else, got {sorted(others)}"
+        )
     for name in ("linear_1", "linear_2"):
         linear = getattr(projector, name, None)
         if type(linear) is not nn.Linear:

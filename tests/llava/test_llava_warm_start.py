@@ -186,6 +186,10 @@ def test_wrong_models_are_refused(stock, stf):
     for wrong in (stf, stock.model, None):
         with pytest.raises(TypeError, match="model: expected a stock transformers LlavaForConditionalGeneration, "):
             li.from_llava(wrong)
+    stock.model.multi_modal_projector.norm = torch.nn.LayerNorm(32)
+    with pytest.raises(TypeError, match=r"model: expected a multi_modal_projector of two linears .* got \['norm'\]"):
+        li.from_llava(stock)
+    del stock.model.multi_modal_projector.norm
     stock.model.multi_modal_projector.linear_2 = torch.nn.Sequential(stock.model.multi_modal_projector.linear_2)
     with pytest.raises(TypeError, match=r"model: expected multi_modal_projector.linear_2 to be a plain nn.Linear"):
         li.from_llava(stock)

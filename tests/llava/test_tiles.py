@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import llava_integration as li
 from tests.llava import tiled
@@ -35,7 +36,24 @@ def test_features_are_the_packed_averages_of_the_stock_tokens(family, r, truncat
 
 
 @pytest.mark.parametrize("family", tiled.MODELS)
+def test_packing_makes_no_tensor_on_the_device_from_a_list(family):
+    """That would wait for a GPU, and end the capture of a graph."""
+    model, devices = li.from_llava(tiled.MODELS[family]()).model, []
+
+    class Spy(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.tensor:
+                devices.append((kwargs or {}).get("device"))
+            return function(*args, **(kwargs or {}))
+
+    with Spy():
+        model.token_counts([(60, 100)])
+    assert devices == [None]
+
+
+@pytest.mark.parametrize("family", tiled.MODELS)
 def test_counts(family):
+    """For a set of drawn sizes and every window the processor counts what the model makes."""
     stock = tiled.MODELS[family]()
     for r, truncate in [(None, False), (2, True), (3, True)]:
         stf = li.from_llava(stock, merge_size=r, truncate=truncate)

@@ -43,6 +43,7 @@ def test_logits_are_those_of_the_stock_language_model_on_the_packed_averages(fam
     stock, stf = both(family)
     made = tiled.inputs(stock, SIZES)
     inputs = prompts(stf, made, groups)
+    assert stf.model.images_in_rows(inputs["input_ids"], image_sizes=made["image_sizes"]) == groups
     with torch.no_grad():
         embeds = stock.get_input_embeddings()(inputs["input_ids"])
         features = torch.cat(tiled.expected(stock, made, SIZES, stf.config.spatial_merge_size))
