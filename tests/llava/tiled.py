@@ -1,6 +1,5 @@
 """Small random LLaVA-NeXT, LLaVA-OneVision and their processors, and what packs their tiles, written from its rules."""
 
-import copy
 import math
 
 import torch
@@ -148,7 +147,3 @@ def expected(model, made, sizes, r):
         count = math.prod(best_grid(model.config, size)) + 1 if alone else 1
         found.append(packed(model, pooled(stock_tokens(model, tiles[:count]), r), size))
     return found
-
-
-def share(model):
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
