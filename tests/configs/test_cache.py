@@ -84,7 +84,6 @@ def test_what_is_added_is_there_for_the_next_process(fresh):
         lambda text: text.replace('"failed": [', '"failed": [3, '),
         lambda text: text.replace('"config": {', '"config": {"colour": 1, '),
     ],
-    ids=str,
 )
 def test_nonsense_is_replaced_with_one_warning(fresh, damage):
     fresh().add([entry()], [FAILED])
