@@ -9,7 +9,9 @@ import openai
 import psutil
 import pytest
 from clients.vllm import folders
+from support.processes import python
 
+from bench.results import read
 from bench.server import ServerError, serve
 
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "4"]
@@ -103,3 +105,16 @@ def test_a_folder_of_another_model_type(folder, tmp_path):
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
     assert "got 'llava'; make a LLaVA-STF folder with" in refusal(other, tmp_path)
+
+
+def test_the_benchmark(tmp_path):
+    """Both servers at once, its smallest run: what it writes passes the check of result files."""
+    file = tmp_path / "serving.json"
+    sizes = ["--preset", "small", "--rounds", "1", "--requests", "1", "--concurrency", "1", "--new-tokens", "2"]
+    ran = python("-m", "bench.serving", *sizes, "--json", str(file), timeout=400)
+    assert ran.returncode == 0, ran.stderr
+    result = read(file)
+    assert result["complete"]
+    stock, stf = result["rows"]
+    assert stock["prompt_tokens"] - stf["prompt_tokens"] == 576 - 144
+    assert f"{result['ratios']['ttft_ms']['ratio']:.2f}x" in ran.stdout
