@@ -25,6 +25,7 @@ from typing import Any
 
 from . import command
 from .command import number, positive_int
+from .prefill.__main__ import PHOTOGRAPH
 from .prefill.presets import SIZES, preset
 
 NAME = "bench.serving"
@@ -102,7 +103,8 @@ def picture(seed: int) -> str:
     from PIL import Image, ImageChops
 
     with Image.open(PHOTOGRAPH) as photograph:
-        moved, file = ImageChops.offset(photograph.convert("RGB"), seed % 640, seed // 640), io.BytesIO()
+        across, down = seed % photograph.width, seed // photograph.width
+        moved, file = ImageChops.offset(photograph.convert("RGB"), across, down), io.BytesIO()
     moved.save(file, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
