@@ -65,11 +65,11 @@ VISION = CLIPVisionConfig(
 class Budget(NamedTuple):
     """Steps of each part, and the size of the data."""
 
-    tower: int = 600
-    text: int = 1000
-    stage1: int = 300
-    pretrain: int = 100
-    finetune: int = 300
+    tower: int = 1500
+    text: int = 1500
+    stage1: int = 600
+    pretrain: int = 200
+    finetune: int = 1200
     batch: int = 16
     boards: int = 4000
     easy: int = 3000
