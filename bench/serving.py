@@ -29,7 +29,6 @@ from .prefill.__main__ import PHOTOGRAPH
 from .prefill.presets import SIZES, preset
 
 NAME = "bench.serving"
-PHOTOGRAPH = Path(__file__).parent / "assets" / "raccoon.jpg"
 MODELS = ("llava-1.5", "llava-stf")
 TEXT = "the this that is are in on of sky tower light cloud day night red blue white near far up"
 WORDS = TEXT.split()
