@@ -48,6 +48,7 @@ class LlavaOnevisionStfModel(TiledModel, LlavaOnevisionModel):
         pixel_values_videos: Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        whole_tower: bool = True,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPooling:
         """[videos, frames, 3, S, S] -> `.pooler_output` [videos, frames * (H//r)*(W//r) + 1, D], a newline at the end.
@@ -58,17 +59,19 @@ class LlavaOnevisionStfModel(TiledModel, LlavaOnevisionModel):
         if not isinstance(frames, Tensor) or frames.ndim != 5:
             got = list(getattr(frames, "shape", [])) or type(frames).__name__
             raise ValueError(f"pixel_values_videos: expected [videos, frames, 3, S, S], got {got}")
-        tokens = self.project_images(frames.flatten(0, 1), vision_feature_layer)
-        tokens = tokens.unflatten(0, frames.shape[:2]).flatten(1, 2)
-        tokens = torch.cat([tokens, self.image_newline.to(tokens).expand(len(tokens), 1, -1)], dim=1)
-        return BaseModelOutputWithPooling(pooler_output=tokens)
+        self.check_options(vision_feature_select_strategy, **kwargs)
+        outputs = self.image_outputs(frames.flatten(0, 1), vision_feature_layer, whole_tower, **kwargs)
+        tokens = outputs.pooler_output.unflatten(0, frames.shape[:2]).flatten(1, 2)
+        newline = self.image_newline.to(tokens).expand(len(tokens), 1, -1)
+        outputs.pooler_output = torch.cat([tokens, newline], dim=1)
+        return outputs
 
     def insert_videos(self, input_ids, inputs_embeds, encoded, options):
         """As the stock forward does it, but by ids where there are any: two tokens may have one embedding."""
         pixels, video = options.pop("pixel_values_videos", None), encoded.get("video")
         options.pop("image_sizes_videos", None)
         if pixels is not None:
-            video = self.get_video_features(pixels, return_dict=True)
+            video = self.get_video_features(pixels, whole_tower=False, return_dict=True)
         if video is None:
             return inputs_embeds, options
         tokens = video.pooler_output.flatten(0, 1).to(inputs_embeds.device, inputs_embeds.dtype)
