@@ -26,6 +26,7 @@ SLOW = (
     "tests/aot/",
     "tests/bench/",
     "tests/convert/test_convert_folder.py",
+    "tests/convert/test_convert_tiles.py",
     "tests/learn/",
     "tests/llava/test_llava_loading.py",
     "tests/llava/test_llava_save_load.py",

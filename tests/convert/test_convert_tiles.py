@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor
 
 import llava_integration as li
@@ -78,11 +79,10 @@ def test_a_fresh_process_without_the_package(both, tmp_path):
     """What --auto-map wrote answers as the model in memory does."""
     _, _, dst = both
     model, processor = build.load(dst), AutoProcessor.from_pretrained(dst)
-    inputs = processor(images=build.image(0, (70, 40)), text="USER: <image> what", return_tensors="pt")
-    with torch.no_grad():
-        model(**inputs)
+    inputs = processor(images=Image.new("RGB", (70, 40), "red"), text="USER: <image> what", return_tensors="pt")
     found = load(dst, cache=tmp_path, installed=False, trust_remote_code=True)
     assert found["classes"] == [type(part).__name__ for part in (model, model.model, processor)]
+    assert found["tokens"] == model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist()
 
 
 def test_refusals(refused, tmp_path, dst):
