@@ -25,6 +25,16 @@ def quoted(result):
         yield f"| {NAMES[label]} | {' | '.join(figures)} |"
 
 
+def test_the_table_of_the_projector_is_its_file():
+    (file,) = set(re.findall(r"bench/results/[\w-]+/host\.json", README))
+    result = json.loads((ROOT / file).read_text())
+    for row in result["cpu"]:
+        spread = f"{row['ratio']:.2f}x, {row['min']:.2f} to {row['max']:.2f}"
+        what = row["what"].removeprefix("projector ")
+        assert f"| {what} | {spread} | {row['reference_peak_mb']:.0f} | {row['peak_mb']:.0f} |" in README
+    assert f"commit {result['commit'][:7]}" in README
+
+
 def test_the_table_is_the_file():
     """The commit and the versions too."""
     (file,) = set(re.findall(r"bench/results/[\w-]+/prefill\.json", README))
