@@ -104,11 +104,8 @@ def workers() -> int:
 def tests(folder: Path) -> tuple[bool, str]:
     """tests/gpu first, in processes of its own: a GPU fault in one must not count against the rest. Few cores make
     the compiler take longer than is meant for all."""
-    seconds, began, unavailable = (
-        SECONDS["tests"],
-        time.monotonic(),
-        tests_that_need([p for p in OPTIONAL if not importlib.util.find_spec(p)]),
-    )
+    seconds, began = SECONDS["tests"], time.monotonic()
+    unavailable = tests_that_need([p for p in OPTIONAL if not importlib.util.find_spec(p)])
     ignored = [f"--ignore={path}" for path in (*ELSEWHERE, *unavailable, "tests/gpu")]
     count = workers()
     device = run_pytest(["tests/gpu"], folder, max(0.6 * seconds, COMPILING / count), count)
@@ -148,16 +145,7 @@ def sanitized(folder: Path) -> tuple[bool, str]:
     calls return is no error here: Triton and torch ask what they may be refused, such as whose memory a pointer is."""
     if (tool := shutil.which("compute-sanitizer")) is None:
         return False, "compute-sanitizer is not installed: it comes with CUDA's toolkit"
-    program = [
-        *PYTHON,
-        "bench.kernels",
-        "--small",
-        "--no-compile",
-        "--batch",
-        "1",
-        "--json",
-        str(folder / "small.json"),
-    ]
+    program = [*PYTHON, "bench.kernels", *"--small --no-compile --batch 1 --json".split(), str(folder / "small.json")]
     status = run_limited([tool, "--report-api-errors", "no", "--error-exitcode", "99", *program], SANITIZER)
     (folder / "small.json").unlink(missing_ok=True)
     said = {0: "nothing out of bounds", 99: "memory errors, see its output", None: "stopped at the time limit"}

@@ -174,9 +174,8 @@ def test_counts_and_failures_come_from_the_report_of_pytest(tmp_path, capfd):
     suite.write_text("def test_one():\n    __import__('os')._exit(3)\n")
     assert gpu.run_pytest([str(suite), "-p", "no:xdist"], tmp_path, 60.0)["failures"]
     assert not list(tmp_path.glob("*.xml"))
-    assert "tests/operators/test_drawn_shapes.py" in gpu.tests_that_need(
-        ["hypothesis"]
-    )  # left out where that is missing
+    # Left out where that is missing.
+    assert "tests/convert/test_convert_hostile.py" in gpu.tests_that_need(["hypothesis"])
     assert gpu.tests_that_need([]) == []
 
 

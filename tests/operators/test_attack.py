@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.processes import ROOT, clean_environment
 
+pytest.importorskip("hypothesis")  # the child needs it; a GPU machine may lack it
+
 OPERATORS = ["concat_linear", "spatial_merge_linear", "indexed_rows"]
 MODULES = ["MultiBlockTokenFusion", "SpatialTokenFusion", "CompactTokenProjector"]
 RUNS = {  # kinds, cases of each, interpreted; an operator is drawn two hundred times, half of them on the torch path
