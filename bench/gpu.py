@@ -145,8 +145,10 @@ def sanitized(folder: Path) -> tuple[bool, str]:
     calls return is no error here: Triton and torch ask what they may be refused, such as whose memory a pointer is."""
     if (tool := shutil.which("compute-sanitizer")) is None:
         return False, "compute-sanitizer is not installed: it comes with CUDA's toolkit"
-    program = [*PYTHON, "bench.kernels", *"--small --no-compile --batch 1 --json".split(), str(folder / "small.json")]
-    status = run_limited([tool, "--report-api-errors", "no", "--error-exitcode", "99", *program], SANITIZER)
+    small = ["--small", "--no-compile", "--batch", "1", "--json", str(folder / "small.json")]
+    status = run_limited(
+        [tool, "--report-api-errors", "no", "--error-exitcode", "99", *PYTHON, "bench.kernels", *small], SANITIZER
+    )
     (folder / "small.json").unlink(missing_ok=True)
     said = {0: "nothing out of bounds", 99: "memory errors, see its output", None: "stopped at the time limit"}
     return status == 0, said.get(status, f"the program failed, exit status {status}")
