@@ -57,6 +57,17 @@ def test_the_rows_of_the_families_are_their_files(family):
     assert result["commit"][:7] in README
 
 
+def test_the_served_figures_are_the_file():
+    (file,) = set(re.findall(r"bench/results/[\w-]+/serving\.json", README))
+    result = json.loads((ROOT / file).read_text())
+    stock, stf = (f"{row['ttft_ms']:,.0f} ms" for row in result["rows"])
+    first, rate = (result["ratios"][name] for name in ("ttft_ms", "requests_per_s"))
+    said = README.replace("\n", " ")
+    assert f"first token after {stock} with LLaVA-1.5 and {stf} with LLaVA-STF" in said
+    assert f"{first['ratio']:.2f}x sooner ({first['low']:.2f} to {first['high']:.2f} over four paired rounds)" in said
+    assert f"{rate['ratio']:.2f}x the requests per second" in said
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
