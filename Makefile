@@ -6,8 +6,8 @@ VLLM_VENV := .venv-vllm
 RUN := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help prefill test test-quick test-gpu-pins test-browser test-vllm quality quality-smoke fuzz aot gpu lint types docs
-.PHONY: format clean
+.PHONY: help prefill test test-quick test-gpu-pins test-transformers test-browser test-vllm quality quality-smoke fuzz aot
+.PHONY: gpu lint types docs format clean
 
 help:
 	@echo "Times on two CPU cores without a GPU; the first target to run also makes .venv, in a minute or two."
@@ -21,6 +21,7 @@ help:
 	@echo "make aot           > 10 min  compile every configuration for every GPU and check the generated code"
 	@echo "make test-browser            the report page in a headless Chromium, which it installs as root on Debian"
 	@echo "make test-gpu-pins           make test with the versions nearest to the GPU machine's (installs 5 GB)"
+	@echo "make test-transformers       transformers' own common tests on LLaVA-STF and on the stock LLaVA (installs 2 GB)"
 	@echo "make test-vllm        5 min  serve LLaVA-STF with vLLM, in an environment of its own (installs 3 GB)"
 	@echo "make quality                 answers against vision tokens: the study, three seeds; goes on where it stopped"
 	@echo "make quality-smoke    5 min  a small one of its rows; exit code 1 unless a trained STF learns"
@@ -93,6 +94,20 @@ fuzz: $(VENV)/.installed
 test-gpu-pins: $(PINS_VENV)/.installed
 	$(call run_tests,$(PINS_VENV)/bin/python)
 
+# transformers' own common tests are in its sdist, and not in what pip installs.
+SUITE := .venv-transformers/suite
+$(SUITE)/.fetched: .venv-transformers/.installed
+	rm -rf $(SUITE) && mkdir -p $(SUITE)/common
+	.venv-transformers/bin/python -m pip download --quiet --disable-pip-version-check --no-binary :all: --no-deps \
+		--no-build-isolation -d $(SUITE) "$$(grep ^transformers== .ci/transformers.txt)"
+	tar -xzf $(SUITE)/*.tar.gz -C $(SUITE)/common --strip-components=2 --wildcards \
+		'*/tests/test_modeling_common.py' '*/tests/test_processing_common.py'
+	@touch $@
+
+test-transformers: $(SUITE)/.fetched
+	TRANSFORMERS_SUITE=$(SUITE) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+		.venv-transformers/bin/python -m pytest -o addopts= -q tests/transformers
+
 test-browser: $(VENV)/.installed
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	{ test "$$(id -u)" = 0 && command -v apt-get && apt-get update -qq && \
@@ -158,4 +173,4 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(PINS_VENV) $(VLLM_VENV) $(CLIENTS:%=.venv-%) build dist *.egg-info docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .fuzz-*
+	rm -rf $(VENV) $(PINS_VENV) $(VLLM_VENV) $(CLIENTS:%=.venv-%) .venv-transformers build dist *.egg-info docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .fuzz-*

@@ -59,19 +59,19 @@ class LlavaStfModel(CompactModel, LlavaModel):
 
     @can_return_tuple
     def get_video_features(
-        self, pixel_values_videos: Tensor | list[Tensor], **options: Unpack[TransformersKwargs]
+        self, pixel_values_videos: Tensor, **options: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
-        """As get_image_features, for videos [V, T, 3, S, S] or V tensors [T, 3, S, S] whose frames are images.
+        """As get_image_features, for videos [V, T, 3, S, S] whose frames are images.
 
         `.pooler_output`: V tensors [T*(H//r)*(W//r), D], the tokens of the frames in order.
         """
-        if not all(isinstance(video, Tensor) and video.ndim == 4 for video in pixel_values_videos):
-            got = list(getattr(pixel_values_videos, "shape", [type(pixel_values_videos).__name__]))
+        if not isinstance(pixel_values_videos, Tensor) or pixel_values_videos.ndim != 5:
+            got = list(getattr(pixel_values_videos, "shape", [])) or type(pixel_values_videos).__name__
             raise ValueError(f"pixel_values_videos: expected [videos, frames, channels, height, width], got {got}")
-        frames = torch.cat(list(pixel_values_videos))
+        frames = pixel_values_videos.flatten(0, 1)
         outputs = self.get_image_features(pixel_values=frames, **options, return_dict=True)
-        tokens = iter(outputs.pooler_output)
-        outputs.pooler_output = [torch.cat([next(tokens) for _ in video]) for video in pixel_values_videos]
+        tokens = torch.stack(list(outputs.pooler_output)).unflatten(0, pixel_values_videos.shape[:2])
+        outputs.pooler_output = list(tokens.flatten(1, 2))
         return outputs
 
     def insert_videos(self, input_ids, inputs_embeds, encoded, options):

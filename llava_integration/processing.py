@@ -5,7 +5,6 @@ placeholder: "<video>" where the tokenizer has that token, else that of an image
 """
 
 import contextlib
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -36,8 +35,6 @@ class LlavaStfProcessor(LlavaProcessor):
 
     Raises ValueError for sizes that are not positive ints and a tokenizer without a single token for a placeholder.
     """
-
-    skip_tensor_conversion = (*LlavaProcessor.skip_tensor_conversion, "pixel_values_videos")
 
     def __init__(
         self,
@@ -113,8 +110,7 @@ class LlavaStfProcessor(LlavaProcessor):
 
         `text` holds one placeholder per image and per video, or the expanded tokens of all of them. `images` may be
         nested by prompt; None and empty lists are no images. `videos`: one or a list of them, each [T, h, w, 3],
-        [T, 3, h, w] or a list of T frames, prepared as images are -> pixel_values_videos [V, T, 3, h, w], a list of V
-        tensors where T differs.
+        [T, 3, h, w] or a list of T frames, prepared as images are -> pixel_values_videos [V, T, 3, h, w].
 
         Raises ValueError or TypeError for counts that do not match and for what is no image.
         """
@@ -144,20 +140,23 @@ class LlavaStfProcessor(LlavaProcessor):
             return super()._process_images(images, **kwargs)
 
     @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "pixel_values_videos"]
+
+    @property
     def video_processor(self):
         """Frames are prepared as images are; transformers' own video processors need torchvision."""
         return self.image_processor
 
     def _process_videos(self, videos, **kwargs):
         frames, lengths = [frame for video in videos for frame in video], [len(video) for video in videos]
+        if len(set(lengths)) != 1:
+            raise ValueError(f"videos: expected as many frames in each, got {lengths}; sample them alike")
         known = self.image_processor.valid_kwargs.__annotations__
         with _refusing(frames, "videos"):
-            pixels = self.image_processor(frames, **{k: v for k, v in kwargs.items() if k in known})["pixel_values"]
-        ends = list(itertools.accumulate(lengths))
-        parts = [pixels[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-        if len(set(lengths)) == 1 and hasattr(pixels, "shape"):
-            parts = pixels.reshape(len(videos), lengths[0], *pixels.shape[1:])
-        processed = {"pixel_values_videos": parts}
+            options = {name: value for name, value in kwargs.items() if name in known} | {"return_tensors": "np"}
+            pixels = self.image_processor(frames, **options)["pixel_values"]
+        processed = {"pixel_values_videos": pixels.reshape(len(videos), lengths[0], *pixels.shape[1:])}
         return processed, [self.replace_video_token(processed, index) for index in range(len(videos))]
 
     def validate_inputs(self, images=None, text=None, videos=None, **kwargs):
@@ -258,7 +257,7 @@ def _videos(value) -> list[list]:
     if not isinstance(value, (list, tuple)):
         got = "a path; read the frames first" if isinstance(value, str) else _describe(value)
         raise TypeError(f"videos: expected frames, got {got}")
-    if all(len(_shape(frame)) in (2, 3) for frame in value):
+    if value and all(len(_shape(frame)) in (2, 3) for frame in value):
         return [list(value)]
     return [video for item in value for video in _videos(item)]
 

@@ -50,6 +50,7 @@ def register(config: type[Config], model: type, generator: type, processor: type
         auto.register(config, generator, exist_ok=True)
     # Tables of names, by which pipelines and `transformers serve` tell what a model takes.
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type] = generator.__name__
+    modeling_auto.MODEL_MAPPING_NAMES[config.model_type] = model.__name__
     modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config.model_type] = generator.__name__
     AutoProcessor.register(config, processor, exist_ok=True)
     stock_model = stock.__name__.replace("ForConditionalGeneration", "Model")

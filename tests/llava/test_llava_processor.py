@@ -78,18 +78,18 @@ class TestVideo:
     """T frames are T images' worth of tokens, in order, behind one placeholder, and the pixels that images have."""
 
     def test_frames_behind_one_placeholder(self, stf, processor):
-        five = frames(5)
-        found, video = process(processor, ["<image> a cat", "dog <image>"], videos=[five[:3], five[3:]])
-        assert found == [12, 8]
-        images = processor(images=five, return_tensors="pt")
-        together = torch.cat(video["pixel_values_videos"])
+        six = frames(6)
+        found, video = process(processor, ["<image> a cat", "dog <image>"], videos=[six[:3], six[3:]])
+        assert found == [12, 12]
+        images = processor(images=six, return_tensors="pt")
+        together = video["pixel_values_videos"].flatten(0, 1)
         assert torch.equal(together, images["pixel_values"]), "frames in order, two videos in order"
         assert stf.float().generate(**video, max_new_tokens=2).shape[0] == 2
 
     def test_the_model_sees_what_it_sees_in_as_many_images(self, stf, processor):
-        five = frames(5)
-        _, video = process(processor, "<image> a cat <image>", videos=[five[:3], five[3:]])
-        _, images = process(processor, "<image><image><image> a cat <image><image>".replace("><", "> <"), images=five)
+        four = frames(4)
+        _, video = process(processor, "<image> a cat <image>", videos=[four[:2], four[2:]])
+        images = processor(images=four, return_tensors="pt")
         ids = video["input_ids"]
         with torch.no_grad():
             ours = stf.float()(**video).logits
@@ -144,10 +144,16 @@ class TestVideo:
 
     def test_frames_of_several_sizes_and_kinds(self, processor):
         three = [build.image(0), build.image(1, (30, 90)), build.image(2).convert("L")]
-        found, inputs = process(processor, "<image> and <image>", videos=[three, three[:1]])
-        assert found == [16]
-        expected = processor(images=[*three, three[0]], return_tensors="pt")["pixel_values"]
-        assert torch.equal(torch.cat(inputs["pixel_values_videos"]), expected)
+        found, inputs = process(processor, videos=[three])
+        assert found == [12]
+        expected = processor(images=three, return_tensors="pt")["pixel_values"]
+        assert torch.equal(inputs["pixel_values_videos"][0], expected)
+
+    def test_a_prompt_without_one(self, processor):
+        text = ["a cat", "<image> dog"]
+        found, inputs = process(processor, text, videos=[[], [frames(2)]])
+        assert found == [0, 8]
+        assert len(inputs["pixel_values_videos"]) == 1
 
     def test_one_array_of_one_video_or_several_or_nested_by_prompt(self, processor):
         video = torch.randint(0, 256, (2, 3, 60, 80, 3), dtype=torch.uint8).numpy()
@@ -161,6 +167,8 @@ class TestVideo:
         ("options", "error", "message"),
         [
             ({"videos": "film.mp4"}, TypeError, "videos: expected frames, got a path"),
+            ({"videos": [frames(2), frames(1)] * 2}, ValueError, r"text: found 3 <image> tokens for 4 video"),
+            ({"videos": [frames(2), *[frames(1)] * 2]}, ValueError, r"as many frames in each, got \[2, 1, 1\]"),
             ({"videos": frames(1), "images": frames(1)}, ValueError, "videos: expected images or videos, .* got both"),
             ({"videos": frames(2)}, ValueError, r"text: found 3 <image> tokens for 1 video\(s\); expected 1, .* or 8"),
         ],
