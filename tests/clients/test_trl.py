@@ -36,13 +36,10 @@ def data(tmp_path):
     return file
 
 
-# TODO(found by name)
-FOUND = "import sys, llava_integration as li; "
-FOUND += "sys.modules['transformers'].LlavaStfForConditionalGeneration = li.LlavaStfForConditionalGeneration; "
-SCRIPT = FOUND + "import runpy; runpy.run_path('examples/trl_lora.py', run_name='__main__')"
+SCRIPT = "examples/trl_lora.py"
 
 
-def train(folder, data, out, *options, command=("-c", SCRIPT), **environment):
+def train(folder, data, out, *options, command=(SCRIPT,), **environment):
     arguments = ["--model", str(folder), "--data", str(data), "--images", str(data.parent), "--output_dir", str(out)]
     return python(*command, *arguments, *QUICK, *options, timeout=300, **environment)
 
@@ -104,8 +101,7 @@ def test_two_processes_give_the_losses_of_one(folder, data, tmp_path):
     """Half of the batch each, over gloo, by accelerate inside the trainer."""
     steps = ["--max_steps", "3", "--per_device_train_batch_size"]
     one = losses(train(folder, data, tmp_path / "one", *steps, "4"))
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "script.py")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT]
     two = losses(train(folder, data, tmp_path / "two", *steps, "2", "--ddp_backend", "gloo", command=launcher))
     assert one == pytest.approx(two, rel=1e-3)
     weights = [AutoModelForImageTextToText.from_pretrained(tmp_path / name / "merged") for name in ("one", "two")]
@@ -126,7 +122,7 @@ dataset = Dataset.from_list([{"images": [image]} | turns] * 2)
 
 
 def test_the_three_lines_of_the_readme(folder):
-    code = f"{FOUND}\n{IN_FOLDER.format(str(folder.parent))}{BEFORE}{readme('TRL')[0]}"
+    code = f"{IN_FOLDER.format(str(folder.parent))}{BEFORE}{readme('TRL')[0]}"
     result = python("-c", code, PYTHONPATH=f"{ROOT}:{ROOT}/examples", timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "train_loss" in result.stdout
