@@ -136,6 +136,8 @@ def test_keywords_change_the_tower_of_a_folder_together_with_the_window(stored, 
     config = AutoConfig.from_pretrained(tmp_path, vision_config={"image_size": 84}, spatial_merge_size=3)
     assert (config.vision_config.image_size, config.vision_config.hidden_size) == (84, 32)
     assert config.image_seq_length == 4
+    config = AutoConfig.from_pretrained(tmp_path, use_mbtf=False, vision_feature_layer=5)  # neither alone would do
+    assert config.vision_feature_layer == [5]
 
 
 @pytest.mark.parametrize(
