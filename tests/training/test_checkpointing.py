@@ -38,6 +38,7 @@ def test_nothing_of_the_chain_is_kept():
     own = {p.data_ptr() for p in module.parameters()} | {b.data_ptr() for b in blocks}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         checkpoint(module, blocks, use_reentrant=False)
+        kept = [t for t in kept if t.numel()]  # torch 2.11's checkpoint keeps an empty one
         assert all(t.data_ptr() in own for t in kept)
         module(blocks)
     # pre-activations of both hidden layers and the merged tokens: nothing else is the chain's own
