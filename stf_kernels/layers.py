@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from . import checks
-from .linear import is_untouched, parameters_of_all
-from .modules import chain_operands
+from .modules import chain_operands, parameters_to_read
 from .ops import operators
 
 
@@ -36,10 +35,7 @@ class CompactTokenProjector(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         mbtf, stf, skip = self.mbtf, self.stf, self.skip_tokens
-        fits = mbtf is not None and is_untouched(mbtf, type(mbtf)) and is_untouched(stf, type(stf))
-        found = None
-        if fits and out is None and mbtf.activation == stf.activation:
-            found = parameters_of_all((mbtf.linear_1, mbtf.linear_2, stf.linear_1, stf.linear_2))
+        found = parameters_to_read(mbtf, stf, type(mbtf), type(stf)) if out is None else None
         if found is None:
             return type(self).forward(self, blocks, grid, out=out, rows=rows)
         dim, r = mbtf.linear_2.out_features, stf.merge_size

@@ -224,7 +224,7 @@ class CompactTokenProjector(nn.Module):
             count = blocks[0].shape[0] * (grid[0] // r) * (grid[1] // r)
             checks.check_out(out, rows, count, self.out_dim, blocks[0])
             self._refuse_gradients(blocks, out)
-        found = self._parameters_to_read()
+        found = parameters_to_read(self._modules.get("mbtf"), stf, MultiBlockTokenFusion, SpatialTokenFusion)
         if found is not None:
             operands = chain_operands(blocks, *found, r)
             static = stf.activation, self.skip_tokens, r, *grid
@@ -236,13 +236,6 @@ class CompactTokenProjector(nn.Module):
         z = stf(x, grid)
         return z if out is None else out.index_copy_(0, rows, z.flatten(0, 1).to(out.dtype))
 
-    def _parameters_to_read(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """(weights, biases) of the four layers if both children can be read instead of called."""
-        mbtf, stf = self._modules.get("mbtf"), self._modules["stf"]
-        if mbtf is None or not (is_untouched(mbtf, MultiBlockTokenFusion) and is_untouched(stf, SpatialTokenFusion)):
-            return None
-        return parameters_of_all((*mbtf.layers(), *stf.layers())) if mbtf.activation == stf.activation else None
-
     def _refuse_gradients(self, blocks: Sequence[Tensor], out: Tensor) -> None:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (out, *blocks, *self.parameters())):
             raise ValueError(
@@ -252,6 +245,18 @@ class CompactTokenProjector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_blocks={self.num_blocks}, skip_tokens={self.skip_tokens}"
+
+
+def parameters_to_read(
+    mbtf: nn.Module | None, stf: nn.Module, mbtf_class: type[nn.Module], stf_class: type[nn.Module]
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """(weights, biases) of a projector's four layers if both children, of exactly these classes, can be read instead of
+    called."""
+    if mbtf is None or not (is_untouched(mbtf, mbtf_class) and is_untouched(stf, stf_class)):
+        return None
+    if mbtf.activation != stf.activation:
+        return None
+    return parameters_of_all(child._modules[name] for child in (mbtf, stf) for name in ("linear_1", "linear_2"))
 
 
 _LAYERS = {2: ("linear_1.", "linear_2."), 4: ("mbtf.linear_1.", "mbtf.linear_2.", "stf.linear_1.", "stf.linear_2.")}
