@@ -25,13 +25,16 @@ class ResultError(ValueError):
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
+    # allow_nan=False: NaN is not JSON, and a NaN that reaches a table is a bug here, not in the reader.
+    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            # allow_nan=False: NaN is not JSON, and a NaN that reaches a table is a bug here, not in the reader.
-            json.dump(result, file, indent=1, allow_nan=False)
-            file.write("\n")
+            file.write(text)
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from the other users of a machine
         os.replace(temporary, path)
     except BaseException:

@@ -14,7 +14,6 @@ how often one stands in a row cannot be told from an average of patches that hol
 import argparse
 import itertools
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import command
+from ..results import write_text
 
 NAME = "bench.quality.data"
 SIDE, PIXELS = 4, 16  # digits along a board, pixels along a digit, which is a patch of the tower
@@ -177,16 +177,14 @@ def make(
         words.append(board_record(draw, "train")[1:] if count == len(CELLS) else few_words(draw, count))
     draw.shuffle(train)
     draw.shuffle(words)
-    write(out / "train.json", json.dumps(train))
-    write(out / "scenes.json", json.dumps([{"conversations": conversation(scene, turns)} for scene, turns in words]))
-    write(out / "patches.json", json.dumps(patches))
-    write(out / "test.jsonl", "".join(json.dumps({"question_id": i} | entry) + "\n" for i, entry in enumerate(test)))
-
-
-def write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    write_text(out / "train.json", json.dumps(train))
+    write_text(
+        out / "scenes.json", json.dumps([{"conversations": conversation(scene, turns)} for scene, turns in words])
+    )
+    write_text(out / "patches.json", json.dumps(patches))
+    write_text(
+        out / "test.jsonl", "".join(json.dumps({"question_id": i} | entry) + "\n" for i, entry in enumerate(test))
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

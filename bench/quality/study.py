@@ -42,6 +42,7 @@ from llava_integration.train import from_random, train
 from llava_integration.train_cache import FeatureCache, open_image
 from llava_integration.train_data import Conversations
 
+from ..results import write_text
 from . import data, score
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
@@ -190,7 +191,7 @@ class Study:
         if not (self.data / "test.jsonl").exists():
             options = {name: getattr(budget, name) for name in ("boards", "easy", "scenes", "test_boards")}
             data.make(self.data, **options)
-        data.write(settings, json.dumps(list(budget)))
+        write_text(settings, json.dumps(list(budget)))
         self.processor, self.read = make_processor(self.data), {}
 
     def arguments(self, out: Path, steps: int, rate: float, seed: int) -> TrainingArguments:
@@ -213,7 +214,7 @@ class Study:
             shutil.rmtree(beside, ignore_errors=True)
             began = time.monotonic()
             make(beside)
-            data.write(beside / "seconds.json", json.dumps(round(time.monotonic() - began)))
+            write_text(beside / "seconds.json", json.dumps(round(time.monotonic() - began)))
             beside.rename(done)
         return done
 
@@ -295,7 +296,7 @@ class Study:
                     arguments = self.arguments(self.folder / ".training", steps, rate, seed)
                     train(model, self.processor, records, arguments, recipe=recipe)
             took = round(time.monotonic() - began)
-            data.write(
+            write_text(
                 done, json.dumps(self.measure(row, model.eval(), done.with_suffix(".jsonl")) | {"seconds": took})
             )
         return json.loads(done.read_text(encoding="utf-8"))
