@@ -12,7 +12,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 help:
 	@echo "Times on two CPU cores without a GPU; the first target to run also makes .venv, in a minute or two."
 	@echo "make prefill          2 min  compare LLaVA-1.5 with LLaVA-STF, stage by stage"
-	@echo "make test            13 min  every test that this machine can run"
+	@echo "make test             7 min  every test that this machine can run"
 	@echo "make test-quick       95 s   most of them"
 	@echo "make lint             1 s    ruff"
 	@echo "make types           30 s    mypy; 3 s when little has changed"
