@@ -14,7 +14,6 @@ main() returns the status. It parses first and imports torch inside, so that --h
 KeyboardInterrupt to save, in less than GRACE seconds, and starts worker processes inside `shielded()`.
 """
 
-import _thread
 import atexit
 import contextlib
 import errno
@@ -26,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NoReturn
 
 GRACE = 1.5  # seconds to unwind; what takes longer, a long call into C++ among them, is cut short
@@ -176,7 +176,11 @@ def _handle_signals() -> None:
     os.register_at_fork(after_in_child=_forget)
 
 
-def _interrupt(number: int, _frame: object) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code is _Stream.write.__code__:
+            return  # what is written but not yet counted would be written again: `_watch` repeats the signal
+        frame = frame.f_back
     if not _received:
         _received.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
@@ -199,7 +203,11 @@ def _watch(reading: int) -> None:
             if time.monotonic() > end:
                 _leave(number)
             if not _received:
-                _thread.interrupt_main(signal.Signals(number))
+                signal.pthread_kill(threading.main_thread().ident, number)
+        os.set_blocking(reading, False)  # what was repeated is not a signal of its own
+        with contextlib.suppress(BlockingIOError):
+            os.read(reading, 64)
+        os.set_blocking(reading, True)
         _carried_on.clear()
 
 

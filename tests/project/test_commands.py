@@ -167,6 +167,20 @@ def test_ctrl_c_wherever_it_comes(what):
     assert out == ("saved\n" if what == "saved on the way" else "")
 
 
+def test_a_line_is_written_once_whenever_ctrl_c_comes():
+    """Here: when the line has reached its reader, and the buffer still holds it."""
+    body = """
+def main():
+    def written(frame, event, _):
+        if event == "return" and frame.f_code is command._Stream.write.__code__:
+            sys.setprofile(None)
+            os.kill(os.getpid(), signal.SIGINT)
+    sys.setprofile(written)
+    try: print(1, flush=True); time.sleep(60)
+    except KeyboardInterrupt: print("saved")"""
+    assert interrupted(start("-c", program(body)), lambda: None) == "1\nsaved\n"
+
+
 def test_a_command_may_carry_on():
     """Ctrl-C ended an answer: nothing is cut short later, and the next Ctrl-C ends the command."""
     body = """
