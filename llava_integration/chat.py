@@ -97,12 +97,11 @@ def load(folder: Path, compare: bool) -> list[Speaker]:
 
 def show(path: str) -> Any:
     """A decoded image; ValueError for what is none."""
-    from PIL import Image
+    from .images import picture
 
     try:
-        with Image.open(Path(path).expanduser()) as file:
-            return file.convert("RGB")
-    except (OSError, SyntaxError) as error:
+        return picture(Path(path).expanduser())
+    except Exception as error:  # codecs raise what they like
         raise ValueError(f"{path!r} cannot be read as an image ({error})") from None
 
 

@@ -42,7 +42,7 @@ def pictures(images: Any, *, image_processor: Any = None, **options: Any) -> Any
         try:
             if options.get("do_rescale") is False and not isinstance(value, (str, os.PathLike, Image.Image)):
                 return value
-            return _without_ends(_rgb(value, options.get("input_data_format")), image_processor, options)
+            return _without_ends(picture(value, options.get("input_data_format")), image_processor, options)
         except Exception as error:  # files, network and codecs raise what they like
             wrong.append(f"{_said(value)}{place} ({type(error).__name__}: {_short(error)})")
 
@@ -54,7 +54,8 @@ def pictures(images: Any, *, image_processor: Any = None, **options: Any) -> Any
     return converted
 
 
-def _rgb(value: Any, layout: Any) -> Image.Image:
+def picture(value: Any, layout: Any = None) -> Image.Image:
+    """One image as above; raises what reading it raises."""
     if isinstance(value, (str, os.PathLike)):
         with _open(os.fspath(value)) as image:
             return _of_pil(image)

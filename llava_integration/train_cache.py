@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .core.config import prefix_tokens, resolve_layers, vision_grid
 from .core.model import CompactModel
 from .core.tower import tower_hidden_states
+from .images import picture
 
 RESERVE = 2**28  # bytes that filling leaves free
 
@@ -137,11 +138,10 @@ class FeatureCache:
 
 
 def open_image(path: Path) -> Image.Image:
-    """RGB, decoded now."""
+    """Decoded now, as the processor decodes it."""
     try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return picture(path)
+    except Exception as error:  # codecs raise what they like
         raise DataError(f"image: {path} does not decode ({error})") from None
 
 
