@@ -35,8 +35,6 @@ def pictures(images: Any, *, image_processor: Any = None, **options: Any) -> Any
     wrong: list[str] = []
 
     def convert(value: Any, place: str) -> Any:
-        if value is None:
-            return None
         if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 3:
             return [convert(item, f"{place or ' at images'}[{i}]") for i, item in enumerate(value)]
         try:
@@ -84,6 +82,8 @@ def _open(source: str) -> Image.Image:
 def _of_pil(image: Image.Image) -> Image.Image:
     if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's JPEG with its preview
         raise ValueError("it is animated; give one frame, or all of them as `videos`")
+    if 0 in image.size:
+        raise ValueError("expected at least one pixel")
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):

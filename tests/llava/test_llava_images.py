@@ -175,6 +175,8 @@ BROKEN = {
     "negative": lambda: PIXELS.astype(np.int64) - 1,
     "complex": lambda: PIXELS.astype(np.complex64),
     "five channels": lambda: np.zeros((5, 9, 9), np.uint8),
+    "nothing": lambda: None,
+    "no width": lambda: Image.new("RGB", (0, 5)),
     "no pixels": lambda: np.zeros((0, 4, 3), np.uint8),
     "one row": lambda: np.zeros(9),
     "no file": lambda: "nowhere.png",
