@@ -18,7 +18,7 @@ from transformers.models.auto import AutoModel
 from transformers.utils import output_capturing
 from transformers.utils.generic import can_return_tuple
 
-from .config import resolve_layers, vision_grid
+from .config import CompactConfig, resolve_layers, vision_grid
 from .insertion import check_token_count, image_rows, is_captured
 from .projector import build_projector
 from .tower import check_pixels, image_chunks, to_device_of, tower_hidden_states
@@ -131,6 +131,11 @@ class CompactModel(_Saved):
         super().post_init()
 
     def __init__(self, config: PreTrainedConfig):
+        if not isinstance(config, CompactConfig):
+            raise TypeError(
+                f"config: expected a {type(self).config_class.__name__}, got a {type(config).__name__}; "
+                "llava_integration.from_llava makes a model of a stock one"
+            )
         PreTrainedModel.__init__(self, config)  # not the stock model's, which builds a stock projector
         self.build(config)
         self.post_init()

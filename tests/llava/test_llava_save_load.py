@@ -130,6 +130,9 @@ def test_a_folder_of_the_stock_llava(stock, tmp_path):
     for loader in (li.LlavaStfForConditionalGeneration, li.LlavaStfModel, li.LlavaStfConfig):
         with pytest.raises(ValueError, match=r"expected model_type 'llava_stf', got 'llava'; .*from_llava"):
             loader.from_pretrained(tmp_path)
+    for config in (stock.config, stock.config.text_config):
+        with pytest.raises(TypeError, match=r"config: expected a LlavaStfConfig, got a L.*from_llava"):
+            li.LlavaStfForConditionalGeneration(config)
 
 
 def test_found_by_name_in_every_module_object_that_is_called_transformers():
