@@ -34,14 +34,6 @@ def _sigmoid(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid_and_slope(x, FAST: tl.constexpr):
-    """s = sigmoid(x), and s (1 - s) without the difference, in which nothing is left of fp32 from x = 16."""
-    e = tl.exp2(tl.abs(x) * -_LOG2E)
-    s = _reciprocal(1.0 + e, FAST)  # of |x|; 1 - s is e s
-    return tl.where(x < 0, e * s, s), e * s * s
-
-
-@triton.jit
 def _normal_cdf(x, FAST: tl.constexpr):
     """Phi(x). FAST by Abramowitz-Stegun 7.1.26: a third of the instructions of `tl.erf`, |error| < 3e-7.
 
@@ -74,15 +66,16 @@ def activate(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def activation_derivative(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
-    """d act(x) / dx."""
+    """d act(x) / dx. 1 - sigmoid(x) is sigmoid(-x): the difference has no digits left from x = 16 on."""
     if ACTIVATION == "gelu":
         return _normal_cdf(x, FAST) + x * _INV_SQRT_2PI * tl.exp2(-0.5 * x * x * _LOG2E)
     elif ACTIVATION == "gelu_tanh":
-        gate, slope = _sigmoid_and_slope((x + 0.044715 * x * x * x) * _TWO_SQRT_2_OVER_PI, FAST)
-        return gate + x * slope * _TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * x * x)
+        u = (x + 0.044715 * x * x * x) * _TWO_SQRT_2_OVER_PI
+        gate = _sigmoid(u, FAST)
+        return gate + x * gate * _sigmoid(-u, FAST) * _TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * x * x)
     elif ACTIVATION == "silu":
-        gate, slope = _sigmoid_and_slope(x, FAST)
-        return gate + x * slope
+        gate = _sigmoid(x, FAST)
+        return gate + x * gate * _sigmoid(-x, FAST)
     else:
         tl.static_assert(ACTIVATION == "none")
         return x * 0.0 + 1.0
