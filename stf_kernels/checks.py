@@ -21,13 +21,11 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    if type(value) is int and minimum <= value and (maximum is None or value <= maximum):
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if is_int and minimum <= value and (maximum is None or value <= maximum):
         return
-    bounds = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int {bounds}, got {value!r}")
-    if value < minimum or (maximum is not None and value > maximum):
-        raise ValueError(f"{name}: expected {bounds}, got {value}")
+    bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+    raise (ValueError if is_int else TypeError)(f"{name}: expected an int {bounds}, got {value!r}")
 
 
 def check_bool(name: str, value: object) -> None:

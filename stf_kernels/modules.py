@@ -223,7 +223,11 @@ class CompactTokenProjector(nn.Module):
         if out is not None or rows is not None:
             count = blocks[0].shape[0] * (grid[0] // r) * (grid[1] // r)
             checks.check_out(out, rows, count, self.out_dim, blocks[0])
-            self._refuse_gradients(blocks, out)
+            if torch.is_grad_enabled() and any(t.requires_grad for t in (out, *blocks, *self.parameters())):
+                raise ValueError(
+                    "out: writing into `out` is for inference and keeps no gradient; call it under torch.no_grad(), or "
+                    "without out and rows"
+                )
         found = parameters_to_read(self._modules.get("mbtf"), stf, MultiBlockTokenFusion, SpatialTokenFusion)
         if found is not None:
             operands = chain_operands(blocks, *found, r)
@@ -235,13 +239,6 @@ class CompactTokenProjector(nn.Module):
         x = blocks[0][:, self.skip_tokens :] if self.mbtf is None else self.mbtf(blocks)
         z = stf(x, grid)
         return z if out is None else out.index_copy_(0, rows, z.flatten(0, 1).to(out.dtype))
-
-    def _refuse_gradients(self, blocks: Sequence[Tensor], out: Tensor) -> None:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (out, *blocks, *self.parameters())):
-            raise ValueError(
-                "out: writing into `out` is for inference and keeps no gradient; call it under torch.no_grad(), or "
-                "without out and rows"
-            )
 
     def extra_repr(self) -> str:
         return f"num_blocks={self.num_blocks}, skip_tokens={self.skip_tokens}"

@@ -57,16 +57,13 @@ class Code:
     """What the compiler made of one kernel."""
 
     registers: int
-    spilled: int  # bytes of stack per thread (NVIDIA), registers spilled (AMD)
+    spills: int  # bytes of stack per thread (NVIDIA), registers spilled (AMD)
     shared: int  # bytes per program
     tensor_core: int  # matrix instructions of the architecture, in the whole kernel
-    loop_instructions: int  # of the innermost loop that multiplies; 0: none was found
-    loop_stalls: int  # cycles that its instructions keep a warp from issuing the next one, of a warp alone (NVIDIA)
-    loop_tensor_core: int  # there
-    loop_async_copies: int
-    loop_plain_copies: int
-    loop_constant_loads: int
-    epilogue_instructions: int  # behind that loop
+    loop: dict[str, int]  # of the innermost one that multiplies, "instructions" (0: none was found), "mma", ...
+    plain_copies: int  # in the loop
+    stalls: int  # cycles that its instructions keep a warp from issuing the next one, of a warp alone (NVIDIA)
+    epilogue_instructions: int  # behind the loop
 
 
 def compile_for(arch: str, kernel, arguments: Mapping[str, object], **options: int | bool) -> Code:
@@ -86,8 +83,8 @@ def compile_for(arch: str, kernel, arguments: Mapping[str, object], **options: i
     if amd:
         text = compiled.asm["amdgcn"]
         found = {name: int(count) for name, count in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
-        spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
-        return read(GCN, tensor_core, text.splitlines(), found["vgpr_count"], spilled, shared)
+        spills = found["vgpr_spill_count"] + found["sgpr_spill_count"]
+        return read(GCN, tensor_core, text.splitlines(), found["vgpr_count"], spills, shared)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
@@ -103,21 +100,23 @@ def _tool(name: str, *arguments: str | Path) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def read(words: Words, tensor_core: str, lines: list[str], registers: int, spilled: int, shared: int) -> Code:
+def read(words: Words, tensor_core: str, lines: list[str], registers: int, spills: int, shared: int) -> Code:
     """Count what the lines of a kernel hold, in its innermost loop that multiplies and behind it."""
     loop, behind = innermost_math_loop(lines, words)
     return Code(
-        registers=registers,
-        spilled=spilled,
-        shared=shared,
+        registers,
+        spills,
+        shared,
         tensor_core=_count(tensor_core, lines),
-        loop_instructions=_count(words.instruction, loop),
-        loop_stalls=sum((int(w[-1], 16) >> 41) & 15 for line in loop if len(w := _SASS_WORD.findall(line)) == 2),
-        loop_tensor_core=_count(tensor_core, loop),
-        # A loop of few known steps is unrolled and gone; its copies are then counted in the whole kernel.
-        loop_async_copies=_count(words.async_copy, loop or lines),
-        loop_plain_copies=_count(words.plain_copy, loop),
-        loop_constant_loads=_count(words.constant_load, loop),
+        loop={
+            "instructions": _count(words.instruction, loop),
+            "mma": _count(tensor_core, loop),
+            # A loop of few known steps is unrolled and gone; its copies are then counted in the whole kernel.
+            "async_copies": _count(words.async_copy, loop or lines),
+            "constant_loads": _count(words.constant_load, loop),
+        },
+        plain_copies=_count(words.plain_copy, loop),
+        stalls=sum((int(w[-1], 16) >> 41) & 15 for line in loop if len(w := _SASS_WORD.findall(line)) == 2),
         epilogue_instructions=_count(words.instruction, behind),
     )
 

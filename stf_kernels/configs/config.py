@@ -94,6 +94,8 @@ class GemmConfig:
 
 def check_fields(where: str, values: dict, required: set[str], known: set[str] | None = None) -> None:
     """ValueError names a field that is unknown (known: by default the required ones) or missing."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected an object, got {type(values).__name__}")
     if unknown := sorted(set(values) - (known or required)):
         raise ValueError(f"{where}: unknown field {unknown[0]!r}, expected {sorted(known or required)}")
     if missing := sorted(required - set(values)):

@@ -1,12 +1,11 @@
 """From a product to its configuration. The first of these that knows the product:
 
     the device's shipped table     tables.py
-    what was selected on it        cache.py: at the first eager call of a product that no table knows, the model's best
-                                   of every form and plain torch are checked and timed on the call's own operands
+    what was selected on it        the user's cache: at the first eager call of a product that no table knows, the
+                                   model's best of every form and plain torch are checked and timed on its own operands
     the model                      model.py: the cheapest portable tile, or plain torch where that is estimated cheaper
 
 choose    for y [m, n] = A [m, k] @ W^T, or for a weight gradient
-settled   whether it will say the same at the next call
 reject    what serves in place of a configuration that did not run
 
 Nothing is selected while a CUDA graph is captured or torch.compile traces. With STF_KERNELS_SELECT=off, or under
@@ -21,15 +20,14 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
-from .cache import KEY, Cache, cache_of
 from .config import GemmConfig
-from .model import cycles, default_config, library_cycles, others, smallest, tiles
-from .tables import device_identity, does_not_suit, multiprocessors, table_of
+from .model import cycles, default_config, does_not_suit, library_cycles, others, smallest, tiles
+from .tables import Known, Table, cache_of, device_identity, fastest_kernel, multiprocessors, table_of
 
 _log = logging.getLogger(__name__)  # its warnings are seen on stderr where an application has set up no logging
 INTERPRETER_CONFIG = GemmConfig(block_m=32, block_n=32, block_k=32, group_m=2)
@@ -38,62 +36,96 @@ MARGIN = 0.98  # a kernel must take less than this share of plain torch's time: 
 # Microseconds of plain torch (None) and of each candidate that is right; what is wrong or does not run goes into the
 # second argument with its reason, as soon as it is known.
 Failures = dict[GemmConfig, str]
-Choice = tuple[GemmConfig | None]  # of one: None is plain torch, where no tuple means that nothing is known
-Measure = Callable[[list[GemmConfig], Failures], dict[GemmConfig | None, float]]
-_PER_FORM = 2
+Measure = Callable[[list[GemmConfig], Failures, int], dict[GemmConfig | None, float]]  # the last: rounds of timing
 _NOT_WORTH_TRYING = 2.0  # times the best estimate
 _WORKSPACE = 1 << 28  # bytes that the parts of a split K may take
 _MOST_ATTEMPTS = 3
+_FOR_NOW = Known(None, {})  # a selection that failed
 
-# (slug, itemsize, of a weight gradient, configuration) that did not run in this process: the two kernels share tiles.
-_rejected: set[tuple[str, int, bool, GemmConfig]] = set()
 _attempts: Counter[tuple] = Counter()
 _selecting = threading.Lock()
 _said: set[str] = set()
 _listeners: list[list[dict[str, Any]]] = []
 
 
-def choose(
-    device: torch.device,
-    stage: str,
-    dtype: torch.dtype,
-    m: int,
-    n: int,
-    k: int,
-    *,
-    forced: bool = False,
-    save_pre: bool = False,
-    measure: Measure | None = None,
-) -> GemmConfig | None:
-    """The configuration for y [m, n] = A [m, k] @ W^T at a stage of `tables.STAGES` on `device`, or for the weight
-    gradient dW [m, n], a sum over k rows, at one of `tables.WGRAD_STAGES`.
+class Choice(NamedTuple):
+    config: GemmConfig | None  # None: plain torch
+    settled: bool = True  # the next call will get the same: no selection is still to come
+
+
+class Gemm(NamedTuple):
+    """y [m, n] = A [m, k] @ W^T at a stage of `tables.STAGES`, or the weight gradient dW [m, n], a sum over k rows.
+
+    save_pre: the pre-activation is stored, too.
+    """
+
+    stage: str
+    dtype: torch.dtype
+    m: int
+    n: int
+    k: int
+    save_pre: bool = False
+
+    @property
+    def wgrad(self) -> bool:
+        return self.stage.endswith("_wgrad")
+
+    @property
+    def rows(self) -> int:
+        """Of A."""
+        return self.k if self.wgrad else self.m
+
+    def key(self, m_max: int) -> tuple:
+        """tables.KEY for up to so many rows: by the shape of W, which is that of a weight gradient."""
+        shape = (self.m, self.n) if self.wgrad else (self.n, self.k)
+        return self.stage, self.named()["dtype"], *shape, m_max, self.save_pre, uses_tf32(self.dtype)
+
+    def bucket(self) -> tuple:
+        """The key of its selection: rows up to the next power of two or 3/4 of it."""
+        power = 1 << max(self.rows - 1, 0).bit_length()
+        return self.key(power if 4 * self.rows > 3 * power else max(3 * power // 4, 1))
+
+    def size(self, index: int) -> tuple:
+        """What the model asks of it on a GPU."""
+        return self.m, self.n, self.k, self.dtype.itemsize, device_identity(index)[1], multiprocessors(index)
+
+    def named(self) -> dict[str, Any]:
+        stage = self.stage + " training" * self.save_pre
+        return self._asdict() | {"stage": stage, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def __str__(self) -> str:
+        return "{stage} {dtype} m {m} n {n} k {k}".format(**self.named())
+
+
+def choose(device: torch.device, gemm: Gemm, *, forced: bool = False, measure: Measure | None = None) -> Choice:
+    """The configuration for a product on `device`.
 
     None is plain torch, never if `forced`; a weight gradient is also the library's where no table and no selection
-    names the kernel, and where that did not run. save_pre: the pre-activation is stored too. measure: of the call's own
-    operands; without it nothing is selected.
+    names the kernel, and where that did not run. measure: of the call's own operands; without it nothing is selected.
     """
     if device.type == "cpu":  # the interpreter: nothing there depends on speed
-        return INTERPRETER_CONFIG
-    index = _index(device)
-    wgrad, what, cache = stage.endswith("_wgrad"), (stage, dtype, m, n, k, save_pre), cache_of(*device_identity(index))
-    source, known = "table", _tabled(index, *what)
-    if known is None and _used():
-        source, known = "cache", _cached(cache, what, forced)
+        return Choice(INTERPRETER_CONFIG)
+    index, itemsize = _index(device), gemm.dtype.itemsize
+    used = selects() and not torch.are_deterministic_algorithms_enabled()
+    cache, source, known = _kept(index), "table", None if search.table else _tabled(index, gemm)
+    if known is None and used:
+        source, known = "cache", cache.known.get(gemm.bucket())
         if known is None and measure and not forced:
             if (why := _why_not_now()) is None:
-                source, known = "selected", _select(index, what, measure)
+                source, known = "selected", _select(index, gemm, measure)
             elif why not in _said:
                 _said.add(why)
                 _log.warning("stf_kernels: %s: a model of the device serves what is not known yet", why)
-    if known is None or (forced and known[0] is None):
-        source, known = "model", (_model(index, *what, forced),)
-    [config], itemsize = known, dtype.itemsize
-    rejected = (cache.slug, itemsize, wgrad, config) in _rejected
-    if rejected or (source != "table" and (itemsize, wgrad, config) in cache.failed):
-        config = smallest(itemsize) if forced and not wgrad else None
+    settled = forced or not used or known not in (None, _FOR_NOW)
+    config, us = (None, {}) if known is None else (known.kernel if forced else known.config, known.us)
+    if known is None or (forced and config is None):
+        source, config, us = "model", _model(index, gemm, forced), {}
+    if (itemsize, gemm.wgrad, config) in cache.failed:
+        config = smallest(itemsize) if forced and not gemm.wgrad else None
     for heard in _listeners:
-        heard.append(_said_of(cache, what, source, config))
-    return config
+        serves = {"serves": str(config or "plain torch"), "us": us.get(config), "torch us": us.get(None), "by": source}
+        heard.append(gemm.named() | serves)
+    return Choice(config, settled)
 
 
 @contextlib.contextmanager
@@ -107,32 +139,8 @@ def listening() -> Iterator[list[dict[str, Any]]]:
         _listeners[:] = [other for other in _listeners if other is not heard]
 
 
-def settled(
-    device: torch.device, stage: str, dtype: torch.dtype, m: int, n: int, k: int, *, forced: bool, save_pre: bool
-) -> bool:
-    """Whether `choose` will say the same at the next call: a selection may still be to come."""
-    if device.type == "cpu" or forced or not _used():
-        return True
-    index, what = _index(device), (stage, dtype, m, n, k, save_pre)
-    known = _tabled(index, *what) or _cached(cache_of(*device_identity(index)), what, forced)
-    return known is not None or _attempts[index, key_of(*what)] >= _MOST_ATTEMPTS
-
-
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index  # "cuda" is the current one
-
-
-def key_of(stage: str, dtype: torch.dtype, m: int, n: int, k: int, save_pre: bool) -> tuple:
-    """What a selection is for: the shape of W, and rows of A up to the next power of two or 3/4 of it."""
-    rows, *shape = _rows_and_weight(stage, m, n, k)
-    power = 1 << max(rows - 1, 0).bit_length()
-    bucket = power if 4 * rows > 3 * power else max(3 * power // 4, 1)
-    return stage, str(dtype).removeprefix("torch."), *shape, bucket, save_pre, uses_tf32(dtype)
-
-
-def _rows_and_weight(stage: str, m: int, n: int, k: int) -> tuple[int, int, int]:
-    """Rows of A and the shape of W, by which tables and selections know a weight gradient, too."""
-    return (k, m, n) if stage.endswith("_wgrad") else (m, n, k)
 
 
 def uses_tf32(dtype: torch.dtype) -> bool:
@@ -149,10 +157,6 @@ def selects() -> bool:
     return value == "first_use"
 
 
-def _used() -> bool:
-    return selects() and not torch.are_deterministic_algorithms_enabled()
-
-
 def _why_not_now() -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
@@ -161,153 +165,143 @@ def _why_not_now() -> str | None:
     return None
 
 
-def _named(what: tuple) -> str:
-    stage, dtype, m, n, k, save_pre = what
-    return f"{stage} {str(dtype).removeprefix('torch.')} m {m} n {n} k {k}" + " training" * save_pre
-
-
-@functools.lru_cache(maxsize=4096)
-def _tabled(index: int, stage: str, dtype: torch.dtype, m: int, n: int, k: int, save_pre: bool) -> Choice | None:
-    rows, n, k = _rows_and_weight(stage, m, n, k)
-    choices = table_of(*device_identity(index)).get((stage, str(dtype).removeprefix("torch."), n, k))
-    if not choices:
+def _tabled(index: int, gemm: Gemm) -> Known | None:
+    """By the entry of the fewest rows (key[4]) that are enough, else of the most: that one serves all beyond."""
+    known = table_of(*device_identity(index)).known
+    of_product = sorted(key for key in known if key == gemm.key(key[4]))
+    if not of_product:
         return None
-    config = next((config for m_max, config in choices if rows <= m_max), choices[-1][1])
-    # Beyond the table: split K's workspace would grow with M, gigabytes for what a table of one image says. And tables
-    # are measured without the pre-activation's store, which wants smaller tiles.
+    found = next((key for key in of_product if gemm.rows <= key[4]), of_product[-1])
+    config = known[found].config
+    # Split K's workspace grows with M: gigabytes for what a table of one image says.
     few_rows = config is not None and (config.split_k > 1 or config.form == "swap_ab")
-    return None if (few_rows and rows > choices[-1][0]) or (save_pre and config is not None) else (config,)
-
-
-def _cached(cache: Cache, what: tuple, forced: bool) -> Choice | None:
-    known = cache.known.get(key_of(*what))
-    if known is None or (forced and known.kernel is None):
-        return None
-    return (known.kernel if forced else known.config,)
+    return None if few_rows and gemm.rows > found[4] else known[found]
 
 
 @functools.lru_cache(maxsize=4096)
-def _model(
-    index: int, stage: str, dtype: torch.dtype, m: int, n: int, k: int, save_pre: bool, forced: bool
-) -> GemmConfig | None:
-    wgrad, arch, count = stage.endswith("_wgrad"), device_identity(index)[1], multiprocessors(index)
-    if wgrad and not forced:
+def _model(index: int, gemm: Gemm, forced: bool) -> GemmConfig | None:
+    if gemm.wgrad and not forced:
         return None
-    size = m, n, k, dtype.itemsize, arch, count
-    config = default_config(arch, dtype.itemsize, m, n, k, multiprocessors=count, save_pre=save_pre, wgrad=wgrad)
-    best = min(_menu(arch, "linear", dtype.itemsize, False), key=lambda other: cycles(other, *size))
-    return config if forced or cycles(config, *size) <= library_cycles(best, stage, *size) else None
+    m, n, k, itemsize, arch, count = size = gemm.size(index)
+    which = {"save_pre": gemm.save_pre, "wgrad": gemm.wgrad}
+    config = default_config(arch, itemsize, m, n, k, multiprocessors=count, **which)
+    every = menu(arch, itemsize, save_pre=False, wgrad=False)
+    best = min(cycles(other, *size) for other in every if does_not_suit(other, arch, "linear", itemsize) is None)
+    return config if forced or cycles(config, *size) <= library_cycles(best, gemm.stage, *size) else None
 
 
-def _menu(arch: str, stage: str, itemsize: int, save_pre: bool) -> list[GemmConfig]:
-    wgrad = stage.endswith("_wgrad")
-    found = [*tiles(arch, itemsize, save_pre=save_pre, wgrad=wgrad), *([] if wgrad else others(arch, itemsize))]
-    return [config for config in found if does_not_suit(config, arch, stage, itemsize) is None]
+def menu(arch: str, itemsize: int, *, save_pre: bool, wgrad: bool) -> list[GemmConfig]:
+    return [*tiles(arch, itemsize, save_pre=save_pre, wgrad=wgrad), *([] if wgrad else others(arch, itemsize))]
 
 
-def contenders(index: int, stage: str, dtype: torch.dtype, m: int, n: int, k: int, save_pre: bool) -> list[GemmConfig]:
-    """What is tried at first use, the most promising first: a few of every form that the architecture has."""
-    (slug, arch), itemsize = device_identity(index), dtype.itemsize
-    size = m, n, k, itemsize, arch, multiprocessors(index)
-    costs = {config: cycles(config, *size) for config in _menu(arch, stage, itemsize, save_pre)}
-    failed, found = cache_of(slug, arch).failed, dict[tuple, list[GemmConfig]]()
+class Search(NamedTuple):
+    """What a selection tries, at most so many and so many of a kind, timed in so many rounds, and where it is kept.
+
+    That of first use is a few of every form that the architecture has; `python -m stf_kernels.tune` has a wider one.
+    """
+
+    menu: Callable[..., Iterable[GemmConfig]] = menu
+    kind: Callable[[GemmConfig], Hashable] = lambda config: (config.form, config.split_k > 1)
+    of_a_kind: int = 2
+    most: int = 10
+    rounds: int = 12
+    table: Table | None = None  # None: the user's cache
+
+
+search = Search()
+
+
+def contenders(index: int, gemm: Gemm) -> list[GemmConfig]:
+    """What is tried, the most promising first, without what the model estimates at over twice its best."""
+    size, itemsize, arch = gemm.size(index), gemm.dtype.itemsize, device_identity(index)[1]
+    failed = _kept(index).failed
+    costs = {
+        config: cycles(config, *size)
+        for config in search.menu(arch, itemsize, save_pre=gemm.save_pre, wgrad=gemm.wgrad)
+        if does_not_suit(config, arch, gemm.stage, itemsize) is None
+        if config.split_k == 1 or 4 * gemm.m * gemm.n * config.split_k <= _WORKSPACE
+        if (itemsize, gemm.wgrad, config) not in failed
+    }
+    found, promising = Counter[Hashable](), []
     for config in sorted(costs, key=costs.__getitem__):
-        fits = config.split_k == 1 or 4 * m * n * config.split_k <= _WORKSPACE
-        fresh = (itemsize, stage.endswith("_wgrad"), config) not in failed
-        if fits and fresh and costs[config] <= _NOT_WORTH_TRYING * min(costs.values()):
-            found.setdefault((config.form, config.split_k > 1), []).append(config)
-    return sorted((c for form in found.values() for c in form[:_PER_FORM]), key=costs.__getitem__)
+        found[search.kind(config)] += 1
+        if found[search.kind(config)] <= search.of_a_kind and costs[config] <= _NOT_WORTH_TRYING * min(costs.values()):
+            promising.append(config)
+    return promising[: search.most]
 
 
-def _select(index: int, what: tuple, measure: Measure) -> Choice:
+def _kept(index: int) -> Table:
+    """What was selected on a GPU."""
+    return search.table or cache_of(*device_identity(index))
+
+
+def _select(index: int, gemm: Gemm, measure: Measure) -> Known:
     """Measure, keep what was found, say so in one line -> what serves this call, plain torch if nothing was found."""
-    cache, attempt, began = cache_of(*device_identity(index)), (index, key_of(*what)), time.monotonic()
+    cache, key, began = _kept(index), gemm.bucket(), time.monotonic()
     with _selecting:
-        if _cached(cache, what, False) is None:
+        if key not in cache.known:
             cache.read()  # another process may have selected meanwhile
-        if known := _cached(cache, what, False):  # or another thread
-            return known
-        if _attempts[attempt] >= _MOST_ATTEMPTS:
-            return (None,)
+        if key in cache.known:  # or another thread
+            return cache.known[key]
+        if _attempts[index, key] >= _MOST_ATTEMPTS:
+            return _FOR_NOW
         failed: Failures = {}
         try:
-            us = measure(contenders(index, *what), failed)
+            us = measure(contenders(index, gemm), failed, search.rounds)
         except Exception as error:
-            _attempts[attempt] += 1
-            _keep(cache, what, {}, failed)
+            _attempts[index, key] += 1
+            _keep(cache, gemm, {}, failed)
             line = (str(error).splitlines() or [""])[0]
-            said = f"stf_kernels: selecting for {_named(what)} on {cache.slug} ended in {type(error).__name__}: {line}"
+            said = f"stf_kernels: selecting for {gemm} on {cache.slug} ended in {type(error).__name__}: {line}"
             try:
                 torch.cuda.synchronize(index)
             except Exception as again:
                 if "captur" not in str(again):  # or another thread captures a graph, which forbids to wait
                     _log.error("%s. The device does not answer any more; a new process will not try this again", said)
                     raise error from None
-            _log.warning("%s. Plain torch serves; attempt %d of %d", said, _attempts[attempt], _MOST_ATTEMPTS)
-            return (None,)
-        _keep(cache, what, us, failed)
-    config = cache.known[key_of(*what)].config
+            attempt = _attempts[index, key]
+            _log.warning("%s. Plain torch serves; attempt %d of %d", said, attempt, _MOST_ATTEMPTS)
+            return _FOR_NOW
+        best = fastest_kernel(us)
+        config = best if best is not None and us[best] < MARGIN * us[None] else None
+        _keep(cache, gemm, {key: Known(config, us)}, failed)
     _log.warning(
         "stf_kernels: selected for %s on %s: %s, %.1f us (torch: %.1f us), among %d in %.1f s; kept in %s",
-        _named(what), cache.slug, config or "plain torch", us[config], us[None], len(us),
+        gemm, cache.slug, config or "plain torch", us[config], us[None], len(us),
         time.monotonic() - began, cache.path,
     )  # fmt: skip
-    return (config,)
+    return cache.known[key]
 
 
-def _keep(cache: Cache, what: tuple, us: dict[GemmConfig | None, float], failed: Failures) -> None:
-    key, entries = dict(zip(KEY, key_of(*what), strict=True)), []
-    if us:
-        candidates = [{"config": config and config.to_dict(), "us": time} for config, time in us.items()]
-        entries.append(entry_of(key, us) | {"m": what[2], "candidates": candidates})
-    place = {name: key[name] for name in ("stage", "dtype")}
-    records = [place | {"config": config.to_dict(), "reason": reason} for config, reason in failed.items()]
-    if entries or records:
-        cache.add(entries, records)
+def _keep(cache: Table, gemm: Gemm, known: dict[tuple, Known], failed: Failures) -> None:
+    """For this process, and in the file."""
+    kind = gemm.dtype.itemsize, gemm.wgrad
+    cache.known |= known
+    cache.failed |= {(*kind, config): f"{gemm}: {reason}" for config, reason in failed.items()}
+    try:
+        if known or failed:
+            cache.write()
+    except (OSError, ImportError) as error:  # no fcntl on Windows
+        cache.warn(f"cannot be written, so what is selected serves this process alone: {error}")
     if failed:
         listed = "; ".join(f"{config}: {reason}" for config, reason in failed.items())
-        said = f"stf_kernels: not used on {cache.slug} any more, found for {_named(what)}: {listed}"
+        said = f"stf_kernels: not used on {cache.slug} any more, found for {gemm}: {listed}"
         warnings.warn(said, stacklevel=2)
-
-
-def entry_of(place: dict, us: dict[GemmConfig | None, float]) -> dict:
-    """An entry of a table at a place (stage, dtype, n, k, m_max), from the microseconds of plain torch (None) and of
-    configurations, with the measurement that justifies it."""
-    kernels = {config: time for config, time in us.items() if config is not None}
-    best = min(kernels, key=kernels.__getitem__, default=None)
-    wins = best is not None and us[best] < MARGIN * us[None]
-    return place | {
-        "provider": "triton" if wins else "torch",
-        "config": best.to_dict() if wins else None,
-        "us": us[best if wins else None],
-        "rival": "torch" if wins else "triton",
-        "rival_us": us[None] if wins else kernels.get(best),
-    }
-
-
-def _said_of(cache: Cache, what: tuple, source: str, config: GemmConfig | None) -> dict[str, Any]:
-    stage, dtype, m, n, k, save_pre = what
-    known = cache.known.get(key_of(*what)) if source in ("cache", "selected") else None
-    us = {} if known is None else known.us
-    said = {"stage": stage + " training" * save_pre, "dtype": str(dtype).removeprefix("torch."), "m": m, "n": n, "k": k}
-    serves = "plain torch" if config is None else str(config)
-    return said | {"serves": serves, "us": us.get(config), "torch us": us.get(None), "by": source}
 
 
 def reject(
     device: torch.device, dtype: torch.dtype, config: GemmConfig, error: Exception, *, forced: bool, wgrad: bool = False
 ) -> GemmConfig | None:
-    """Do not choose a configuration again on a device in this process, warn once -> what serves instead.
+    """Do not choose a configuration again on a device, warn once -> what serves instead.
 
     None is plain torch; if `forced` it is the smallest configuration, and where that is rejected `error` is raised.
     """
-    slug, arch = device_identity(_index(device))
+    cache, rejected = _kept(_index(device)), (dtype.itemsize, wgrad, config)
     instead = smallest(dtype.itemsize) if forced else None
     if config == instead:
         raise error
-    rejected = slug, dtype.itemsize, wgrad, config
-    if rejected not in _rejected:
-        _rejected.add(rejected)
-        said = f"stf_kernels: {config} does not run on {slug} ({arch}): {error}. {instead or 'Plain torch'} serves"
+    if rejected not in cache.failed:
+        cache.failed[rejected] = f"does not run: {error}"
+        said = f"stf_kernels: {config} does not run on {cache.slug}: {error}. {instead or 'Plain torch'} serves"
         warnings.warn(said, stacklevel=3)
     return instead

@@ -1,36 +1,62 @@
-"""Measured tables: tables/<device-slug>.json, written by `python -m stf_kernels.tune`.
+"""What was measured on a device: its shipped table, and the user's cache of what was selected at first use.
 
-    {"version": 2, "device": "NVIDIA H200", "arch": "sm_90", "commit": ..., "torch": ..., "triton": ...,
-     "entries": [{"stage": "concat", "dtype": "bfloat16", "n": 4096, "k": 8192, "m_max": 1152,
-                  "provider": "triton", "config": {...}, "us": ..., "rival": ..., "rival_us": ...}, ...]}
+    tables/nvidia-h200.json      beside this file, written by `python -m stf_kernels.tune`
+    $STF_KERNELS_CACHE, else $XDG_CACHE_HOME/stf_kernels, else ~/.cache/stf_kernels
+        nvidia-h200-torch2.13.0-triton3.7.1-stf_kernels0.2.0.json
 
-An entry serves every M up to m_max that no smaller entry serves; the largest one serves all beyond, unless it is for
-few rows by its nature (K split, A and B swapped). `provider` is "torch" where the measurement said that plain torch is
-faster; `us`, `rival` and `rival_us` are that measurement: cold-cache microseconds of the entry and of the best rival.
+    {"version": 3, "device": "nvidia-h200", "arch": "sm_90", "made_with": {"torch": ..., "triton": ..., ...},
+     "entries": [{"stage": "concat", "dtype": "bfloat16", "n": 4096, "k": 8192, "m_max": 1152, "save_pre": false,
+                  "tf32": false, "config": {...}, or null for plain torch,
+                  "candidates": [{"config": {...} or null, "us": ...}, ...]}, ...],
+     "failed": [{"itemsize": 2, "wgrad": false, "config": {...}, "reason": ...}, ...]}
+
+Readable, and may be deleted or edited: an entry's config is what serves, up to m_max rows of A. candidates are the
+microseconds that decided it. Processes share the cache: each writes what it found into what the file then says, under
+a lock, beside it, and renames. A file that is not one of these is not used, and one warning says so.
 """
 
+import contextlib
 import functools
+import importlib
 import json
 import os
 import re
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from .config import GemmConfig, check_fields
-from .model import SHARED_MEMORY_LIMIT, has_tma
+from .model import does_not_suit
 
-TABLE_VERSION = 2
-WGRAD_STAGES = ("concat_wgrad", "merge_wgrad", "linear_wgrad")
-STAGES = ("concat", "merge", "linear", "linear_merge", *WGRAD_STAGES)
+VERSION = 3
+STAGES = ("concat", "merge", "linear", "linear_merge", "concat_wgrad", "merge_wgrad", "linear_wgrad")
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
+KEY = ("stage", "dtype", "n", "k", "m_max", "save_pre", "tf32")
 _FOLDER = Path(__file__).with_name("tables")
-_TOP = {"version", "device", "arch", "commit", "torch", "triton", "entries"}
-ENTRY = {"stage", "dtype", "n", "k", "m_max", "provider", "config", "us", "rival", "rival_us"}
+_LOCK_SECONDS = 5.0
 
-# (stage, dtype, n, k) -> (m_max, configuration) in ascending order; None is plain torch.
-Table = dict[tuple[str, str, int, int], list[tuple[int, GemmConfig | None]]]
+# itemsize, of a weight gradient, configuration: kernels share tiles, and what is wrong at one product is not trusted.
+Failed = tuple[int, bool, GemmConfig]
+
+
+class Known(NamedTuple):
+    """What serves a product, None for plain torch, and the microseconds of all that was measured."""
+
+    config: GemmConfig | None
+    us: dict[GemmConfig | None, float]
+
+    @property
+    def kernel(self) -> GemmConfig | None:
+        """What serves where plain torch is not to."""
+        return self.config or fastest_kernel(self.us)
+
+
+def fastest_kernel(us: dict[GemmConfig | None, float]) -> GemmConfig | None:
+    return min((config for config in us if config is not None), key=us.__getitem__, default=None)
 
 
 def device_slug(name: str) -> str:
@@ -53,93 +79,149 @@ def multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def folder() -> Path:
+    """Of the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(os.environ.get("STF_KERNELS_CACHE") or os.path.join(home, "stf_kernels"))
+
+
 def table_path(slug: str) -> Path:
     return _FOLDER / f"{slug}.json"
 
 
+def versions() -> dict[str, str]:
+    """What a measurement depends on beside the device."""
+    import triton
+
+    library = importlib.import_module(__package__.partition(".")[0])
+    return {"torch": torch.__version__, "triton": triton.__version__, "stf_kernels": library.__version__}
+
+
 @functools.cache
-def table_of(slug: str, arch: str) -> Table:
-    """A device's table; empty where it has none, or one that is refused with a warning."""
-    path = table_path(slug)
-    if not path.exists():
-        return {}
-    try:
-        return parse_table(path.read_text(encoding="utf-8"), arch)
-    except Exception as error:  # whatever nonsense it holds must not end a user's call
-        warnings.warn(f"stf_kernels: {path.name} is not used, the model serves instead. {error}", stacklevel=2)
-        return {}
+def table_of(slug: str, arch: str) -> "Table":
+    """The shipped one of a device; empty where it has none."""
+    return Table(table_path(slug), slug, arch).read()
 
 
-def parse_table(text: str, arch: str) -> Table:
-    """Entries by (stage, dtype, n, k), sorted by m_max.  ValueError names what is unknown, wrong or cannot run."""
-    table = json.loads(text)
-    if not isinstance(table, dict):
-        raise ValueError(f"table: expected an object, got {type(table).__name__}")
-    if table.get("version") != TABLE_VERSION:
-        raise ValueError(f"version: expected {TABLE_VERSION}, got {table.get('version')!r}")
-    check_fields("table", table, _TOP)
-    if table["arch"] != arch:
-        raise ValueError(f"arch: the table is for {table['arch']!r}, this device is {arch!r}")
-    parsed: Table = {}
-    for number, entry in enumerate(table["entries"]):
-        config = check_entry(f"entries[{number}]", entry, arch)
-        key = entry["stage"], entry["dtype"], entry["n"], entry["k"]
-        parsed.setdefault(key, []).append((entry["m_max"], config))
-    for choices in parsed.values():
-        choices.sort(key=lambda pair: pair[0])
-    return parsed
+@functools.cache
+def cache_of(slug: str, arch: str) -> "Table":
+    """The user's of a device, as its file was at the first call of this process."""
+    name = "-".join([slug, *map("".join, versions().items())])
+    return Table(folder() / f"{name}.json", slug, arch, versions()).read()
 
 
-def check_entry(where: str, entry: dict, arch: str, known: set[str] = ENTRY) -> GemmConfig | None:
-    """The configuration of an entry, None for plain torch; ValueError names what is wrong."""
-    check_fields(where, entry, known)
-    for name, choices in (("stage", STAGES), ("dtype", DTYPES), ("provider", ("triton", "torch"))):
-        if entry[name] not in choices:
-            raise ValueError(f"{where}.{name}: expected one of {list(choices)}, got {entry[name]!r}")
-    for name in ("n", "k", "m_max"):
-        if type(entry[name]) is not int or entry[name] < 1:
-            raise ValueError(f"{where}.{name}: expected a positive int, got {entry[name]!r}")
-    if entry["provider"] == "torch":
-        return None
-    config = GemmConfig.from_dict(entry["config"])
-    if reason := does_not_suit(config, arch, entry["stage"], DTYPES[entry["dtype"]]):
-        raise ValueError(f"{where}.config: {reason}")
-    return config
+class Table:
+    """known: entries by the key of their problem (KEY); failed: what is not tried again, with the reason."""
+
+    def __init__(self, path: Path, slug: str, arch: str, made_with: dict[str, str] | None = None) -> None:
+        """made_with: the versions that the file must have been written with; None takes any."""
+        self.path, self.slug, self.arch, self.made_with = path, slug, arch, made_with
+        self.known: dict[tuple, Known] = {}
+        self.failed: dict[Failed, str] = {}
+        self._warned = False
+
+    def read(self) -> "Table":
+        """What the file says, below what this process found itself."""
+        try:
+            known, failed = self.parse(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return self
+        except Exception as error:  # whatever nonsense it holds must not end a user's call
+            self.warn(f"is not used: {error}")
+            return self
+        self.known, self.failed = known | self.known, failed | self.failed
+        return self
+
+    def write(self) -> None:
+        """What this process found, into what the file says by now. OSError where it cannot be written."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path.with_suffix(".lock")):
+            self.read()
+            entries = [
+                dict(zip(KEY, key, strict=True))
+                | {
+                    "config": config and config.to_dict(),
+                    "candidates": [{"config": tried and tried.to_dict(), "us": time} for tried, time in us.items()],
+                }
+                for key, (config, us) in self.known.items()
+            ]
+            failed = [
+                {"itemsize": itemsize, "wgrad": wgrad, "config": config.to_dict(), "reason": reason}
+                for (itemsize, wgrad, config), reason in self.failed.items()
+            ]
+            write_json(self.path, self._header() | {"entries": entries, "failed": failed})
+
+    def parse(self, text: str) -> tuple[dict[tuple, Known], dict[Failed, str]]:
+        """(known, failed) of a file. ValueError names what is unknown, wrong or cannot run."""
+        value, header, known, failed = json.loads(text), self._header(), {}, {}
+        check_fields("table", value, {*header, "entries", "failed"})
+        for name, expected in header.items():
+            if expected is not None and value[name] != expected:
+                raise ValueError(f"{name}: expected {expected!r}, got {value[name]!r}")
+        for number, entry in enumerate(value["entries"]):
+            where = f"entries[{number}]"
+            check_fields(where, entry, {*KEY, "config", "candidates"})
+            choices = {"stage": STAGES, "dtype": [*DTYPES], "save_pre": (False, True), "tf32": (False, True)}
+            for name, allowed in choices.items():
+                if entry[name] not in allowed:
+                    raise ValueError(f"{where}.{name}: expected one of {list(allowed)}, got {entry[name]!r}")
+            for name in ("n", "k", "m_max"):
+                if type(entry[name]) is not int or entry[name] < 1:
+                    raise ValueError(f"{where}.{name}: expected a positive int, got {entry[name]!r}")
+            config, us = _config(entry), {}
+            if config and (reason := does_not_suit(config, self.arch, entry["stage"], DTYPES[entry["dtype"]])):
+                raise ValueError(f"{where}.config: {reason}")
+            for candidate in entry["candidates"]:
+                check_fields(f"{where}.candidates", candidate, {"config", "us"})
+                us[_config(candidate)] = float(candidate["us"])
+            known[tuple(entry[name] for name in KEY)] = Known(config, us)
+        for number, record in enumerate(value["failed"]):
+            check_fields(f"failed[{number}]", record, {"itemsize", "wgrad", "config", "reason"})
+            failed[record["itemsize"], record["wgrad"], _config(record)] = record["reason"]
+        return known, failed
+
+    def warn(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"stf_kernels: {self.path} {what}", stacklevel=2)
+
+    def _header(self) -> dict[str, Any]:
+        return {"version": VERSION, "device": self.slug, "arch": self.arch, "made_with": self.made_with}
 
 
-def does_not_suit(config: GemmConfig, arch: str, stage: str, itemsize: int) -> str | None:
-    """Why a configuration cannot run a stage on an architecture, or None."""
-    amd, wgrad = arch.startswith("gfx"), stage in WGRAD_STAGES
-    threads = config.num_warps * (64 if amd else 32)
-    if threads > 1024:
-        return f"num_warps: {config} has {threads} threads, a program has at most 1024"
-    registers = 512 if amd else 255
-    tensor_memory = arch.startswith("sm_10")  # there it is not registers that hold the tile
-    if config.rows * config.block_n > registers * threads and not tensor_memory:
-        return f"the tile of {config} takes more than {registers} registers a thread"
-    if config.split_k > 1 and (amd or wgrad):
-        where = "is for NVIDIA GPUs" if amd else f"is not for stage {stage!r}"
-        return f"split_k {where}, got {config} for {arch}"
-    if (config.form != "pointer" or config.pdl) and not has_tma(arch, itemsize):
-        return f"form {config.form!r} (pdl {config.pdl}) is for 16 bit on Hopper and later, got {config} for {arch}"
-    dense = stage == "linear" or stage == "linear_merge"
-    if (config.form == "swap_ab" and not dense) or (config.form == "tma" and not (dense or stage == "concat")):
-        return f"stage {stage!r} has no form {config.form!r}, got {config}"
-    need, limit = config.shared_bytes(itemsize), SHARED_MEMORY_LIMIT.get(arch)
-    if limit is not None and need > limit:
-        return f"{config} needs {need} bytes of shared memory, {arch} has {limit}"
-    return None
+def _config(record: dict) -> GemmConfig | None:
+    return None if record["config"] is None else GemmConfig.from_dict(record["config"])
 
 
 def shipped_configs(arch: str, dtype: str, *, wgrad: bool) -> list[GemmConfig]:
     """Every configuration that a shipped table of an architecture names for a dtype: of weight gradients, or others."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.json"))]
-    found: list[GemmConfig | None] = []
-    for table in (parse_table(text, arch) for text in texts if json.loads(text).get("arch") == arch):
-        for (stage, entry_dtype, _, _), choices in table.items():
-            if entry_dtype == dtype and (stage in WGRAD_STAGES) == wgrad:
-                found += [config for _, config in choices]
-    return [config for config in dict.fromkeys(found) if config is not None]
+    found: dict[GemmConfig, None] = {}
+    for path in sorted(_FOLDER.glob("*.json")):
+        text = path.read_text(encoding="utf-8")
+        if json.loads(text)["arch"] == arch:
+            known, _ = Table(path, path.stem, arch).parse(text)
+            for (stage, entry_dtype, *_), (config, _) in known.items():
+                if config and entry_dtype == dtype and stage.endswith("_wgrad") == wgrad:
+                    found[config] = None
+    return list(found)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """OSError where another process holds the lock for long, or the file system has none."""
+    import fcntl
+
+    with open(path, "w") as file:
+        until = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(0.02)
+        yield
 
 
 def write_json(path: Path, value: dict) -> None:

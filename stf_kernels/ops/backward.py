@@ -41,14 +41,8 @@ class Needs(NamedTuple):
 
         Between two stages it is X of the next one's dW, and what act'(pre) * dX is made of on the way further up.
         """
-        last = len(stages) - 1
-        anything = self.upstream_of(last + 1)
-        return [
-            self.weights[i + 1] or (stage.activation is not None and self.upstream_of(i + 1))
-            if i < last
-            else stage.activation is not None and anything
-            for i, stage in enumerate(stages)
-        ]
+        of_next = [*self.weights[1:], False]
+        return [of_next[i] or (s.activation is not None and self.upstream_of(i + 1)) for i, s in enumerate(stages)]
 
     def reads(self) -> list[bool]:
         """Which of [*blocks, *weights] the backward reads: X of the first dW, W of each product further up; no bias."""

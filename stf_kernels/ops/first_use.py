@@ -6,7 +6,7 @@
              on all rows no NaN, and no row further from torch's than some of torch's own errors
     timed    what is right, in turns, on a cold L2 (timing.py)
 
-configs/selection.py asks for it at first use and says what follows; `python -m stf_kernels.tune` for its tables.
+configs/selection.py asks for it and says what follows.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def draw(x: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def measure(
-    make: Callable[[], Product], configs: Sequence[GemmConfig], failed: dict[GemmConfig, str], rounds: int = 12
+    make: Callable[[], Product], configs: Sequence[GemmConfig], failed: dict[GemmConfig, str], rounds: int
 ) -> dict[GemmConfig | None, float]:
     """Microseconds of plain torch (None) and of every configuration that is right, for the product that `make` gives.
 

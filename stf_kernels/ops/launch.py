@@ -72,12 +72,11 @@ def run_stage(
     if ready is None:
         ready = Ready(config)
         if config is None:
-            what = x.device, stage.kind(len(blocks)), x.dtype, m, *weight.shape
-            options: dict[str, Any] = {"forced": forced, "save_pre": save_pre}
+            gemm = configs.Gemm(stage.kind(len(blocks)), x.dtype, m, n, weight.shape[1], save_pre)
             product = functools.partial(product_of, (blocks, weight, bias), stage, save_pre, out)
             measure = functools.partial(first_use.measure, product) if m and weight.numel() else None
-            ready = Ready(configs.choose(*what, **options, measure=measure))
-            key = key if configs.settled(*what, **options) else None
+            chosen, settled = configs.choose(x.device, gemm, forced=forced, measure=measure)
+            ready, key = Ready(chosen), key if settled else None
         if ready.config is None:
             _keep(key, ready)
     if ready.config is None:
@@ -89,25 +88,15 @@ def run_stage(
         y = out.resolve_neg()  # in a dtype of its own under autocast
         y = y.float() if interpreting() else y
     pre = torch.empty((m, n), device=x.device, dtype=store_dtype) if save_pre else None
-    tensors = tuple(blocks), weight, bias, y, pre, rows
     with on_device(x.device):
-        waiting = m and n
-        if ready.compiled is not None and ready.config.form == "pointer":
-            scratch = split_k_scratch(ready.config, ready.grid[0], x.device)
-            ready.compiled[ready.grid](*tensors, *scratch, *ready.sizes)
-            waiting = False
-        while waiting and (chosen := ready.config) is not None:
+        while m and n and ready.config is not None:
             try:
-                kernel, grid, operands, sizes, constants = ARGUMENTS[chosen.form](chosen, tensors, stage)
-                if ready.compiled is not None and ready.sizes == _behind(kernel, operands, sizes, constants):
-                    ready.compiled[grid](*operands, *ready.sizes)
-                    break
-                compiled = kernel[grid](*operands, *sizes, **constants, **chosen.compiler_options())
+                started = _start(ready, (tuple(blocks), weight, bias, y, pre, rows), stage)
             except Exception as error:  # another one is raised again
-                ready = Ready(_instead(chosen, error, x, exact=config is not None, forced=forced))
+                ready = Ready(_instead(ready.config, error, x, exact=config is not None, forced=forced))
                 continue
-            if compiled is not None and torch.version.hip is None:
-                _keep(key, Ready(chosen, compiled, grid, _behind(kernel, operands, sizes, constants)))
+            if started is not ready:
+                _keep(key, started)
             break
     if ready.config is None:
         return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
@@ -121,18 +110,27 @@ def run_stage(
     return y if out is None else out, pre
 
 
-def _behind(kernel: Any, operands: tuple, sizes: tuple, constants: dict[str, Any]) -> tuple:
-    """Every argument behind the tensors, the constants in the kernel's order."""
-    return sizes + tuple(constants[name] for name in kernel.arg_names[len(operands) + len(sizes) :])
+def _start(ready: Ready, tensors: tuple, stage: Stage) -> Ready:
+    """Launch -> what the next call of the same layout repeats."""
+    config = ready.config
+    if ready.compiled is not None and config.form == "pointer":
+        scratch = split_k_scratch(config, ready.grid[0], tensors[1].device)
+        ready.compiled[ready.grid](*tensors, *scratch, *ready.sizes)
+        return ready
+    kernel, grid, operands, sizes, constants = ARGUMENTS[config.form](config, tensors, stage)
+    behind = sizes + tuple(constants[name] for name in kernel.arg_names[len(operands) + len(sizes) :])
+    if ready.compiled is not None and ready.sizes == behind:
+        ready.compiled[grid](*operands, *behind)
+        return ready
+    compiled = kernel[grid](*operands, *sizes, **constants, **config.compiler_options())
+    return ready if compiled is None or torch.version.hip is not None else Ready(config, compiled, grid, behind)
 
 
 def product_of(operands: tuple, stage: Stage, save_pre: bool = False, out: Tensor | None = None) -> first_use.Product:
     """A stage as it is tried and timed at first use, on (blocks, weight, bias)."""
-
-    def arguments(config: GemmConfig, tensors: tuple) -> tuple:
-        return ARGUMENTS[config.form](config, tensors, stage)
-
-    return first_use.of_stage(arguments, operands, stage, save_pre, out)
+    return first_use.of_stage(
+        lambda config, tensors: ARGUMENTS[config.form](config, tensors, stage), operands, stage, save_pre, out
+    )
 
 
 def _keep(key: tuple | None, ready: Ready) -> None:
@@ -260,8 +258,8 @@ def _tma(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     blocks, weight, *others = tensors
     layout = tma.layout_of(blocks, weight, stage, config)
     box_rows = layout.box_rows(config.block_m)
-    x_desc = tma.block_descriptor(layout, constants["C"], box_rows, config.block_k)
-    w_desc = tma.matrix_descriptor(weight, weight.shape, weight.stride(0), (config.block_n, config.block_k))
+    x_desc = layout.blocks(constants["C"], (1, 1, box_rows, config.block_k))
+    w_desc = tma.descriptor(weight, weight.shape, weight.stride()[:1], (config.block_n, config.block_k))
     operands = x_desc, w_desc, layout.base, blocks, *others
     constants |= {"NUM_BLOCKS": len(blocks), "UNIT": layout.unit, "BOX_M": box_rows}
     return _segmented_linear_tma_fwd_kernel, grid, operands, (*sizes, layout.image_rows), constants
@@ -275,10 +273,10 @@ def _swap_ab(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
     layout = tma.layout_of(blocks, weight, stage, config)
     shape = layout.image_rows, constants["C"]
     main, tail = (
-        tma.matrix_descriptor(layout.base, shape, layout.pitch_row, (rows, config.block_k))
+        tma.descriptor(layout.base, shape, (layout.pitch_row,), (rows, config.block_k))
         for rows in (config.block_m, config.tail_m)
     )
-    w_desc = tma.matrix_descriptor(weight, weight.shape, weight.stride(0), (config.block_n, config.block_k))
+    w_desc = tma.descriptor(weight, weight.shape, weight.stride()[:1], (config.block_n, config.block_k))
     operands = main, tail, w_desc, *others, *split_k_scratch(config, grid[0], weight.device)
     constants |= {"TAIL_M": config.tail_m, "SPLIT_K": config.split_k}
     return _linear_swap_ab_fwd_kernel, grid, operands, sizes, constants

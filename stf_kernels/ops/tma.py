@@ -43,6 +43,11 @@ class Layout:
     pitch_image: int
     pitch_row: int
 
+    def blocks(self, c: int, box: Sequence[int]):
+        """x[offset, image, row, column] in boxes."""
+        strides = self.unit // self.base.element_size(), self.pitch_image, self.pitch_row
+        return descriptor(self.base, (self.offsets, self.images, self.image_rows, c), strides, box)
+
     def box_rows(self, block_m: int) -> int:
         """The whole tile where rows have one pitch and TMA takes the box; else boxes that stay within an image."""
         return block_m if self.images == 1 and block_m & (block_m - 1) == 0 else _BOX_ROWS
@@ -82,17 +87,8 @@ def device_has_tma(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def block_descriptor(layout: Layout, c: int, box_rows: int, block_k: int):
-    """x[offset, image, row, column] in boxes of [1, 1, box_rows, block_k]."""
+def descriptor(base: Tensor, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]):
+    """A strided array from a tensor's address on, in boxes; its last axis is contiguous and has no stride here."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    shape = [layout.offsets, layout.images, layout.image_rows, c]
-    strides = [layout.unit // layout.base.element_size(), layout.pitch_image, layout.pitch_row, 1]
-    return TensorDescriptor(layout.base, shape, strides, [1, 1, box_rows, block_k])
-
-
-def matrix_descriptor(base: Tensor, shape: Sequence[int], pitch: int, box: Sequence[int]):
-    """[rows, columns] of one pitch, from a tensor's address on, in boxes of [rows, columns]."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(base, list(shape), [pitch, 1], list(box))
+    return TensorDescriptor(base, list(shape), [*strides, 1], list(box))

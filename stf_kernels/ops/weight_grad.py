@@ -31,7 +31,8 @@ def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int],
     kind, (n, k) = stage.kind(len(blocks)) + "_wgrad", shape
     product = functools.partial(product_of, g, blocks, shape, stage)
     measure = functools.partial(first_use.measure, product) if g.numel() and k else None
-    config = configs.choose(g.device, kind, g.dtype, n, k, g.shape[0], forced=path == "triton", measure=measure)
+    gemm = configs.Gemm(kind, g.dtype, n, k, g.shape[0])
+    config, _ = configs.choose(g.device, gemm, forced=path == "triton", measure=measure)
     if config is not None:
         try:
             return launch_wgrad(g, blocks, stage, config)

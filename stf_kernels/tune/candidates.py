@@ -1,19 +1,11 @@
-"""The configurations worth measuring for a problem. The rest is pruned before anything runs:
-
-by rules   what an architecture or a stage cannot run (configs/tables.py), an accumulator over 128 registers a thread
-by cost    what the model (configs/model.py) estimates at over twice its best
-"""
+"""Every configuration that a tile may have: the warps that hold its accumulator, steps, and depths of the pipeline."""
 
 import itertools
 from collections.abc import Iterator
 
 from ..configs import GemmConfig
-from ..configs.model import cycles
-from ..configs.tables import does_not_suit
-from .problems import Problem
 
-_ACCUMULATOR_REGISTERS = 128
-_NOT_WORTH_TRYING = 2.0  # times the best estimate
+_ACCUMULATOR_REGISTERS = 128  # of a thread
 
 # (rows, rows of the tail), columns, shares of K
 _TILES = {
@@ -23,30 +15,17 @@ _TILES = {
 }
 
 
-def candidates(problem: Problem, m: int, itemsize: int, arch: str, multiprocessors: int) -> list[GemmConfig]:
-    """Configurations worth measuring for m rows of A: each tile with its best pipeline, the most promising first, then
-    each with its next, so that a search cut short has tried every promising tile."""
-    product = problem.product(m)
-    tiles, order = [], itertools.count()  # among equals, the one that was listed first
+def candidates(arch: str, itemsize: int, *, save_pre: bool, wgrad: bool) -> Iterator[GemmConfig]:
+    """As selection.menu; what an architecture or a stage cannot run is left out there."""
+    pipelines = [*itertools.product((64, 32, 128) if itemsize == 2 else (32, 16), (8, 4), (5, 4, 3, 2))]
     for form, (rows, columns, shares) in _TILES.items():
         for (block_m, tail), block_n, split in itertools.product(rows, columns, shares):
-            pipelines = [
-                config
-                for config in _pipelines(form, block_m, tail, block_n, split, itemsize)
-                if does_not_suit(config, arch, problem.kind, itemsize) is None
-            ]
-            if pipelines:
-                costs = [cycles(config, *product, itemsize, arch, multiprocessors) for config in pipelines]
-                tiles.append(sorted(zip(costs, order, pipelines, strict=False)))
-    best = min(tile[0][0] for tile in tiles)
-    promising = [tile for tile in sorted(tiles) if tile[0][0] <= _NOT_WORTH_TRYING * best]
-    turns = itertools.zip_longest(*promising)
-    return [entry[-1] for turn in turns for entry in turn if entry is not None]
+            for block_k, warps, stages in pipelines:
+                elements = (block_m + tail) * block_n
+                if 512 * warps // 4 <= elements <= _ACCUMULATOR_REGISTERS * warps * 32:
+                    yield GemmConfig(block_m, block_n, block_k, 8, warps, stages, split, form, tail)
 
 
-def _pipelines(form: str, block_m: int, tail: int, block_n: int, split: int, itemsize: int) -> Iterator[GemmConfig]:
-    """The ways to run one tile: warps that hold its accumulator, steps, and depths of the pipeline."""
-    for block_k, warps, stages in itertools.product((64, 32, 128) if itemsize == 2 else (32, 16), (8, 4), (5, 4, 3, 2)):
-        elements = (block_m + tail) * block_n
-        if 512 * warps // 4 <= elements <= _ACCUMULATOR_REGISTERS * warps * 32:
-            yield GemmConfig(block_m, block_n, block_k, 8, warps, stages, split, form, tail)
+def tile(config: GemmConfig) -> tuple:
+    """A search tries two pipelines of each."""
+    return config.form, config.block_m, config.block_n, config.tail_m, config.split_k

@@ -109,26 +109,30 @@ def test_a_kernel_with_a_trap_goes_red(trap, found):
 
 def test_whatever_is_wrong_with_the_code_goes_red():
     fine = trapped("none")
+
+    def in_loop(**changes) -> Code:
+        return replace(fine, loop=fine.loop | changes)
+
     assert violations(replace(CONCAT, default=True), fine) == []
-    assert violations(CONCAT, replace(fine, loop_stalls=340)) == [], "a search may try what issues slowly"
-    for changes, found in (
-        ({"shared": 300_000}, "shared memory 300000 bytes.*232448"),
-        ({"spilled": 8}, "8 spilled"),
-        ({"tensor_core": 0}, "no tensor-core"),
-        ({"loop_instructions": 0}, "no loop"),  # a disassembler of other words would leave nothing to check
-        ({"loop_async_copies": 0}, "no asynchronous copy"),
-        ({"loop_plain_copies": 2}, "2 plain loads"),
-        ({"loop_constant_loads": 3}, "3 loads of constants"),
-        ({"loop_instructions": 170}, "340 cycles to issue a step of 512"),
-        ({"loop_stalls": 340}, "340 cycles to issue a step of 512"),
+    assert violations(CONCAT, replace(fine, stalls=340)) == [], "a search may try what issues slowly"
+    for changed, found in (
+        (replace(fine, shared=300_000), "shared memory 300000 bytes.*232448"),
+        (replace(fine, spills=8), "8 spilled"),
+        (replace(fine, tensor_core=0), "no tensor-core"),
+        (in_loop(instructions=0), "no loop"),  # a disassembler of other words would leave nothing to check
+        (in_loop(async_copies=0), "no asynchronous copy"),
+        (replace(fine, plain_copies=2), "2 plain loads"),
+        (in_loop(constant_loads=3), "3 loads of constants"),
+        (in_loop(instructions=170), "340 cycles to issue a step of 512"),
+        (replace(fine, stalls=340), "340 cycles to issue a step of 512"),
     ):
-        [wrong] = violations(replace(CONCAT, default=True), replace(fine, **changes))
+        [wrong] = violations(replace(CONCAT, default=True), changed)
         assert re.search(found, wrong)
-    assert violations(replace(CONCAT, arch="sm_80"), replace(fine, loop_constant_loads=3, shared=9999)) == []
+    assert violations(replace(CONCAT, arch="sm_80"), replace(in_loop(constant_loads=3), shared=9999)) == []
     amd, near = replace(CONCAT, arch="gfx942"), replace(fine, shared=9999)
-    assert violations(amd, replace(near, loop_plain_copies=2)) == []
+    assert violations(amd, replace(near, plain_copies=2)) == []
     assert violations(amd, near) == ["blocks of other allocations are read through one buffer"]
-    assert violations(replace(CONCAT, aligned=False), replace(fine, spilled=8)) == [], "unaligned code need only fit"
+    assert violations(replace(CONCAT, aligned=False), replace(fine, spills=8)) == [], "unaligned code need only fit"
 
 
 @pytest.mark.parametrize(
@@ -198,7 +202,7 @@ def test_the_elementwise_backward_compiles_everywhere(arch):
         code = compile_for(
             arch, _activation_bwd_kernel, arguments | {"ACTIVATION": activation}, num_warps=4, num_stages=3
         )
-        assert code.spilled == 0, activation
+        assert code.spills == 0, activation
 
 
 def test_the_innermost_loop_is_the_shortest_that_multiplies():

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from stf_kernels import configs
-from stf_kernels.configs import cache, selection, tables
-from stf_kernels.ops import launch, timing, torch_path
+from stf_kernels.configs import selection, tables
+from stf_kernels.ops import launch, timing, torch_path, weight_grad
 
 CUDA = torch.device("cuda", 0)
 SLOW = 90.0  # of a kernel whose time is not planted; plain torch takes 50
@@ -19,7 +19,7 @@ def pretend(monkeypatch):
     """pretend(arch): every GPU is a "test-gpu" of that architecture, of which nothing is known yet."""
 
     def forget() -> None:
-        for cached in (tables.table_of, cache.cache_of, selection._tabled, selection._model):
+        for cached in (tables.table_of, tables.cache_of, selection._model):
             cached.cache_clear()
 
     def pretend(arch: str = "sm_90") -> None:
@@ -27,7 +27,7 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(selection, "device_identity", lambda index: ("test-gpu", arch))
         monkeypatch.setattr(selection, "multiprocessors", lambda index: 132)
-        for name, nothing in (("_rejected", set()), ("_attempts", Counter()), ("_said", set())):
+        for name, nothing in (("_attempts", Counter()), ("_said", set())):
             monkeypatch.setattr(selection, name, nothing)
         monkeypatch.setattr(launch, "_ready", {})
         # These tests ask which kernel serves; test_fallback.py has where plain torch does.
@@ -47,6 +47,9 @@ class Gpu:
         room = torch.zeros(4) if config.split_k > 1 else None
         return Kernel(self, config, tensors, stage, room), (1, 1, 1), (room, None), (), {}
 
+    def wgrad_arguments(self, config, tensors, stage):
+        return WgradKernel(self, config, tensors, stage), (1,), (), (), {}
+
     def medians(self, calls, device, most):
         self.selections += 1
         for call in calls:
@@ -59,7 +62,9 @@ class Gpu:
 
 
 class Kernel:
-    def __init__(self, gpu, config, tensors, stage, room):
+    arg_names = ()
+
+    def __init__(self, gpu, config, tensors, stage, room=None):
         self.gpu, self.config, self.tensors, self.stage, self.room = gpu, config, tensors, stage, room
 
     def warmup(self, *_, grid, **__):
@@ -97,15 +102,22 @@ class Kernel:
             self.gpu.synchronize()
 
 
+class WgradKernel(Kernel):
+    def launch(self, *_, **__):
+        blocks, g, dw = self.tensors
+        self.gpu.ran.append((self.config, dw.isnan().all().item()))
+        dw.copy_(weight_grad.by_library(g, blocks, dw.shape, self.stage))
+
+
 @pytest.fixture
 def gpu(pretend, monkeypatch, tmp_path):
     pretend("sm_90")
     gpu = Gpu()
     for form in launch.ARGUMENTS:
         monkeypatch.setitem(launch.ARGUMENTS, form, gpu.arguments)
-    for name in ("choose", "settled"):
-        ask = getattr(configs, name)
-        monkeypatch.setattr(configs, name, lambda device, *what, _ask=ask, **o: _ask(CUDA, *what, **o))
+    monkeypatch.setattr(weight_grad, "wgrad_arguments", gpu.wgrad_arguments)
+    choose = configs.choose
+    monkeypatch.setattr(configs, "choose", lambda device, gemm, **options: choose(CUDA, gemm, **options))
     monkeypatch.setattr(selection, "selects", lambda: True)
     monkeypatch.setattr(timing, "medians", gpu.medians)
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)

@@ -10,7 +10,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from stf_kernels import configs
-from stf_kernels.configs import GemmConfig, default_config, selection, smallest
+from stf_kernels.configs import GemmConfig, default_config, smallest, tables
 from stf_kernels.ops import launch, tma, weight_grad
 from stf_kernels.ops.segments import Stage
 
@@ -27,6 +27,8 @@ def gpu(pretend, monkeypatch):
     ran, refused = [], {}
 
     class Kernel:
+        arg_names = ()
+
         def __init__(self, config):
             self.config = config
 
@@ -41,7 +43,7 @@ def gpu(pretend, monkeypatch):
     for form in launch.ARGUMENTS:
         monkeypatch.setitem(launch.ARGUMENTS, form, lambda config, *_: (Kernel(config), (1, 1, 1), (), (), {}))
     choose = configs.choose
-    monkeypatch.setattr(configs, "choose", lambda device, *rest, **o: choose(torch.device("cuda", 0), *rest, **o))
+    monkeypatch.setattr(configs, "choose", lambda device, gemm, **o: choose(torch.device("cuda", 0), gemm, **o))
     monkeypatch.setattr(launch, "_warned", set())
     return ran, refused
 
@@ -92,7 +94,7 @@ def test_a_refused_descriptor_costs_its_own_call_alone(gpu, monkeypatch):
     """It is the operands that the driver refuses: plain torch serves, or the pointer kernel; nothing is banned."""
     ran, refused = gpu
     refused[TMA] = RuntimeError("Failed to create tensor map descriptor: invalid argument")
-    monkeypatch.setattr(configs, "choose", lambda *_, **__: TMA)
+    monkeypatch.setattr(configs, "choose", lambda *_, **__: (TMA, True))
     with pytest.warns(UserWarning, match=r"driver refuses.*tensor map.*plain torch serves"):
         launch.run_stage([X], WEIGHT, None, Stage())
     with warnings.catch_warnings():
@@ -100,7 +102,7 @@ def test_a_refused_descriptor_costs_its_own_call_alone(gpu, monkeypatch):
         for forced in (False, True):
             launch.run_stage([X], WEIGHT, None, Stage(), forced=forced)
     assert ran == [TMA.portable()]
-    assert not selection._rejected
+    assert not tables.cache_of("test-gpu", "sm_90").failed
 
 
 @pytest.mark.parametrize(

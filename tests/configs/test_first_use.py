@@ -2,6 +2,7 @@
 again, or selects where it must not. (conftest.py has the GPU.)
 """
 
+import fcntl
 import logging
 import re
 import threading
@@ -11,13 +12,13 @@ import pytest
 import torch
 
 from stf_kernels import configs
-from stf_kernels.configs import cache, selection
+from stf_kernels.configs import Gemm, selection, tables
 from stf_kernels.ops import first_use, launch, tma, torch_path, weight_grad
 from stf_kernels.ops.segments import Stage
 
 X, WEIGHT = torch.randn(2, 72, 128).bfloat16(), torch.randn(256, 128).bfloat16() / 11
 BIAS, GELU = torch.randn(256).bfloat16(), Stage("gelu")
-WHAT = "linear", torch.bfloat16, 144, 256, 128, False
+GEMM = Gemm("linear", torch.bfloat16, 144, 256, 128)
 
 
 def call(x=X, **options):
@@ -30,23 +31,22 @@ def call(x=X, **options):
 
 
 def candidates():
-    return selection.contenders(0, *WHAT)
+    return selection.contenders(0, GEMM)
 
 
 def served():
     """By what the next call computes; None is plain torch."""
-    return configs.choose(X.device, *WHAT[:-1])
+    return configs.choose(X.device, GEMM).config
 
 
 def test_candidates_are_the_best_few_of_every_form(gpu):
     forms = {(config.form, config.split_k > 1) for config in candidates()}
     assert forms == {("pointer", False), ("pointer", True), ("tma", False), ("swap_ab", False), ("swap_ab", True)}
     assert len(candidates()) <= 10
-    several = selection.contenders(0, "concat", torch.bfloat16, 64 * 576, 4096, 8192, False)
+    several = selection.contenders(0, Gemm("concat", torch.bfloat16, 64 * 576, 4096, 8192))
     assert {config.split_k for config in several} == {1}, "parts of gigabytes"
-    assert all(
-        c.form == "pointer" for c in selection.contenders(0, "merge_wgrad", torch.bfloat16, 256, 128, 144, False)
-    )
+    wgrad = selection.contenders(0, Gemm("merge_wgrad", torch.bfloat16, 256, 128, 144))
+    assert {config.form for config in wgrad} == {"pointer"}
 
 
 def test_the_fastest_that_is_right_serves_and_nothing_is_asked_again(gpu, caplog):
@@ -63,7 +63,7 @@ def test_the_fastest_that_is_right_serves_and_nothing_is_asked_again(gpu, caplog
     call(torch.randn(2, 70, 128).bfloat16())  # 140 rows of the same bucket
     assert [config for config, _ in gpu.ran] == [fast] * 2
     assert gpu.selections == 1
-    cache.cache_of.cache_clear()  # another process
+    tables.cache_of.cache_clear()  # another process
     gpu.ran.clear()
     call()
     assert ([config for config, _ in gpu.ran], gpu.selections) == ([fast], 1)
@@ -74,7 +74,7 @@ def test_training_and_other_buckets_are_other_problems(gpu):
         call(**options)
         call(**options)
         assert gpu.selections == number
-    rows = [selection.key_of("linear", X.dtype, m, 1, 1, False)[4] for m in (1, 2, 3, 4, 5, 96, 97, 144, 576, 1152)]
+    rows = [GEMM._replace(m=m).bucket()[4] for m in (1, 2, 3, 4, 5, 96, 97, 144, 576, 1152)]
     assert rows == [1, 2, 3, 4, 6, 96, 128, 192, 768, 1536]
 
 
@@ -109,7 +109,7 @@ def test_what_is_wrong_or_does_not_run_is_named_once_and_never_asked_again(gpu, 
     assert str(bad) in str(warned[0].message)
     assert reason in str(warned[0].message)
     assert served() == good
-    cache.cache_of.cache_clear()
+    tables.cache_of.cache_clear()
     gpu.ran.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -124,6 +124,23 @@ def test_a_row_between_those_that_are_compared_with_float64(gpu, monkeypatch):
     gpu.planted[bad] = "a row not written"
     with pytest.warns(UserWarning, match="some rows are far from plain torch's, or were not written"):
         call()
+
+
+@pytest.mark.parametrize("how", ["a file in the way", "locked"])
+def test_where_nothing_can_be_written_it_serves_its_process(gpu, how, monkeypatch, tmp_path):
+    path = tables.cache_of("test-gpu", "sm_90").path
+    if how == "locked":
+        other = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
+        fcntl.flock(other, fcntl.LOCK_EX)
+        monkeypatch.setattr(tables, "_LOCK_SECONDS", 0.1)
+    else:
+        path.with_suffix(".lock").mkdir()
+    with warnings.catch_warnings(record=True) as warned:
+        for rows in (72, 72, 20):
+            call(X[:, :rows].contiguous())
+    [warning] = warned
+    assert "cannot be written, so what is selected serves this process alone" in str(warning.message)
+    assert gpu.selections == 2
 
 
 def test_operands_that_do_not_suit_a_descriptor_are_nobodys_fault(gpu):
@@ -173,7 +190,7 @@ def test_a_device_that_dies_is_the_users_to_see_and_its_killer_is_not_met_again(
     with pytest.warns(UserWarning, match="not used"), pytest.raises(RuntimeError, match="illegal memory access"):
         call()
     assert "does not answer any more" in caplog.text
-    cache.cache_of.cache_clear()
+    tables.cache_of.cache_clear()
     gpu.alive = True
     call()
     assert gpu.selections == 1
@@ -209,7 +226,7 @@ def test_where_nothing_is_selected_the_model_serves(gpu, monkeypatch, why, caplo
         launch.forget()
         call()
         assert served() is None, "plain torch where the model says so"
-        assert configs.choose(X.device, *WHAT[:-1], forced=True) == model
+        assert configs.choose(X.device, GEMM, forced=True).config == model
     if why == "off":  # a process has it from its beginning
         launch.forget()
     call()
@@ -256,7 +273,7 @@ def test_another_threads_capture_is_nobodys_fault(gpu, monkeypatch, caplog):
 def test_what_another_process_has_selected_is_taken(gpu):
     first = candidates()[0]
     gpu.us[first] = 40.0
-    own = cache.cache_of("test-gpu", "sm_90")
+    own = tables.cache_of("test-gpu", "sm_90")
     call()
     own.known.clear()
     own.failed.clear()
@@ -295,30 +312,15 @@ def test_threads_select_once(gpu):
     assert gpu.selections == 1
 
 
-def test_a_weight_gradient_is_selected_too(gpu, monkeypatch):
-    def arguments(config, tensors, stage):
-        blocks, g, dw = tensors
-        return WgradKernel(config, dw, weight_grad.by_library(g, blocks, dw.shape, stage)), (1,), (), (), {}
-
-    class WgradKernel:
-        def __init__(self, config, dw, found):
-            self.config, self.dw, self.found = config, dw, found
-
-        def warmup(self, *_, **__):
-            pass
-
-        def __getitem__(self, grid):
-            return lambda *_, **__: gpu.ran.append(self.config) or self.dw.copy_(self.found)
-
-    monkeypatch.setattr(weight_grad, "wgrad_arguments", arguments)
-    first, *_ = selection.contenders(0, "linear_wgrad", torch.bfloat16, 256, 128, 142, False)
+def test_a_weight_gradient_is_selected_too(gpu):
+    first, *_ = selection.contenders(0, Gemm("linear_wgrad", torch.bfloat16, 256, 128, 142))
     gpu.us[first] = 40.0
     g, blocks = torch.randn(142, 256).bfloat16(), [X[:, 1:]]
     for _ in range(2):
         gpu.ran.clear()
         dw = weight_grad.first_weight_grad(g, blocks, (256, 128), Stage(), "auto")
         assert torch.equal(dw, weight_grad.by_library(g, blocks, (256, 128), Stage()))
-    assert (gpu.selections, gpu.ran) == (1, [first])
+    assert (gpu.selections, [config for config, _ in gpu.ran]) == (1, [first])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from support.compare import compare_modules, twins
 
 import stf_kernels
-from stf_kernels.configs import cache, selection
+from stf_kernels.configs import selection, tables
 from stf_kernels.ops import launch
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +19,7 @@ def test_a_projector_is_selected_and_right(dtype, training, monkeypatch, tmp_pat
     """Every product has an entry with the time of plain torch and of others, and no candidate was wrong."""
     monkeypatch.setenv("STF_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(selection, "selects", lambda: True)
-    cache.cache_of.cache_clear()
+    tables.cache_of.cache_clear()
     launch.forget()
     try:
         modules = twins("CompactTokenProjector", 4, 128, 256, skip_tokens=1, dtype=dtype, device="cuda")
@@ -32,5 +32,5 @@ def test_a_projector_is_selected_and_right(dtype, training, monkeypatch, tmp_pat
         assert not kept["failed"]
         assert all(len(entry["candidates"]) > 1 for entry in kept["entries"])
     finally:
-        cache.cache_of.cache_clear()
+        tables.cache_of.cache_clear()
         launch.forget()

@@ -70,7 +70,12 @@ def test_dependent_launches_give_the_same_bits(monkeypatch, backend):
     with stf_kernels.use_backend(backend), torch.no_grad():
         expected, choose = module(blocks), configs.choose
         monkeypatch.setattr(launch, "_ready", {})
-        monkeypatch.setattr(configs, "choose", lambda *what, **options: replace(choose(*what, **options), pdl=True))
+
+        def dependent(*what, **options):
+            config, settled = choose(*what, **options)
+            return config and replace(config, pdl=True), settled
+
+        monkeypatch.setattr(configs, "choose", dependent)
         found = [module(blocks) for _ in range(50)]
         graph, captured = captured_call(lambda: module(blocks))
         graph.replay()

@@ -109,7 +109,6 @@ def install(arch: str) -> Recorder:
     gpu = torch.device("cuda", 0)
     backend.triton_serves = lambda device: True
     tma.device_has_tma = lambda device: capability >= (9, 0)
-    for name in ("choose", "settled"):
-        ask = getattr(configs, name)
-        setattr(configs, name, lambda device, *what, _ask=ask, **options: _ask(gpu, *what, **options))
+    choose = configs.choose
+    configs.choose = lambda device, gemm, **options: choose(gpu, gemm, **options)
     return recorder

@@ -130,7 +130,7 @@ def errors() -> dict:
 def first_use() -> dict:
     """Calls that name no configuration: while a graph is captured, then three times; the second candidate is the
     fastest. What the driver saw of each, and of a call that names that candidate."""
-    from stf_kernels.configs import selection
+    from stf_kernels.configs import Gemm, selection
     from stf_kernels.ops import first_use, timing
 
     def medians(calls, device, most):
@@ -142,7 +142,7 @@ def first_use() -> dict:
     selection.selects = lambda: True
     blocks = tower(8, 2, 576, 256)
     weight, bias = torch.randn(512, 2048).bfloat16(), torch.zeros(512, dtype=torch.bfloat16)
-    what = 0, "concat", torch.bfloat16, 1152, 512, 2048, False
+    what = 0, Gemm("concat", torch.bfloat16, 1152, 512, 2048)
     fast, capturing, found = selection.contenders(*what)[1], [True, False, False, False], []
     torch.cuda.is_current_stream_capturing = lambda: capturing[0]
     for config in (None, None, None, None, fast):

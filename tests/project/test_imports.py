@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "command": [],
     "preparation": ["modules", "ops", "configs", "backend", "checks"],
     "__init__": ["functional", "layers", "modules", "preparation", "backend", "relayout", "command"],
-    "tune": ["ops", "configs", "backend", "command"],
-    "aot": ["tune", "ops", "configs", "kernels", "backend", "command"],
+    "tune": ["preparation", "modules", "configs", "backend", "command"],
+    "aot": ["ops", "configs", "kernels", "backend", "command"],
 }
 
 
