@@ -1,12 +1,13 @@
 # Every target makes the virtual environment it needs; only `gpu` runs with the python3 at hand, as it is.
 PYTHON ?= python3
 VENV := .venv
-PINS_VENV := .venv-gpu-pins
+# A file that takes the place of lines of constraints.txt, from the environment too: PINS=.ci/oldest.txt
+PINS ?=
 VLLM_VENV := .venv-vllm
 RUN := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help prefill test test-quick test-gpu-pins test-transformers test-browser test-vllm quality quality-smoke fuzz aot
+.PHONY: help prefill test test-quick matrix test-transformers test-browser test-vllm quality quality-smoke fuzz aot release-check coverage
 .PHONY: gpu lint types docs format clean
 
 help:
@@ -17,10 +18,12 @@ help:
 	@echo "make lint             1 s    ruff"
 	@echo "make types           30 s    mypy; 3 s when little has changed"
 	@echo "make docs            20 s    the pages of docs/ into docs/_build/html/"
-	@echo "make fuzz                    2,000 drawn calls of every operator and kernel, between pages that fault"
+	@echo "make fuzz                    2,000 drawn calls of every operator and kernel, between pages that fault; 2,000 broken files"
 	@echo "make aot           > 10 min  compile every configuration for every GPU and check the generated code"
 	@echo "make test-browser            the report page in a headless Chromium, which it installs as root on Debian"
-	@echo "make test-gpu-pins           make test with the versions nearest to the GPU machine's (installs 5 GB)"
+	@echo "make matrix                  make test on Python 3.10 to 3.13, with the oldest and newest versions (installs 20 GB)"
+	@echo "make release-check           wheel and sdist in empty environments, with the oldest and the newest torch (10 GB)"
+	@echo "make coverage                make test again, and the lines and branches that it reached"
 	@echo "make test-transformers       transformers' own common tests on LLaVA-STF and on the stock LLaVA (installs 2 GB)"
 	@echo "make test-vllm        6 min  serve LLaVA-STF with vLLM, in an environment of its own (installs 3 GB)"
 	@echo "make quality                 answers against vision tokens: the study, three seeds; goes on where it stopped"
@@ -34,25 +37,18 @@ help:
 # torchao complains at every import. The tests that need them find them in a folder of their own.
 QUANTIZED := bitsandbytes torchao
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# constraints.txt with the names that $(1) pins in their place.
+pinned = awk -F== '/^\#/ {next} FILENAME != "constraints.txt" {print; pinned[$$1]; next} !($$1 in pinned)' $(1) constraints.txt
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(PINS)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
-	$(RUN) $(PIP_INSTALL) -c constraints.txt --no-deps --upgrade --target $(VENV)/quantized $(QUANTIZED)
+	$(call pinned,$(PINS)) > $(VENV)/constraints.txt
+	$(RUN) $(PIP_INSTALL) -c $(VENV)/constraints.txt -e '.[dev]'
+	$(RUN) $(PIP_INSTALL) -c $(VENV)/constraints.txt --no-deps --upgrade --target $(VENV)/quantized $(QUANTIZED)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
-	$(RUN) $(PIP_INSTALL) -c constraints.txt -e '.[docs]'
-	@touch $@
-
-# constraints.txt with the names that $(1) pins in their place.
-pinned = awk -F== '/^\#/ {next} FNR == NR {print; pinned[$$1]; next} !($$1 in pinned)' $(1) constraints.txt
-
-$(PINS_VENV)/.installed: pyproject.toml constraints.txt .ci/gpu-pins.txt
-	$(PYTHON) -m venv $(PINS_VENV)
-	$(call pinned,.ci/gpu-pins.txt) > $(PINS_VENV)/constraints.txt
-	$(PINS_VENV)/bin/python $(PIP_INSTALL) -c $(PINS_VENV)/constraints.txt -e '.[dev]'
-	$(PINS_VENV)/bin/python $(PIP_INSTALL) -c $(PINS_VENV)/constraints.txt --no-deps --upgrade \
-		--target $(PINS_VENV)/quantized $(QUANTIZED)
+	$(RUN) $(PIP_INSTALL) -c $(VENV)/constraints.txt -e '.[docs]'
 	@touch $@
 
 # As for vLLM below: where a client wants torchvision, its compiled part is left out.
@@ -85,14 +81,27 @@ test-quick: $(VENV)/.installed
 	$(call PYTEST,$(RUN),-m "not slow") tests
 	TRITON_INTERPRET=1 $(call PYTEST,$(RUN)) tests/interpreter/test_interpreted_functions.py
 
+# In every process that a test starts too: coverage's .pth file reads the variable. The kernels count as interpreted.
+coverage: $(VENV)/.installed
+	$(RUN) $(PIP_INSTALL) -c $(VENV)/constraints.txt coverage
+	$(RUN) -m coverage erase
+	-COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_FILE=$(CURDIR)/.coverage $(MAKE) test
+	$(RUN) -m coverage combine --quiet
+	$(RUN) -m coverage report
+
 # In the background, other cases: `nice -n 19 make fuzz SEED=7`. A case that ends it by SIGSEGV is in .fuzz-*.
 FUZZ := $(RUN) -m tests.support.attack all --seed $(or $(SEED),1)
 fuzz: $(VENV)/.installed
 	$(FUZZ) --cases $(or $(CASES),2000) --last .fuzz-torch
 	TRITON_INTERPRET=1 $(FUZZ) --cases $(or $(CASES),2000) --last .fuzz-kernels
+	STF_HOSTILE=$(or $(CASES),2000) $(RUN) -m pytest -q tests/convert/test_convert_hostile.py
 
-test-gpu-pins: $(PINS_VENV)/.installed
-	$(call run_tests,$(PINS_VENV)/bin/python)
+matrix:
+	@$(PYTHON) .ci/matrix.py $(ARGS)
+
+# Apart from the others' environments, whose site-packages hold a link to the checkout.
+release-check:
+	@.ci/release $(PYTHON)
 
 # transformers' own common tests are in its sdist, and not in what pip installs.
 SUITE := .venv-transformers/suite
@@ -144,7 +153,7 @@ $(CLIENTS:%=test-%): test-%: .venv-%/.installed
 
 test-clients:
 	@status=0; table=""; \
-	for pins in $(filter-out .ci/gpu-pins.txt,$(wildcard .ci/*.txt)); do \
+	for pins in $(filter-out .ci/oldest.txt .ci/newest.txt,$(wildcard .ci/*.txt)); do \
 		client=$$(basename $$pins .txt); outcome=passed; \
 		$(MAKE) --no-print-directory test-$$client || { outcome=FAILED; status=1; }; \
 		table="$$table$$(printf '%-19s%-10s%s' $$client $$(grep -m 1 "^$${client%%-*}.*==" $$pins | cut -d= -f3) $$outcome)\n"; \
@@ -173,4 +182,4 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(PINS_VENV) $(VLLM_VENV) $(CLIENTS:%=.venv-%) .venv-transformers build dist *.egg-info docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .fuzz-*
+	rm -rf $(VENV) .venv-matrix-* .venv-release-* $(VLLM_VENV) $(CLIENTS:%=.venv-%) .venv-transformers build dist *.egg-info docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .fuzz-*

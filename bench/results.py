@@ -25,8 +25,22 @@ class ResultError(ValueError):
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
+    """The whole result of an earlier run stays, as NAME.previous.json, until this one is whole, too."""
     # allow_nan=False: NaN is not JSON, and a NaN that reaches a table is a bug here, not in the reader.
-    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    previous, whole = path.with_suffix(".previous.json"), result.get("complete")
+    if not whole and _is_complete(path):
+        os.replace(path, previous)
+    write_text(path, text)
+    if whole:
+        previous.unlink(missing_ok=True)
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        return read(path)["complete"]
+    except ResultError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,10 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, Image, List
-from peft import LoraConfig, PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import SFTConfig, SFTTrainer, TrlParser
+
+try:
+    from datasets import Dataset, Image, List
+    from peft import LoraConfig, PeftModel
+    from trl import SFTConfig, SFTTrainer, TrlParser
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error.name} is not installed: pip install trl peft datasets") from None
 
 from llava_integration.clients import check_folder, check_version
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from stf_kernels.command import carry_on, run
@@ -22,13 +21,15 @@ class Speaker:
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         self.name, self.model, self.processor = name, model.eval(), processor
+        self.forget()
+
+    def forget(self) -> None:
         self.turns: list[dict[str, Any]] = []
         self.images: list[Any] = []
-        self.stopped = False
 
     def answer(self, question: str, images: Sequence[Any], tokens: int) -> str:
         """Write the answer to stdout as it comes -> a line on its speed. ValueError for a prompt that is too long."""
-        from transformers import StoppingCriteriaList, TextIteratorStreamer
+        from transformers import TextStreamer
 
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
         turns, seen = [*self.turns, {"role": "user", "content": content}], [*self.images, *images]
@@ -37,42 +38,28 @@ class Speaker:
         length, most = inputs.input_ids.shape[1], self.model.config.text_config.max_position_embeddings
         if length + tokens > most:
             raise ValueError(f"{length} tokens of conversation and {tokens} of an answer are more than {most}; /reset")
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failed: list[BaseException] = []
-        made: list[float] = []
+        ids, times = inputs.input_ids, []
 
-        def tick(*_: Any) -> bool:
-            made.append(time.monotonic())
-            return self.stopped
+        def tick(made: Any, _scores: Any) -> bool:
+            nonlocal ids
+            ids = made
+            times.append(time.monotonic())
+            return False
 
-        def generate() -> None:
-            try:
-                options = {"max_new_tokens": tokens, "do_sample": False, "streamer": streamer}
-                self.model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([tick]))
-            except BaseException as error:  # the reader would wait for ever
-                failed.append(error)
-                streamer.end()
-
-        self.stopped, said, began = False, "", time.monotonic()
-        thread = Thread(target=generate)
-        thread.start()
-        while True:
-            try:
-                for text in streamer:
-                    said += text
-                    print(text, end="", flush=True)
-                break
-            except KeyboardInterrupt:
-                carry_on()
-                self.stopped = True
-        thread.join()
-        print()
-        if failed:
-            raise failed[0]
-        self.turns, self.images = turns, seen
-        self.turns.append({"role": "assistant", "content": [{"type": "text", "text": said.strip()}]})
-        rate = f"{(len(made) - 1) / max(made[-1] - made[0], 1e-9):.1f} tokens/s" if len(made) > 1 else "one token"
-        return f"[{length} tokens asked, first answer token after {made[0] - began:.2f} s, {rate}]"
+        options = {"max_new_tokens": tokens, "do_sample": False, "stopping_criteria": [tick]}
+        streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        began = time.monotonic()
+        try:
+            self.model.generate(**inputs, **options, streamer=streamer)
+        except KeyboardInterrupt:
+            carry_on()
+            streamer.end()
+        said = self.processor.decode(ids[0, length:], skip_special_tokens=True).strip()
+        self.turns, self.images = [*turns, {"role": "assistant", "content": [{"type": "text", "text": said}]}], seen
+        if not times:
+            return f"[{length} tokens asked, stopped before the first answer token]"
+        rate = f"{(len(times) - 1) / max(times[-1] - times[0], 1e-9):.1f} tokens/s" if len(times) > 1 else "one token"
+        return f"[{length} tokens asked, first answer token after {times[0] - began:.2f} s, {rate}]"
 
 
 def load(folder: Path, compare: bool) -> list[Speaker]:
@@ -97,12 +84,11 @@ def load(folder: Path, compare: bool) -> list[Speaker]:
 
 def show(path: str) -> Any:
     """A decoded image; ValueError for what is none."""
-    from PIL import Image
+    from .images import picture
 
     try:
-        with Image.open(Path(path).expanduser()) as file:
-            return file.convert("RGB")
-    except (OSError, SyntaxError) as error:
+        return picture(Path(path).expanduser())
+    except Exception as error:  # codecs raise what they like
         raise ValueError(f"{path!r} cannot be read as an image ({error})") from None
 
 
@@ -123,7 +109,7 @@ def converse(speakers: Sequence[Speaker], images: list[Any], tokens: int) -> Non
             elif command == "/reset":
                 images = []
                 for speaker in speakers:
-                    speaker.turns, speaker.images = [], []
+                    speaker.forget()
             elif line.startswith("/"):
                 print("[/image FILE, /reset or /quit]")
             elif line:

@@ -28,11 +28,12 @@ def check_folder(folder: str | Path) -> None:
     config, processor = Path(folder, "config.json"), Path(folder, "processor_config.json")
     if not Path(folder).is_dir():
         return
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
     if kind not in CONFIG_MAPPING or not CONFIG_MAPPING[kind].__module__.startswith(f"{__package__}."):
+        got = f"model_type {kind!r}" if config.is_file() else "no config.json"
         raise ValueError(
-            f"{folder}: expected a LLaVA-STF model, got model_type {kind!r}; python -m llava_integration.convert llava "
-            "SRC DST makes one of a LLaVA-1.5"
+            f"{folder}: expected a LLaVA-STF model, got {got}; python -m llava_integration.convert llava SRC DST makes "
+            "one of a stock LLaVA"
         )
     if not processor.is_file():
         raise ValueError(

@@ -35,14 +35,12 @@ def pictures(images: Any, *, image_processor: Any = None, **options: Any) -> Any
     wrong: list[str] = []
 
     def convert(value: Any, place: str) -> Any:
-        if value is None:
-            return None
         if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 3:
             return [convert(item, f"{place or ' at images'}[{i}]") for i, item in enumerate(value)]
         try:
             if options.get("do_rescale") is False and not isinstance(value, (str, os.PathLike, Image.Image)):
                 return value
-            return _without_ends(_rgb(value, options.get("input_data_format")), image_processor, options)
+            return _without_ends(picture(value, options.get("input_data_format")), image_processor, options)
         except Exception as error:  # files, network and codecs raise what they like
             wrong.append(f"{_said(value)}{place} ({type(error).__name__}: {_short(error)})")
 
@@ -54,7 +52,8 @@ def pictures(images: Any, *, image_processor: Any = None, **options: Any) -> Any
     return converted
 
 
-def _rgb(value: Any, layout: Any) -> Image.Image:
+def picture(value: Any, layout: Any = None) -> Image.Image:
+    """One image as above; raises what reading it raises."""
     if isinstance(value, (str, os.PathLike)):
         with _open(os.fspath(value)) as image:
             return _of_pil(image)
@@ -83,6 +82,8 @@ def _open(source: str) -> Image.Image:
 def _of_pil(image: Image.Image) -> Image.Image:
     if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's JPEG with its preview
         raise ValueError("it is animated; give one frame, or all of them as `videos`")
+    if 0 in image.size:
+        raise ValueError("expected at least one pixel")
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):

@@ -26,6 +26,7 @@ from .core.tiles import flat_tiles, pack_tiles
 from .core.tower import check_pixels, tower_hidden_states
 
 WARM_UP_RUNS = 3
+MOST_GRAPHS = 16  # and pixel buffers: images of any sizes would bring one each
 # A name with an attention and no mask function: transformers then makes no mask, and sdpa is causal by its own flag.
 UNMASKED_SDPA = "stf_unmasked_sdpa"
 AttentionInterface.register(UNMASKED_SDPA, sdpa_attention_forward)
@@ -62,9 +63,9 @@ class PrefillRunner:
         full_tower: also run the tower layers that the model computes without using, as the stock forward does.
 
     `runner(input_ids, pixel_values)` -> logits [B, vocab] of the last position, with image_sizes where images are cut
-    into tiles. A graph is captured at the first call with each number of images N, or with their sizes. `.cache` is
-    then a StaticCache of length S; the next call overwrites it. Token counts are checked for ids on the CPU; ids on the
-    GPU are trusted, because reading them would wait for the device.
+    into tiles. A graph is captured at the first call with each number of images N, or with their sizes; the newest 16
+    are kept. `.cache` is then a StaticCache of length S; the next call overwrites it. Token counts are checked for ids
+    on the CPU; ids on the GPU are trusted, because reading them would wait for the device.
 
     Raises TypeError for another model and for ids or pixels of another type, ValueError for a shape that is not the
     runner's, for padding and for sliding-window layers.
@@ -114,6 +115,10 @@ class PrefillRunner:
         if pixel_values is not None:
             dtype = self.model.model.vision_tower.dtype
             if images not in self._pixels:
+                while len(self._pixels) >= MOST_GRAPHS:
+                    oldest = next(iter(self._pixels))
+                    del self._pixels[oldest]
+                    self._graphs.pop(oldest, None)
                 self._pixels[images] = torch.empty(pixel_values.shape, dtype=dtype, device=self.device)
             self._pixels[images].copy_(pixel_values, non_blocking=True)
         if self.device.type != "cuda":

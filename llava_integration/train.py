@@ -9,14 +9,14 @@ DeepSpeed and FSDP start several processes. A batch is as large whatever their n
 """
 
 import argparse
+import contextlib
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stf_kernels import command
 
@@ -26,17 +26,14 @@ if TYPE_CHECKING:
     from .train_data import Conversations
 
 NAME = "llava_integration.train"
+USAGE = f"python -m {NAME} pretrain|finetune --model DIR --data FILE --output DIR [...]"
 RECIPES = {"pretrain": {"learning_rate": 1e-3, "batch": 256}, "finetune": {"learning_rate": 2e-5, "batch": 128}}
 SHARED = {"num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0}
 SHARED |= {"logging_steps": 1, "save_total_limit": 2, "train_sampling_strategy": "group_by_length"}
 ADAPTED = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 PER_LAYER = 8, 4  # values that backward needs per token and layer: of the hidden, of the intermediate width; about
-OPTIONS = ("recipe", "model", "data", "images", "batch", "lora", "from_random", "stock", "blocks", "merge_size")
+FREE_TO_CHANGE = ("output", "resume", "cache_features", "per_device_train_batch_size")  # of a run that goes on
 SETTINGS = ("learning_rate", "num_train_epochs", "max_steps", "seed", "lr_scheduler_type", "warmup_steps")
-
-
-class RunError(ValueError):
-    """Options that do not go together, or a folder of another run."""
 
 
 def train(
@@ -64,15 +61,6 @@ def train(
     from .train_cache import accept_blocks
     from .train_data import Collator
 
-    class GroupingTrainer(Trainer):
-        """Lengths with all image tokens; the stock one would open every image to count the ids before it."""
-
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            if self.args.train_sampling_strategy != "group_by_length":
-                return super()._get_train_sampler(train_dataset)
-            whole = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return LengthGroupedSampler(whole, lengths=data.lengths)
-
     choose_parameters(model, recipe)
     # Under the names of LLaVA's first checkpoints Trainer would not find the weights again when it resumes.
     model.save_pretrained = functools.partial(type(model).save_pretrained, model, save_original_format=False)
@@ -86,11 +74,14 @@ def train(
         adapters.modules_to_save = ["multi_modal_projector"]
         model = get_peft_model(model, adapters)
     arguments.remove_unused_columns = False
-    trainer = GroupingTrainer(model, arguments, collator, train_dataset=data, processing_class=processor)
+    trainer = Trainer(model, arguments, collator, train_dataset=data, processing_class=processor)
+    if arguments.train_sampling_strategy == "group_by_length":  # Trainer's own would open every image to count ids
+        whole = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        trainer._get_train_sampler = lambda *_: LengthGroupedSampler(whole, lengths=data.lengths)
     if trainer.is_world_process_zero():
         print(memory(model, arguments, data.lengths), file=sys.stderr)
-        if data.cache and (said := saving(trainer, data)):
-            print(said, file=sys.stderr)
+        if data.cache and data.image_files():
+            print(saving(trainer, data), file=sys.stderr)
     checkpoint = last_checkpoint(Path(arguments.output_dir)) if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if lora:
@@ -115,38 +106,33 @@ def memory(model: "PreTrainedModel", arguments: "TrainingArguments", lengths: Se
     import torch
     from psutil import virtual_memory
 
-    text, parameters = model.config.text_config, list(model.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    item = 2 if arguments.bf16 or arguments.fp16 else parameters[0].element_size()
+    text, trained, item = model.config.text_config, model.num_parameters(only_trainable=True), model.dtype.itemsize
     tokens = sum(sorted(lengths)[-arguments.per_device_train_batch_size :])
     of_hidden, of_intermediate = PER_LAYER if not arguments.gradient_checkpointing else (1, 0)
     layer = of_hidden * text.hidden_size + of_intermediate * text.intermediate_size
+    computed = 2 if arguments.bf16 or arguments.fp16 else item
     parts = {
-        "weights": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        "gradients": sum(parameter.numel() * parameter.element_size() for parameter in trained),
-        "optimizer": sum(8 * parameter.numel() for parameter in trained),
-        "activations": tokens * (text.num_hidden_layers * layer * item + text.vocab_size * (2 * item + 4)),
+        "weights": model.get_memory_footprint(),
+        "gradients": trained * item,
+        "optimizer": trained * 8,
+        "activations": tokens * (text.num_hidden_layers * layer * computed + text.vocab_size * (2 * computed + 4)),
     }
     gpu = arguments.device.type == "cuda"
     free, need = torch.cuda.mem_get_info()[0] if gpu else virtual_memory().available, sum(parts.values())
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
     line = f"memory of a process before sharding, GiB: {listed}; about {need / 2**30:.2f}, {free / 2**30:.2f} free"
     if need > free:
-        line += (
-            "; too much: a smaller --per_device_train_batch_size, --gradient_checkpointing, --lora, FSDP or DeepSpeed"
-        )
+        line += "; too much: a smaller --per_device_train_batch_size, --gradient_checkpointing, --lora, FSDP, DeepSpeed"
     return line
 
 
-def saving(trainer: "Trainer", data: "Conversations") -> str | None:
-    """One step with the tower beside one from the cache, on the first record with an image; None without one."""
+def saving(trainer: "Trainer", data: "Conversations") -> str:
+    """One step with the tower beside one from the cache, on the first record with an image."""
     import torch
 
     from .train_cache import open_image
 
-    index = next((index for index in range(len(data)) if data.files_of(index)), None)
-    if index is None:
-        return None
+    index = next(index for index in range(len(data)) if data.files_of(index))
     model, taken, cached = trainer.model, [], data[index]
     plain = {**cached, "blocks": [], "images": [open_image(name) for name in data.files_of(index)]}
     with torch.random.fork_rng():
@@ -162,38 +148,42 @@ def saving(trainer: "Trainer", data: "Conversations") -> str | None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end: trainer_state.json comes last."""
-    found = {}
+    whole = {}
     for state in folder.glob("checkpoint-*/trainer_state.json"):
-        if re.fullmatch(r"checkpoint-\d+", state.parent.name):
-            try:
-                found[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
-            except (ValueError, KeyError):
-                continue
-    return found[max(found)] if found else None
+        with contextlib.suppress(ValueError):
+            whole[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
+    return whole[max(whole)] if whole else None
 
 
 def load(args: argparse.Namespace) -> tuple["PreTrainedModel", "ProcessorMixin"]:
-    """--model as LLaVA-STF with its processor: as it is, or warm-started from a LLaVA-1.5."""
+    """--model with its processor: as it is, or warm-started from a stock LLaVA."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers import LlavaForConditionalGeneration as Stock
 
-    from . import LlavaStfForConditionalGeneration, LlavaStfProcessor, from_llava
+    from . import from_llava
+    from .core.register import families, family_of
+    from .train_cache import RunError
 
     try:
         model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype)
         processor = AutoProcessor.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         raise RunError(f"--model: {args.model} cannot be loaded ({str(error).splitlines()[0]})") from None
-    if type(model) not in (Stock, LlavaStfForConditionalGeneration):
-        raise RunError(f"--model: expected LLaVA-1.5 or LLaVA-STF, got a {type(model).__name__}")
-    if type(model) is Stock and not args.stock:
-        model = from_llava(model, **{k: v for k in ("blocks", "merge_size") if (v := getattr(args, k)) is not None})
-        processor = LlavaStfProcessor.from_llava(processor, merge_size=model.config.spatial_merge_size)
-    elif args.blocks or args.merge_size:
-        raise RunError(f"--blocks, --merge-size: {args.model} is no LLaVA-1.5 to be converted")
+    stock = type(model) in [family.stock for family in families()]
+    if not stock and type(model) not in [family.generator for family in families()]:
+        raise RunError(f"--model: expected a LLaVA or LLaVA-STF, got a {type(model).__name__}")
+    if stock and not args.stock:
+        model = from_llava(model)
+        processor = family_of(model.config).processor.from_llava(processor, merge_size=model.config.spatial_merge_size)
+    if tiled(model) and (args.stock or args.cache_features):
+        raise RunError(f"--stock, --cache-features: expected LLaVA-1.5 or LLaVA-STF, got {type(model).__name__}")
     if args.from_random:
         from_random(model)
     return model, processor
+
+
+def tiled(model: "PreTrainedModel") -> bool:
+    """Whether the images of a model are cut into tiles: LLaVA-NeXT, LLaVA-OneVision."""
+    return hasattr(model.config, "image_grid_pinpoints")
 
 
 def from_random(model: "PreTrainedModel") -> None:
@@ -207,69 +197,60 @@ def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> "Trai
     """The recipe's, overruled by `others`; --batch is reached by accumulating gradients."""
     from transformers import HfArgumentParser, TrainingArguments
 
+    from .train_cache import RunError
+
     recipe = RECIPES[args.recipe]
     args.batch = args.batch or recipe["batch"]
-    given = {"output_dir": args.output, "learning_rate": recipe["learning_rate"], **SHARED}
+    processes, each = int(os.environ.get("WORLD_SIZE", "1")), args.per_device_train_batch_size
+    if args.batch % (processes * each):
+        sizes = f"{each} (--per_device_train_batch_size) on {processes} process(es)"
+        raise RunError(f"--batch: expected a multiple of {sizes}, got {args.batch}")
+    steps = {"per_device_train_batch_size": each, "gradient_accumulation_steps": args.batch // (processes * each)}
+    given = {"output_dir": args.output, "learning_rate": recipe["learning_rate"], **steps, **SHARED}
     flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    usage = f"python -m {NAME} pretrain|finetune [options] [options of transformers.TrainingArguments]"
-    parser = HfArgumentParser(TrainingArguments, prog=f"python -m {NAME}", usage=usage, allow_abbrev=False)
+    parser = HfArgumentParser(TrainingArguments, prog=f"python -m {NAME}", usage=USAGE, allow_abbrev=False)
     (found,) = parser.parse_args_into_dataclasses([*flags, *others])
     if found.n_gpu > 1:
         raise RunError(
             f"expected one process a GPU, got one for {found.n_gpu}: torchrun --nproc-per-node={found.n_gpu}"
         )
-    if "--gradient_accumulation_steps" not in others:
-        at_once = found.world_size * found.per_device_train_batch_size
-        if args.batch % at_once:
-            sizes = (
-                f"{found.per_device_train_batch_size} (--per_device_train_batch_size) on {found.world_size} processes"
-            )
-            raise RunError(f"--batch: expected a multiple of {sizes}, got {args.batch}")
-        steps = str(args.batch // at_once)
-        (found,) = parser.parse_args_into_dataclasses([*flags, *others, "--gradient_accumulation_steps", steps])
     return found
 
 
 def check_folder(args: argparse.Namespace, arguments: "TrainingArguments") -> None:
     """Refuse an --output with the checkpoints of another run, or of this one without --resume; say whose it is."""
-    from .train_cache import write_whole
+    from .train_cache import RunError, write_whole
 
-    run = {name: str(vars(args)[name]) for name in OPTIONS} | {name: str(getattr(arguments, name)) for name in SETTINGS}
+    run = {name: str(value) for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    run |= {name: str(getattr(arguments, name)) for name in SETTINGS}
     file = args.output / "run.json"
-    if file.exists():
+    if args.resume and file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-        if not args.resume:
-            raise RunError(f"--output: {args.output} holds a run; go on with --resume, or give a new folder")
         if different := [f"{name} {found.get(name)}, now {run[name]}" for name in run if found.get(name) != run[name]]:
             raise RunError(f"--resume: {args.output} holds a run of other settings: {'; '.join(different)}")
     elif args.output.exists() and any(args.output.iterdir()):
-        raise RunError(f"--output: {args.output} is not empty and holds no run; give a new folder")
+        raise RunError(f"--output: {args.output} is not empty; --resume goes on with its run, or give a new folder")
     else:
         args.output.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda path: path.write_text(json.dumps(run, indent=1), encoding="utf-8"))
+        write_whole(file, json.dumps(run, indent=1).encode())
 
 
 def parser() -> argparse.ArgumentParser:
-    usage = f"python -m {NAME} pretrain|finetune --model DIR --data FILE --output DIR [...]"
-    parser = argparse.ArgumentParser(usage=usage, description="Train LLaVA-STF.", allow_abbrev=False)
-    parser.epilog = (
-        "Every other option is one of transformers.TrainingArguments: --bf16, --max_steps N, --deepspeed FILE..."
-    )
+    parser = argparse.ArgumentParser(usage=USAGE, description="Train LLaVA-STF.", allow_abbrev=False)
+    parser.epilog = "[...] are options of transformers.TrainingArguments: --bf16, --max_steps N, --deepspeed FILE, ..."
     add = parser.add_argument
     add("recipe", choices=sorted(RECIPES), help="pretrain: projector, 1e-3; finetune: and language model, 2e-5")
-    add("--model", type=Path, required=True, metavar="DIR", help="LLaVA-STF, or LLaVA-1.5 to be converted")
+    add("--model", type=Path, required=True, metavar="DIR", help="LLaVA-STF, or a stock LLaVA to be converted")
     add("--data", type=Path, required=True, metavar="FILE", help="LLaVA's JSON: image, conversations")
     add("--images", type=Path, metavar="DIR", help="where image names start; default: the folder of FILE")
     add("--output", type=Path, required=True, metavar="DIR", help="checkpoints, then the trained model")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add("--batch", type=int, metavar="N", help="records of a step, over all processes; default: the recipe's")
+    add("--per_device_train_batch_size", type=int, default=8, metavar="N", help="records at once; default: 8")
     add("--from-random", action="store_true", help="a random projector instead of the one of --model")
     add("--stock", action="store_true", help="train a LLaVA-1.5 as it is")
-    add("--blocks", type=int, nargs="+", metavar="I", help="tower layers of a conversion, deepest first")
-    add("--merge-size", type=int, metavar="R", help="side of the window of a conversion")
     add("--lora", type=int, metavar="RANK", help="adapters instead of the whole language model; needs peft")
     add("--cache-features", type=Path, metavar="DIR", help="keep the tower's outputs on disk, run it once an image")
-    add("--max-length", type=int, metavar="N", help="tokens of a record; default: what the model takes")
     add("--skip-bad-records", action="store_true", help="leave them out instead of stopping; they are listed")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     return parser
@@ -277,18 +258,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, others = parser().parse_known_args(argv)
-    try:
-        return run(args, others)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; --resume goes on from the last checkpoint in {args.output}", file=sys.stderr)
-        return 130
-
-
-def run(args: argparse.Namespace, others: Sequence[str]) -> int:
     from transformers import set_seed
 
-    from .train_cache import CacheError, DataError, FeatureCache
-    from .train_data import Conversations
+    from .train_cache import DataError, FeatureCache, RunError
+    from .train_data import Conversations, tile_tokens
 
     try:
         arguments = training_arguments(args, others)
@@ -305,8 +278,8 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
             args.data,
             args.images or args.data.parent,
             processor,
-            max_length=args.max_length or model.config.text_config.max_position_embeddings,
-            image_tokens=model.config.image_seq_length,
+            max_length=model.config.text_config.max_position_embeddings,
+            image_tokens=tile_tokens(model) if tiled(model) else model.config.image_seq_length,
             need_images=args.recipe == "pretrain",
             skip_bad=args.skip_bad_records,
             cache=cache,
@@ -314,15 +287,16 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
         if cache:
             cache.fill(data.image_files())
         train(model, processor, data, arguments, recipe=args.recipe, lora=args.lora, resume=args.resume)
-    except (CacheError, DataError, RunError) as error:
+    except (DataError, RunError) as error:
         print(f"python -m {NAME}: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        kept = last_checkpoint(args.output)
-        print(
-            f"python -m {NAME}: error: {error}; {kept or 'no checkpoint'} is whole, --resume goes on", file=sys.stderr
-        )
+        kept = f"{last_checkpoint(args.output) or 'no checkpoint'} is whole, --resume goes on"
+        print(f"python -m {NAME}: error: {error}; {kept}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; --resume goes on from the last checkpoint in {args.output}", file=sys.stderr)
+        return 130
     return 0
 
 

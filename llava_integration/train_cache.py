@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
@@ -28,6 +27,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .core.config import prefix_tokens, resolve_layers, vision_grid
 from .core.model import CompactModel
 from .core.tower import tower_hidden_states
+from .images import picture
 
 RESERVE = 2**28  # bytes that filling leaves free
 
@@ -36,8 +36,8 @@ class DataError(ValueError):
     """Data that cannot be trained on; the message names file, line and field."""
 
 
-class CacheError(ValueError):
-    """A cache that cannot be used; the message names the folder."""
+class RunError(ValueError):
+    """Options that do not go together, or a folder that cannot be used; the message names the option."""
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -52,7 +52,7 @@ def fingerprint(module: nn.Module) -> str:
 class FeatureCache:
     """Blocks of a model's frozen tower, by image file; a model with fewer layers reads those it has of them.
 
-    Raises CacheError for a folder that another tower, processor or choice of layers filled.
+    Raises RunError for a folder that another tower, processor or choice of layers filled.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, processor: ProcessorMixin) -> None:
@@ -71,14 +71,9 @@ class FeatureCache:
             different += ["choice of layers"] * (not set(self.layers) <= set(self.stored))
             if different:
                 what = " and another ".join(different)
-                raise CacheError(
-                    f"--cache-features: {folder} was filled with another {what}; delete it, or give another"
-                )
-        elif any(folder.iterdir()):
-            raise CacheError(f"--cache-features: {folder} holds files and no cache.json; give a new folder")
+                raise RunError(f"--cache-features: {folder} is of another {what}; delete it, or give another")
         else:
-            text = json.dumps(owner | {"layers": self.layers})
-            write_whole(about, lambda path: path.write_text(text, encoding="utf-8"))
+            write_whole(about, json.dumps(owner | {"layers": self.layers}).encode())
 
     def path(self, image: Path) -> Path:
         digest = hashlib.sha256(image.read_bytes()).hexdigest()
@@ -94,7 +89,7 @@ class FeatureCache:
                 stored = file.get_slice("blocks")
                 return torch.stack([stored[self.stored.index(layer)] for layer in self.layers])
         except (OSError, SafetensorError) as error:
-            raise CacheError(f"--cache-features: {path}, of {image}, cannot be read ({error}); delete it") from None
+            raise RunError(f"--cache-features: {path}, of {image}, cannot be read ({error}); delete it") from None
 
     def fill(self, images: Sequence[Path], batch: int = 8) -> None:
         """Encode what is not there yet; every process its share. Images that do not decode are left out."""
@@ -104,13 +99,12 @@ class FeatureCache:
         tokens = vision_grid(config)[0] ** 2 + prefix_tokens(config)
         need = len(missing) * len(self.stored) * tokens * config.hidden_size * size
         free = shutil.disk_usage(self.folder).free - RESERVE
+        said = f"{len(missing)} images need {need / 2**30:.2f} GiB in {self.folder}, {free / 2**30:.2f} GiB are free"
         if need > free:
-            raise CacheError(
-                f"--cache-features: {len(missing)} images need {need / 2**30:.1f} GiB in {self.folder}, "
-                f"{free / 2**30:.1f} GiB are free; give a folder on a larger disk, or train without"
-            )
-        mine = missing[state.process_index :: state.num_processes]
-        began, device = time.monotonic(), next(self.tower.parameters()).device
+            raise RunError(f"--cache-features: {said}; give a folder on a larger disk, or train without")
+        if missing and state.is_main_process:
+            print(said, file=sys.stderr)
+        mine, device = missing[state.process_index :: state.num_processes], next(self.tower.parameters()).device
         for start in tqdm(range(0, len(mine), batch), desc="features", unit=f"x{batch}", disable=None):
             opened = {}
             for image in mine[start : start + batch]:
@@ -121,13 +115,8 @@ class FeatureCache:
             if opened:
                 pixels = self.process(list(opened.values()), return_tensors="pt")["pixel_values"].to(device)
                 for image, blocks in zip(opened, self.encode(pixels), strict=True):
-                    write_whole(self.path(image), lambda path, blocks=blocks: save_file({"blocks": blocks}, path))
+                    write_whole(self.path(image), save({"blocks": blocks}))
         state.wait_for_everyone()
-        if mine:
-            each = (time.monotonic() - began) / len(mine)
-            print(
-                f"features of {len(missing)} images, {need / 2**20:.0f} MiB, {each * 1e3:.0f} ms each", file=sys.stderr
-            )
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> list[Tensor]:
@@ -137,11 +126,10 @@ class FeatureCache:
 
 
 def open_image(path: Path) -> Image.Image:
-    """RGB, decoded now."""
+    """Decoded now, as the processor decodes it."""
     try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return picture(path)
+    except Exception as error:  # codecs raise what they like
         raise DataError(f"image: {path} does not decode ({error})") from None
 
 
@@ -170,13 +158,9 @@ def _project(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dic
     return args, kwargs | {"input_ids": None, "inputs_embeds": embeds}
 
 
-def write_whole(path: Path, write: Any) -> None:
-    """`write` a file beside `path`, then rename it."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Beside `path`, then renamed."""
     path.parent.mkdir(exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    beside.write_bytes(content)
+    beside.replace(path)

@@ -10,16 +10,18 @@ The file is a JSON array or a record a line; all of it is checked at once, image
 import json
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import ExifTags, Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from .train_cache import DataError, FeatureCache, open_image
 
@@ -61,7 +63,7 @@ class Conversations(Dataset):
         images: folder that the records' image names start from.
         processor: of the model; its chat template makes the prompts.
         max_length: tokens that the model takes, images included.
-        image_tokens: tokens an image becomes.
+        image_tokens: tokens an image becomes, or what counts those of a record's images together.
         need_images: refuse records without an image, from which a projector alone learns nothing.
         skip_bad: leave bad records out and say so, instead of raising.
         cache: gives "blocks" in place of "images".
@@ -76,7 +78,7 @@ class Conversations(Dataset):
         processor: ProcessorMixin,
         *,
         max_length: int,
-        image_tokens: int,
+        image_tokens: int | Callable[[list[Path]], int],
         need_images: bool = False,
         skip_bad: bool = False,
         cache: FeatureCache | None = None,
@@ -91,10 +93,15 @@ class Conversations(Dataset):
             raise DataError(f"{file}: cannot be read ({error})") from None
         for line, found in tqdm(objects(text, str(file)), desc="records", unit="", disable=None):
             try:
-                record = self._record(line, found)
-                if need_images and not record.images:
+                names, turns = parse(found)
+                files = [images / name for name in names]
+                if missing := [name for name in files if not name.is_file()]:
+                    raise DataError(f"image: {missing[0]} does not exist")
+                record = Record(line, names, *encode(processor, turns))
+                if need_images and not names:
                     raise DataError("image: expected one, for a projector learns from nothing else; got none")
-                length = len(record.ids) + len(record.images) * (image_tokens - 1)
+                tokens = image_tokens(files) if callable(image_tokens) else image_tokens * len(files)
+                length = len(record.ids) - len(files) + tokens
                 if length > max_length:
                     raise DataError(f"conversations: expected at most {max_length} tokens, got {length}; cut it")
             except DataError as error:
@@ -102,23 +109,13 @@ class Conversations(Dataset):
                 continue
             self.records.append(record)
             self.lengths.append(length)
-        self._report(bad)
-
-    def _record(self, line: int, found: Any) -> Record:
-        names, turns = parse(found)
-        for name in names:
-            if not (self.folder / name).is_file():
-                raise DataError(f"image: {self.folder / name} does not exist")
-        return Record(line, names, *encode(self.processor, *prompt(self.processor, turns)))
-
-    def _report(self, bad: list[str]) -> None:
         listed = "\n".join([*bad[:SHOWN], *[f"and {len(bad) - SHOWN} more"] * (len(bad) > SHOWN)])
-        if bad and not self.skip_bad:
+        if bad and not skip_bad:
             raise DataError(f"{listed}\n{len(bad)} bad record(s); mend them, or leave them out: --skip-bad-records")
         if bad:
             print(f"{listed}\n{len(bad)} bad record(s) left out", file=sys.stderr)
         if not self.records:
-            raise DataError(f"{self.file}: expected records, found none that can be used")
+            raise DataError(f"{file}: expected records, found none that can be used")
 
     def files_of(self, index: int) -> list[Path]:
         return [self.folder / name for name in self.records[index].images]
@@ -144,6 +141,27 @@ class Conversations(Dataset):
                 raise DataError(where) from None
             print(f"{where}; the next record takes its place", file=sys.stderr)
             return self[(index + 1) % len(self)]
+
+
+def tile_tokens(model: PreTrainedModel) -> Callable[[list[Path]], int]:
+    """What counts the tokens of a record's images for a model of tiles, whose number follows from an image's size."""
+    grouped = hasattr(model.config, "vision_aspect_ratio")  # LLaVA-OneVision: images that share a prompt are one tile
+
+    def count(files: list[Path]) -> int:
+        sizes = [upright_size(file) for file in files]
+        return sum(model.model.token_counts(sizes, [len(sizes)] if grouped else None)) if sizes else 0
+
+    return count
+
+
+def upright_size(file: Path) -> tuple[int, int]:
+    """(height, width) of an image that is not decoded, after the rotation that its EXIF asks for."""
+    try:
+        with Image.open(file) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return image.size if turned else image.size[::-1]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"image: {file} does not decode ({error})") from None
 
 
 def parse(record: Any) -> tuple[list[str], list[dict[str, Any]]]:
@@ -173,9 +191,12 @@ def parse(record: Any) -> tuple[list[str], list[dict[str, Any]]]:
     return names, turns
 
 
-def prompt(processor: ProcessorMixin, turns: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation in the words of the chat template, and where its answers stand, each with its end of text."""
-    text, spans, seen, end = "", [], "", processor.tokenizer.eos_token
+def encode(processor: ProcessorMixin, turns: Sequence[dict[str, Any]]) -> tuple[array, list[tuple[int, int]]]:
+    """ids of the conversation in the words of the chat template, and the ranges of them that are answers.
+
+    These end with the end-of-text token, and hold whatever shares a character with them.
+    """
+    text, seen, spans, end = "", "", [], processor.tokenizer.eos_token
     for index in range(0, len(turns), 2):
         asked = processor.apply_chat_template(turns[: index + 1], add_generation_prompt=True)
         answered = processor.apply_chat_template(turns[: index + 2])
@@ -186,17 +207,10 @@ def prompt(processor: ProcessorMixin, turns: Sequence[dict[str, Any]]) -> tuple[
         answer = answer.removesuffix(end) + end  # many templates close no answer: a model would never learn to stop
         spans.append((len(text), len(text) + len(answer)))
         text += answer
-    return text, spans
-
-
-def encode(
-    processor: ProcessorMixin, text: str, spans: Sequence[tuple[int, int]]
-) -> tuple[array, list[tuple[int, int]]]:
-    """ids, and the ranges of them that share a character with each span; DataError for a span without any."""
-    encoded = processor.tokenizer(text, return_offsets_mapping=True)
-    where, ranges = encoded["offset_mapping"], []
+    encoded, ranges = processor.tokenizer(text, return_offsets_mapping=True), []
     for begin, stop in spans:
-        inside = [i for i, (first, last) in enumerate(where) if first < stop and begin < last and first < last]
+        where = enumerate(encoded["offset_mapping"])
+        inside = [i for i, (first, last) in where if first < stop and begin < last and first < last]
         if len(inside) < 2:
             raise DataError("conversations: expected answers with text in them, got an empty one")
         ranges.append((inside[0], inside[-1] + 1))
@@ -206,31 +220,28 @@ def encode(
 class Collator:
     """Items of Conversations -> input_ids, attention_mask, labels [B, S], padded on the right, and their images.
 
-    These are pixel_values [N, 3, S, S] or image_blocks [N, M, T, C], all of the batch in order; neither without any.
+    These are what the image processor makes of all images of the batch in order, or image_blocks [N, M, T, C] with
+    `image_tokens` tokens each; neither without any.
     """
 
     def __init__(self, processor: ProcessorMixin, image_token_id: int, image_tokens: int) -> None:
         self.processor, self.image_token_id, self.image_tokens = processor, image_token_id, image_tokens
 
-    def _expanded(self, ids: list[int], values: list[int]) -> list[int]:
-        """`values` with those at image tokens repeated."""
-        pairs = zip(ids, values, strict=True)
-        return [v for i, v in pairs for _ in range(self.image_tokens if i == self.image_token_id else 1)]
-
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        rows = [
-            {name: self._expanded(item["input_ids"], item[name]) for name in ("input_ids", "labels")} for item in items
-        ]
-        length = max(len(row["labels"]) for row in rows)
-        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORED}
-        batch = {
-            name: torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in rows])
-            for name, fill in padding.items()
-        }
-        counts = torch.tensor([len(row["labels"]) for row in rows])
-        batch["attention_mask"] = (torch.arange(length) < counts[:, None]).long()
+        batch, counts = {}, []
         if blocks := [block for item in items for block in item.get("blocks", ())]:
-            batch["image_blocks"] = torch.stack(blocks)
-        if images := [image for item in items for image in item.get("images", ())]:
-            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return batch
+            batch, counts = {"image_blocks": torch.stack(blocks)}, [self.image_tokens] * len(blocks)
+        if images := [item["images"] for item in items if item.get("images")]:
+            batch = dict(self.processor.image_processor(images, return_tensors="pt"))
+            for index in range(sum(map(len, images))):
+                tokens = self.processor.replace_image_token(batch, index)
+                counts.append(tokens.count(self.processor.image_token))
+        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORED, "attention_mask": 0}
+        rows: dict[str, list[Tensor]] = {name: [] for name in padding}
+        left = iter(counts)
+        for item in items:
+            ids, labels = torch.tensor(item["input_ids"]), torch.tensor(item["labels"])
+            repeats = torch.tensor([next(left) if token == self.image_token_id else 1 for token in item["input_ids"]])
+            for name, row in zip(padding, (ids, labels, torch.ones_like(ids)), strict=True):
+                rows[name].append(row.repeat_interleave(repeats))
+        return batch | {name: pad_sequence(rows[name], True, fill) for name, fill in padding.items()}

@@ -8,6 +8,7 @@ vqa      mean over the people asked of min(1, agreeing others / 3), arXiv 1505.0
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -68,8 +69,9 @@ def answered(out: Path) -> dict[Any, dict[str, Any]]:
     """The whole lines of an answer file, which an interruption may have cut short."""
     if not out.exists():
         return {}
-    whole = out.read_text(encoding="utf-8").rpartition("\n")[0]
-    out.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    text = out.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    os.truncate(out, len(whole))  # killed while it is written anew, a run would lose every answer
     return {entry["question_id"]: entry for entry in map(json.loads, whole.splitlines())}
 
 

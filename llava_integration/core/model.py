@@ -18,7 +18,7 @@ from transformers.models.auto import AutoModel
 from transformers.utils import output_capturing
 from transformers.utils.generic import can_return_tuple
 
-from .config import resolve_layers, vision_grid
+from .config import CompactConfig, resolve_layers, vision_grid
 from .insertion import check_token_count, image_rows, is_captured
 from .projector import build_projector
 from .tower import check_pixels, image_chunks, to_device_of, tower_hidden_states
@@ -26,6 +26,12 @@ from .tower import check_pixels, image_chunks, to_device_of, tower_hidden_states
 # Since transformers 5.19 a tower can be told which hidden states to keep.
 KEEPS_SOME_STATES = hasattr(output_capturing, "select_hidden_states")
 FIXED_GRID = "every image has the grid of the vision tower, which config.image_seq_length counts"
+BUILT_BY = (  # a weight's axis, the field that says how long it is, and what it counts
+    (".mbtf.linear_1.weight", 1, "vision_feature_layer", "{} layers"),
+    (".mbtf.linear_1.weight", 0, "mbtf_hidden_size", "{} units"),
+    (".stf.linear_1.weight", 1, "spatial_merge_size", "windows of {} tokens"),
+    (".stf.linear_1.weight", 0, "stf_hidden_size", "{} units"),
+)
 SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # of transformers' quantizers
 
 
@@ -48,15 +54,24 @@ class _Saved:
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
-        """Says what another number of layers means, before transformers says that sizes do not match."""
-        for name, stored, built in loading_info.mismatched_keys:
-            if name.endswith("mbtf.linear_1.weight") and not load_config.ignore_mismatched_sizes:
-                dim = model.config.vision_config.hidden_size
-                raise ValueError(
-                    f"vision_feature_layer: expected {stored[1] // dim} layers, for which the stored {name} was built, "
-                    f"got {built[1] // dim}: {model.config.vision_feature_layer}; name as many, or train that weight "
-                    "anew with ignore_mismatched_sizes=True"
-                )
+        """Says which field of the configuration is not the stored projector's, before transformers speaks of sizes."""
+        unplaced = sorted(name for name in loading_info.unexpected_keys if ".multi_modal_projector." in name)
+        if unplaced:
+            raise ValueError(
+                f"use_mbtf, multimodal_projector_bias: expected a place for the stored {unplaced[0]}, got use_mbtf="
+                f"{model.config.use_mbtf}, multimodal_projector_bias={model.config.multimodal_projector_bias}; leave "
+                "them as config.json has them"
+            )
+        dim = model.config.vision_config.hidden_size
+        for name, stored, built in [] if load_config.ignore_mismatched_sizes else loading_info.mismatched_keys:
+            for ending, axis, field, what in BUILT_BY:
+                if name.endswith(ending) and stored[axis] != built[axis]:
+                    old, new = (shape[axis] // (dim if axis else 1) for shape in (stored, built))
+                    raise ValueError(
+                        f"{field}: expected {what.format(old)}, for which the stored {name} was built, got {new}: "
+                        f"{getattr(model.config, field)}; leave it as config.json has it, or train that weight anew "
+                        "with ignore_mismatched_sizes=True"
+                    )
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
 
@@ -116,6 +131,11 @@ class CompactModel(_Saved):
         super().post_init()
 
     def __init__(self, config: PreTrainedConfig):
+        if not isinstance(config, CompactConfig):
+            raise TypeError(
+                f"config: expected a {type(self).config_class.__name__}, got a {type(config).__name__}; "
+                "llava_integration.from_llava makes a model of a stock one"
+            )
         PreTrainedModel.__init__(self, config)  # not the stock model's, which builds a stock projector
         self.build(config)
         self.post_init()
@@ -137,13 +157,12 @@ class CompactModel(_Saved):
         return [to_device_of(self.multi_modal_projector, block) for block in blocks]
 
     def _layers(self, given: int | list[int] | None) -> list[int]:
-        layers = self.config.vision_feature_layer
-        if given is None:
-            return layers
-        given = resolve_layers(given, self.config.vision_config.num_hidden_layers)
-        if len(given) != len(layers):
-            raise ValueError(f"vision_feature_layer: expected {len(layers)} layers for this projector, got {given}")
-        return given
+        given = self.config.vision_feature_layer if given is None else given  # a list, which anybody may change
+        layers = resolve_layers(given, self.config.vision_config.num_hidden_layers)
+        expected = getattr(self.multi_modal_projector, "num_blocks", len(layers))
+        if len(layers) != expected:
+            raise ValueError(f"vision_feature_layer: expected {expected} layers for this projector, got {layers}")
+        return layers
 
     def project_images(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> Tensor:
         """pixel_values [N, 3, S, S] -> [N, (H//r)*(W//r), D]. Tensor in, tensor out: what torch.compile takes whole."""

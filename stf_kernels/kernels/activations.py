@@ -66,15 +66,16 @@ def activate(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def activation_derivative(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
-    """d act(x) / dx."""
+    """d act(x) / dx. 1 - sigmoid(x) is sigmoid(-x): the difference has no digits left from x = 16 on."""
     if ACTIVATION == "gelu":
         return _normal_cdf(x, FAST) + x * _INV_SQRT_2PI * tl.exp2(-0.5 * x * x * _LOG2E)
     elif ACTIVATION == "gelu_tanh":
-        gate = _sigmoid((x + 0.044715 * x * x * x) * _TWO_SQRT_2_OVER_PI, FAST)
-        return gate + x * gate * (1.0 - gate) * _TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * x * x)
+        u = (x + 0.044715 * x * x * x) * _TWO_SQRT_2_OVER_PI
+        gate = _sigmoid(u, FAST)
+        return gate + x * gate * _sigmoid(-u, FAST) * _TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * x * x)
     elif ACTIVATION == "silu":
         gate = _sigmoid(x, FAST)
-        return gate + x * gate * (1.0 - gate)
+        return gate + x * gate * _sigmoid(-x, FAST)
     else:
         tl.static_assert(ACTIVATION == "none")
         return x * 0.0 + 1.0

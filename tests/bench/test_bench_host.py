@@ -61,6 +61,7 @@ def test_both_tables_and_their_file(monkeypatch, tmp_path, capsys):
     assert result["cpu"][1]["peak_mb"] > result["cpu"][0]["peak_mb"]
     for row in result["cpu"]:
         assert 0 < row["min"] <= row["ratio"] <= row["max"]
+        assert row["cpu_ratio"] > 0
         assert row["peak_mb"] <= row["reference_peak_mb"]
     result["cpu"][0].pop("peak_mb")
     (tmp_path / "host.json").write_text(json.dumps(result))

@@ -45,6 +45,14 @@ def test_what_is_written_is_read_and_a_write_that_fails_leaves_the_old_file(tmp_
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_run_under_way_does_not_cost_the_whole_result_before_it(tmp_path):
+    path, whole = tmp_path / "kernels.json", kernels_result()
+    for complete, left in ((True, []), (False, [True]), (False, [True]), (True, [])):
+        write(path, whole | {"complete": complete})
+        assert [read(other)["complete"] for other in tmp_path.glob("*.previous.json")] == left
+        assert read(path)["complete"] is complete
+
+
 def test_a_file_cut_short_is_named(tmp_path):
     path = tmp_path / "kernels.json"
     text = json.dumps(kernels_result())

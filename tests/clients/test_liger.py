@@ -30,11 +30,6 @@ def patched(model, **options):
     return other
 
 
-def test_the_patch_is_that_of_the_stock_llava():
-    patches = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
-    assert patches["llava_stf"] is patches["llava"]
-
-
 def test_a_patched_model_gives_the_same(batch):
     model = build.stf(torch.float32)
     inputs = batch["input_ids"], batch["attention_mask"], batch["pixel_values"]

@@ -59,14 +59,10 @@ def test_a_local_task_scores_the_answers_of_generate(folder, tmp_path):
     assert json.loads(results.read_text())["results"]["local"]["exact_match,none"] == 0.5
 
 
-def test_what_is_no_folder_of_ours_is_named_in_one_sentence(folder, tmp_path):
-    (folder / "processor_config.json").unlink()
-    with pytest.raises(ValueError, match=r"found no processor_config.json.*LlavaStfProcessor.from_llava"):
-        clients.check_folder(folder)
+def test_a_stock_folder_is_named_in_one_sentence(tmp_path):
+    """tests/clients/test_trl.py has the other folders that are refused."""
     make_folder(tmp_path / "stock", stock=True)
     with pytest.raises(ValueError, match=r"got model_type 'llava'; python -m llava_integration.convert llava"):
-        clients.check_folder(tmp_path / "stock")
-    with pytest.raises(ValueError, match="got model_type 'llava'"):
         LlavaStf(pretrained=str(tmp_path / "stock"), device="cpu")
 
 

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from support.processes import ROOT, clean_environment, python
 from tiny_llava import make_image
 
 PIPELINE, (CONVERT, SERVE) = readme("transformers")
+PAGE = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+(SERVE_PLAIN,) = [line.strip() for line in PAGE.splitlines() if line.endswith("main()' serve ./llava-stf")]
 
 
 def test_the_three_lines_of_the_pipeline(folder):
@@ -33,14 +36,15 @@ def test_the_three_lines_of_the_pipeline(folder):
 
 
 @contextlib.contextmanager
-def serving(folder, log):
-    """The README's command in `folder`, on the CPU and a port of its own."""
+def serving(folder, command):
+    """`command` in `folder`, on the CPU and a port of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program, *arguments = SERVE.split()
+    program, *arguments = shlex.split(command)
     command = [str(Path(sys.executable).with_name(program)), *arguments, "--device", "cpu", "--port", str(port)]
     environment = clean_environment(HF_MODULES_CACHE=str(folder / "modules"), HF_HUB_OFFLINE="1")
+    log = folder / "log"
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:
@@ -58,15 +62,16 @@ def serving(folder, log):
         process.wait(30)
 
 
-def test_it_converts_and_serves(tmp_path):
+@pytest.mark.parametrize("plain", [False, True], ids=["auto_map", "plain"])
+def test_it_converts_and_serves(tmp_path, plain):
     """An image in base64; then one that does not decode, which the server survives."""
     make_folder(tmp_path / "llava-1.5", stock=True)
-    python_, *arguments = CONVERT.split()
+    python_, *arguments = (CONVERT.removesuffix(" --auto-map") if plain else CONVERT).split()
     assert python_ == "python"
     arguments = [str(tmp_path / word) if word.startswith("llava-") else word for word in arguments]
     converted = python(*arguments)
     assert converted.returncode == 0, converted.stderr
-    with serving(tmp_path, tmp_path / "log") as client:
+    with serving(tmp_path, SERVE_PLAIN if plain else SERVE) as client:
 
         def served(picture):
             url = "data:image/png;base64," + base64.b64encode(picture).decode()

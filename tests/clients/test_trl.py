@@ -135,5 +135,8 @@ def test_what_cannot_be_trained_is_named_in_one_sentence(folder, data, tmp_path)
     (folder / "processor_config.json").unlink()
     result = train(folder, data, tmp_path / "out")
     assert "found no processor_config.json" in result.stderr.splitlines()[-1]
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"expected a LLaVA-STF model, got no config\.json"):
+        clients.check_folder(folder)
     with warnings.catch_warnings(action="error"):
         clients.check_version("trl")

@@ -2,7 +2,7 @@
 the library underneath, is executed, or is answered outside DST.
 
 Bytes are changed, cut and moved; in JSON any value becomes any other, as deep, long or odd as JSON allows. STF_HOSTILE
-says how many of each are drawn.
+says how many of each are drawn; `make fuzz` draws 2,000.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava_integration.convert import ConversionError, convert_official
+from llava_integration.convert import ConversionError, convert_llava, convert_official
 from stf_kernels.configs import tables
 from tests.configs.test_tables import entry, table
 from tests.convert import checkpoints as ck
 
 DRAWN = settings(
-    max_examples=int(os.environ.get("STF_HOSTILE", 40)), deadline=None, database=None, derandomize=True,
+    max_examples=int(os.environ.get("STF_HOSTILE", 20)), deadline=None, database=None, derandomize=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 DEEP = "[" * 20_000 + "]" * 20_000
@@ -63,11 +63,11 @@ def damaged(data, seed):
     return [data[:at], data[end:] + data[:end], data[:end] + data[at:], data[:8] + b"\xff" * 8 + data[16:]][kind - 1]
 
 
-def tried(src, dst):
+def tried(convert, src, dst):
     """Whole or not at all, a sentence or a folder, nothing beside it, SRC as it was."""
     before, beside = ck.snapshot(src), set(dst.parent.iterdir())
     with contextlib.suppress(ConversionError):
-        convert_official(src, dst)
+        convert(src, dst)
     made = {dst} if dst.exists() else set()
     assert set(dst.parent.iterdir()) == beside | made
     assert ck.snapshot(src) == before
@@ -75,16 +75,20 @@ def tried(src, dst):
         shutil.rmtree(dst)
 
 
-@pytest.fixture
-def safe(tmp_path):
-    """As safetensors, in two files."""
-    return ck.make_official(tmp_path, 2, "safetensors")
+@pytest.fixture(params=["llava", "safetensors", "bin"])
+def source(request, tmp_path):
+    """(what converts it, its folder): a LLaVA of transformers, or an official one in two files."""
+    if request.param == "llava":
+        ck.make_stock(tmp_path / "llava")
+        return convert_llava, tmp_path / "llava"
+    return convert_official, ck.make_official(tmp_path, 2, request.param)
 
 
 @DRAWN
 @given(st.data())
-def test_files_of_a_checkpoint(safe, dst, data):
-    files = sorted(file for file in safe.iterdir() if file.is_file())
+def test_files_of_a_checkpoint(source, dst, data):
+    convert, folder = source
+    files = sorted(file for file in folder.iterdir() if file.is_file())
     file = data.draw(st.sampled_from(files))
     whole = file.read_bytes()
     if file.suffix == ".json" and data.draw(st.booleans()):
@@ -93,16 +97,17 @@ def test_files_of_a_checkpoint(safe, dst, data):
         content = damaged(whole, data.draw(st.integers(0, 10**6)))
     file.write_bytes(content)
     try:
-        tried(safe, dst)
+        tried(convert, folder, dst)
     finally:
         file.write_bytes(whole)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "tokenizer_config.json"])
-def test_json_deeper_than_python_goes(safe, dst, file):
-    (safe / file).write_text(DEEP)
+def test_json_deeper_than_python_goes(source, dst, file):
+    convert, folder = source
+    (folder / file).write_text(DEEP)
     with pytest.raises(ConversionError):
-        convert_official(safe, dst)
+        convert(folder, dst)
     assert not dst.exists()
 
 

@@ -41,7 +41,7 @@ def both(x, name, dtype):
 def test_error_before_rounding_over_the_whole_range(name, dtype):
     """Every finite bf16 number, and a fine line where the functions bend: 1e-6, relative where x is above one.
 
-    Slopes twice that: tanh GELU's multiplies the sigmoid's error by up to ten.
+    Slopes twice that: the approximations of exp2 and of the reciprocal count twice in them.
     """
     every = torch.arange(-(2**15), 2**15, device="cuda").to(torch.int16).view(torch.bfloat16).float()
     x = torch.cat([every[every.isfinite()], torch.linspace(-12, 12, 1_000_001, device="cuda")])

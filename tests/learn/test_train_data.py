@@ -7,7 +7,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from llava_integration import train_data
+from llava_integration import LlavaStfProcessor, train_data
 from llava_integration.convert.processor import VICUNA_V1
 from llava_integration.train_data import Collator, Conversations
 from tests.learn.conftest import record, write_data
@@ -24,7 +24,7 @@ def test_the_mask_token_by_token(tmp_path, processor):
     """Two turns: both answers with their ends, and nothing of questions, roles, images or padding."""
     data = write_data(tmp_path, [record(0, 2), record(1, 1)])
     records = Conversations(data, tmp_path, processor, **SIZES)
-    batch = Collator(processor, build.IMAGE_TOKEN, 4)([records[0], records[1]])
+    batch = Collator(LlavaStfProcessor.from_llava(processor), build.IMAGE_TOKEN, 4)([records[0], records[1]])
     tokenizer = processor.tokenizer
     question = ["USER", "what", "is", "in", "the", "picture", "ASSISTANT"]
     first = [question[0], *["<image>"] * 4, *question[1:], "a", "cat", "</s>", *question, "a", "dog", "</s>"]
@@ -88,7 +88,7 @@ def test_several_images_stay_in_order(tmp_path, processor):
     turns = [{"from": "human", "value": "<image> <image> what is"}, {"from": "gpt", "value": "a cat"}]
     data = write_data(tmp_path, [record(0, image=["1.png", "0.png"], conversations=turns), record(1)])
     records = Conversations(data, tmp_path, processor, **SIZES)
-    batch = Collator(processor, build.IMAGE_TOKEN, 4)([records[1], records[0]])
+    batch = Collator(LlavaStfProcessor.from_llava(processor), build.IMAGE_TOKEN, 4)([records[1], records[0]])
     expected = processor.image_processor([build.image(index) for index in (1, 1, 0)], return_tensors="pt")
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])
     assert (batch["input_ids"] == build.IMAGE_TOKEN).sum(1).tolist() == [4, 8]

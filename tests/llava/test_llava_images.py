@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 import llava_integration as li
+from llava_integration import chat
 from llava_integration import images as module
 from llava_integration.images import pictures
 from tests.llava import build
@@ -80,6 +81,15 @@ def test_a_file_is_the_same_picture_whatever_way_it_comes(what, way, tmp_path):
     path.write_bytes(data)
     found = pictures([[WAYS[way](data, path)]])[0][0]
     assert (found.mode, np.array_equal(np.asarray(found), expected)) == ("RGB", True)
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_training_and_chat_see_what_the_processor_sees(what, tmp_path):
+    train_cache = pytest.importorskip("llava_integration.train_cache")  # needs accelerate
+    data, expected = FILES[what]()
+    (path := tmp_path / "a.png").write_bytes(data)
+    for read in (train_cache.open_image, chat.show):
+        assert np.array_equal(np.asarray(read(path)), expected)
 
 
 def test_an_http_url(monkeypatch):
@@ -165,6 +175,8 @@ BROKEN = {
     "negative": lambda: PIXELS.astype(np.int64) - 1,
     "complex": lambda: PIXELS.astype(np.complex64),
     "five channels": lambda: np.zeros((5, 9, 9), np.uint8),
+    "nothing": lambda: None,
+    "no width": lambda: Image.new("RGB", (0, 5)),
     "no pixels": lambda: np.zeros((0, 4, 3), np.uint8),
     "one row": lambda: np.zeros(9),
     "no file": lambda: "nowhere.png",

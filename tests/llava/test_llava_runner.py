@@ -54,7 +54,9 @@ def test_decoding_continues_from_the_cache(model):
             assert torch.allclose(logits, out.logits[:, -1], rtol=0, atol=1e-10)
 
 
-def test_several_images_none_and_another_count(stf):
+def test_several_images_none_and_another_count(stf, monkeypatch):
+    """Of which the newest alone are kept."""
+    monkeypatch.setattr("llava_integration.runner.MOST_GRAPHS", 1)
     ids, pixels = prompt(stf, (2, 2))
     runner = li.PrefillRunner(stf, *ids.shape)
     text = torch.full_like(ids, 7)
@@ -62,6 +64,7 @@ def test_several_images_none_and_another_count(stf):
     one[1, 3:7] = build.IMAGE_TOKEN
     for call in ((ids, pixels), (text,), (one, pixels[:1])):
         assert torch.allclose(runner(*call), eager(stf, *call).logits[:, -1], atol=1e-12)
+        assert len(runner._pixels) == 1
 
 
 @pytest.mark.parametrize("capturing", [False, True])

@@ -96,12 +96,30 @@ def test_another_element_order_on_disk_is_refused(stf, tmp_path):
         AutoModelForImageTextToText.from_pretrained(tmp_path)
 
 
-def test_another_number_of_layers_than_the_weights_were_built_for(stf, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_feature_layer": [-2, 3]}, r"layer: expected 3 layers, .*mbtf\.linear_1\.weight .* got 2: \[5, 3\]; "),
+        ({"spatial_merge_size": 4}, r"size: expected windows of 4 tokens, .*stf\.linear_1\.weight .* got 16: 4; "),
+        ({"mbtf_hidden_size": 7}, "mbtf_hidden_size: expected 128 units, .* got 7: 7; "),
+        ({"stf_hidden_size": 7}, "stf_hidden_size: expected 512 units, .* got 7: 7; "),
+        (
+            {"use_mbtf": False, "vision_feature_layer": 5},
+            "use_mbtf, .*: expected a place for the stored .* use_mbtf=False",
+        ),
+        ({"multimodal_projector_bias": False}, r"expected a place for the stored .*mbtf\.linear_1\.bias, got"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("loader", [AutoModelForImageTextToText, li.LlavaStfModel])
+def test_keywords_that_the_weights_were_not_built_for(stf, tmp_path, loader, changes, message):
     stf.save_pretrained(tmp_path)
-    match = r"vision_feature_layer: expected 3 layers, .*mbtf\.linear_1\.weight was built, got 2: \[5, 3\]; .*anew"
-    for loader in (AutoModelForImageTextToText, li.LlavaStfModel):
-        with pytest.raises(ValueError, match=match):
-            loader.from_pretrained(tmp_path, vision_feature_layer=[-2, 3])
+    with pytest.raises(ValueError, match=message):
+        loader.from_pretrained(tmp_path, **changes)
+
+
+def test_another_number_of_layers_to_train_anew(stf, tmp_path):
+    stf.save_pretrained(tmp_path)
     options = {"vision_feature_layer": [5, 3], "ignore_mismatched_sizes": True}
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, **options)
     assert loaded.model.multi_modal_projector.mbtf.linear_1.in_features == 64
@@ -112,6 +130,9 @@ def test_a_folder_of_the_stock_llava(stock, tmp_path):
     for loader in (li.LlavaStfForConditionalGeneration, li.LlavaStfModel, li.LlavaStfConfig):
         with pytest.raises(ValueError, match=r"expected model_type 'llava_stf', got 'llava'; .*from_llava"):
             loader.from_pretrained(tmp_path)
+    for config in (stock.config, stock.config.text_config):
+        with pytest.raises(TypeError, match=r"config: expected a LlavaStfConfig, got a L.*from_llava"):
+            li.LlavaStfForConditionalGeneration(config)
 
 
 def test_found_by_name_in_every_module_object_that_is_called_transformers():

@@ -1,5 +1,6 @@
 """If this fails, a newcomer's first paste does not run: an example, or a Python snippet of the README or of docs/."""
 
+import importlib.util
 import re
 
 import pytest
@@ -41,6 +42,13 @@ def test_an_example(name):
     result = python(f"examples/{name}")
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout
+
+
+def test_the_example_of_trl_says_what_to_install():
+    if importlib.util.find_spec("trl"):
+        pytest.skip("it is installed")
+    result = python("examples/trl_lora.py")
+    assert (result.returncode, result.stderr) == (1, "datasets is not installed: pip install trl peft datasets\n")
 
 
 def test_there_are_examples_and_snippets():

@@ -68,7 +68,7 @@ def test_the_served_figures_are_the_file():
     assert f"{rate['ratio']:.2f}x the requests per second" in said
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert not [target for target in targets if "://" not in target and not (ROOT / target).exists()]

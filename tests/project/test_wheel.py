@@ -12,7 +12,7 @@ from support.processes import ROOT, clean_environment
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy of the sources, with a table of its own, so that the checkout stays clean."""
+    """Made of the sdist, and that of a copy of the sources with a table of its own: the checkout stays clean."""
     source = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -23,11 +23,16 @@ def wheel(tmp_path_factory):
     tables.mkdir(exist_ok=True)
     (tables / "example-device.json").write_text("{}")
     out = tmp_path_factory.mktemp("wheel")
-    command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), "."]
-    result = subprocess.run([sys.executable, "-m", *command], cwd=source, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    build(source, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})")
+    (sdist,) = out.glob("*.tar.gz")
+    build(out, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", sdist)
     (path,) = out.glob("*.whl")
     return path
+
+
+def build(folder, *command):
+    result = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
 
 def test_contents(wheel):

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImagePr
 
 import llava_integration as li
 from llava_integration.convert import convert_llava
-from tests.llava import build
+from tests.llava import build, tiled
 
 NEW_TOKENS = 12
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} : {% for c in m['content'] %}"
@@ -46,12 +46,20 @@ def make(folder: Path, tower: str = "clip", names: str = "new") -> Path:
     return folder
 
 
-def converted(folder: Path, **options) -> Path:
+def converted(folder: Path, family: str = "llava", **options) -> Path:
     """What `python -m llava_integration.convert llava` writes."""
-    source, made = folder / "stock", folder / "stf"
-    build.stock(torch.float32, **build.wide()).save_pretrained(source)
-    options_of_stock = {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-    processor(LlavaProcessor, **options_of_stock).save_pretrained(source)
+    source, made, sizes = folder / "stock", folder / "stf", build.wide()
+    if family == "onevision":
+        sizes["vision"] = build.siglip(image_size=130, vision_use_head=False, hidden_size=128, intermediate_size=256)
+    stock = (tiled.MODELS | {"llava": build.stock})[family](torch.float32, **sizes)
+    stock.save_pretrained(source)
+    if family == "llava":
+        processor(
+            LlavaProcessor, num_additional_image_tokens=1, vision_feature_select_strategy="default"
+        ).save_pretrained(source)
+    else:
+        build.tokenizer(padding_side="left").save_pretrained(source)
+        tiled.processor(stock).image_processor.save_pretrained(source)
     convert_llava(source, made, **options)
     return made
 
