@@ -66,11 +66,11 @@ VISION = CLIPVisionConfig(
 class Budget(NamedTuple):
     """Steps of each part, and the size of the data."""
 
-    tower: int = 1500
-    text: int = 1500
+    tower: int = 3000
+    text: int = 2000
     stage1: int = 600
     pretrain: int = 200
-    finetune: int = 1200
+    finetune: int = 800
     batch: int = 16
     boards: int = 4000
     easy: int = 3000
@@ -294,17 +294,20 @@ class Study:
                     records = self.conversations("train", model, cache=True)
                     steps = getattr(self.budget, recipe)
                     arguments = self.arguments(self.folder / ".training", steps, rate, seed)
-                    train(model, self.processor, records, arguments, recipe=recipe)
+                    train(model, self.processor_of(row), records, arguments, recipe=recipe)
             took = round(time.monotonic() - began)
             write_text(
                 done, json.dumps(self.measure(row, model.eval(), done.with_suffix(".jsonl")) | {"seconds": took})
             )
         return json.loads(done.read_text(encoding="utf-8"))
 
+    def processor_of(self, row: Row) -> LlavaStfProcessor:
+        """Which counts the tokens of the row's model."""
+        return LlavaStfProcessor.from_llava(self.processor, merge_size=data.SIDE // math.isqrt(row.tokens))
+
     def measure(self, row: Row, model: nn.Module, out: Path) -> dict[str, Any]:
         """What the result file says of one seed of a row."""
-        merge = data.SIDE // math.isqrt(row.tokens)
-        processor = LlavaStfProcessor.from_llava(self.processor, merge_size=merge)
+        processor = self.processor_of(row)
         questions = score.read(self.data / "test.jsonl", self.data / "images")
         accuracy = score.score(model, processor, questions, out, batch=64, tokens=2)["exact"]
         for name, kinds in (("detail", data.DETAIL), ("coarse", data.COARSE)):
