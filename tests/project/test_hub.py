@@ -31,7 +31,6 @@ for one, other in (f(blocks, weight), compiled(blocks, weight)):
     assert torch.equal(one, other) and torch.equal(*gradients)
 called = {str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"}
 assert {"stf_kernels.concat_linear.default", f"{name}.concat_linear.default"} <= called, called
-
 """
 
 
