@@ -48,6 +48,9 @@ def calls():
     yield stage("pointer")
     yield stage("save_pre", save_pre=True)
     yield stage("no bias", bias=None)
+    yield stage("no activation", stage=Stage())
+    yield stage("a bias in fp32", bias=bias.float())
+    yield stage("fewer features", weight=weight[:448], bias=bias[:448])
     yield stage("another batch", blocks=tower(8, 3, 576, 256))
     yield stage("other tokens", blocks=tower(8, 2, 575, 256))
     yield stage("unlike strides", blocks=[*blocks[:7], tower(1, 2, 580, 256)[0][:, :576]])
@@ -59,6 +62,13 @@ def calls():
     yield stage("float16", [b.half() for b in blocks], weight.half(), bias.half())
     wide = tower(8, 2, 576, 256, torch.float32), weight.float(), bias.float()
     yield stage("float32", *wide)
+
+    def tf32():
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        launch.run_stage(*wide, GELU, TILE)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+    yield "tf32", tf32
     yield stage("split K", config=replace(TILE, split_k=4))
     yield stage("merged on load", [x], merged, stage=Stage("gelu", merge_in=2, grid=(24, 24)))
     across = torch.zeros(2, 256, 576, dtype=bf16).transpose(1, 2)
@@ -67,6 +77,7 @@ def calls():
     yield stage("indexed", [x], square, out=out, rows=rows)
     yield stage("indexed in fewer rows", [x], square, out=out[:1500], rows=rows)
     yield stage("indexed in unaligned rows", [x], square, out=shifted(out), rows=rows)
+    yield stage("indexed in fp32", [x], square, out=out.float(), rows=rows)
     yield stage("indexed in rows apart", [x], square, out=torch.zeros(2000, 520, dtype=bf16)[:, :512], rows=rows)
     g = torch.zeros(1152, 512, dtype=bf16)
     yield "wgrad", lambda: weight_grad.launch_wgrad(g, blocks, Stage(), replace(TILE, group_m=4))
