@@ -35,6 +35,15 @@ def matrix(blocks: list[Tensor], stage: Stage) -> Tensor:
     return torch.cat(blocks, -1)
 
 
+def by_layers(blocks, weight, bias, stage: Stage, activation: str | None) -> tuple[Tensor, Tensor]:
+    """(pre-activation [M, N], y) in the formula's own steps."""
+    flat = F.linear(matrix(blocks, stage), weight, bias)
+    y = activate(flat, activation)
+    if stage.merge_out > 1:
+        y = spatial_merge(y, stage.grid, stage.merge_out, "patch_major", True)
+    return flat.flatten(0, 1), y
+
+
 def compare(config: GemmConfig | None, stage: Stage, blocks: list[Tensor], n: int, *, save_pre: bool = True) -> Tensor:
     """Run the stage with a weight and bias of its own, in the blocks' dtype -> y, the results held to the rule."""
     x, k = blocks[0], stage.num_segments(blocks) * blocks[0].shape[-1]
@@ -43,11 +52,7 @@ def compare(config: GemmConfig | None, stage: Stage, blocks: list[Tensor], n: in
     y, pre = run_stage(blocks, weight, bias, stage, config, save_pre=save_pre)
 
     def run(to: torch.dtype) -> tuple[Tensor, Tensor]:
-        flat = F.linear(matrix([block.to(to) for block in blocks], stage), weight.to(to), bias.to(to))
-        placed = activate(flat, stage.activation)
-        if stage.merge_out > 1:
-            placed = spatial_merge(placed, stage.grid, stage.merge_out, "patch_major", True)
-        return flat.flatten(0, 1), placed
+        return by_layers([block.to(to) for block in blocks], weight.to(to), bias.to(to), stage, stage.activation)
 
     (same_pre, same), (exact_pre, exact) = run(x.dtype), run(torch.float64)
     assert_within_rule(f"pre-activation of {config}", pre, *((same_pre, exact_pre) if save_pre else (None, None)))
