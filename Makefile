@@ -79,7 +79,7 @@ test: $(VENV)/.installed
 
 test-quick: $(VENV)/.installed
 	$(call PYTEST,$(RUN),-m "not slow") tests
-	TRITON_INTERPRET=1 $(call PYTEST,$(RUN)) tests/interpreter/test_interpreted_functions.py
+	TRITON_INTERPRET=1 $(call PYTEST,$(RUN),-k test_functions) tests/interpreter/test_interpreted_functions.py
 
 # In every process that a test starts too: coverage's .pth file reads the variable. The kernels count as interpreted.
 coverage: $(VENV)/.installed

@@ -63,14 +63,16 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available() and triton_serves(torch.device("cuda", torch.cuda.current_device()))
 
 
+# Where torch.empty holds NaN, so that an element nobody wrote is seen.
+POISONED = ("tests/operators/", "tests/training/", "tests/interpreter/")
+
+
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seeded_and_poisoned(request: pytest.FixtureRequest):
     torch.manual_seed(20260707)
-
-
-@pytest.fixture
-def poison():
-    """torch.empty holds NaN, so that an element nobody wrote is seen."""
+    if not request.node.nodeid.startswith(POISONED):
+        yield
+        return
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()

@@ -5,12 +5,9 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _exact_float32():
+def _exact_float32(monkeypatch):
     """fp32 products in fp32, for torch and for the kernels alike."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
 
 
 @pytest.fixture

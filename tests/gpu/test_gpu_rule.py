@@ -2,90 +2,64 @@
 
 import pytest
 import torch
-from support.compare import compare_functions, compare_modules, twins
-from support.operators import ACTIVATIONS, CHANGES, changed, concat_operands, concat_pair, merge_operands, merge_pair
+from support.compare import compare_modules, twins
+from support.operators import ACTIVATIONS, CHANGES, concat, merge
 
 import stf_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_empty")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-BACKENDS = pytest.mark.parametrize("backend", ["triton", "auto", "torch"])
-CUDA = "cuda"
+
+
+def compare_projector(sizes, batch, tokens, dtype, backend="triton", *, gradients=True):
+    modules = twins("CompactTokenProjector", *sizes, skip_tokens=1, dtype=dtype, device="cuda")
+    blocks = [torch.randn(batch, tokens, sizes[1], device="cuda") for _ in range(sizes[0])]
+    with stf_kernels.use_backend(backend):
+        compare_modules(modules, blocks, dtype, gradients=gradients)
 
 
 @DTYPES
-@BACKENDS
+@pytest.mark.parametrize("backend", ["triton", "auto", "torch"])
 def test_projector_of_llava(dtype, backend):
-    batch = 2 if dtype != torch.float32 else 1
-    modules = twins("CompactTokenProjector", 8, 1024, 4096, skip_tokens=1, dtype=dtype, device=CUDA)
-    blocks = [torch.randn(batch, 577, 1024, device=CUDA) for _ in range(8)]
-    with stf_kernels.use_backend(backend):
-        y = compare_modules(modules, blocks, dtype, gradients=True)
-    assert y.shape == (batch, 144, 4096)
+    compare_projector((8, 1024, 4096), 2 if dtype != torch.float32 else 1, 577, dtype, backend)
 
 
 @DTYPES
 @pytest.mark.parametrize("batch", [1, 3, 8, 32])
 def test_projector_forward_at_every_bucket_of_rows(batch, dtype):
     """A quarter of the widths, so that the rows decide the configuration."""
-    modules = twins("CompactTokenProjector", 8, 256, 1024, skip_tokens=1, dtype=dtype, device=CUDA)
-    blocks = [torch.randn(batch, 577, 256, device=CUDA) for _ in range(8)]
-    with torch.no_grad(), stf_kernels.use_backend("triton"):
-        compare_modules(modules, blocks, dtype)
-
-
-@DTYPES
-@pytest.mark.parametrize(
-    "shape",
-    [(1, 1, 1, 8, 40), (3, 2, 65, 72, 136), (5, 3, 33, 50, 77), (32, 1, 20, 16, 40), (7, 2, 129, 1, 33)],
-    ids=str,
-)
-def test_concat_linear_at_odd_sizes(shape, dtype):
-    with stf_kernels.use_backend("triton"):
-        pair = concat_pair(shape[0], activation="gelu")
-        compare_functions(*pair, concat_operands(*shape, device=CUDA), dtype, gradients=True)
-
-
-@DTYPES
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation, dtype):
-    with stf_kernels.use_backend("triton"):
-        pair = concat_pair(3, crop=1, skip_tokens=1, activation=activation)
-        compare_functions(*pair, concat_operands(3, 2, 40, 64, 96, bias=False, device=CUDA), dtype, gradients=True)
-
-
-@DTYPES
-@pytest.mark.parametrize(("merge_size", "grid"), [(1, (5, 7)), (2, (24, 24)), (2, (27, 27)), (3, (9, 6)), (4, (8, 17))])
-def test_spatial_merge_linear(merge_size, grid, dtype):
-    with stf_kernels.use_backend("triton"):
-        pair = merge_pair(1, grid=grid, merge_size=merge_size, truncate=True, activation="gelu")
-        operands = merge_operands(3, 1 + grid[0] * grid[1], 72, 200, merge_size, device=CUDA)
-        compare_functions(*pair, operands, dtype, gradients=True)
-
-
-@DTYPES
-@pytest.mark.parametrize("what", ["unaligned-and-another", "each-block-another"])
-def test_strides(what, dtype):
-    with stf_kernels.use_backend("triton"):
-        pair = changed(concat_pair(3, activation="gelu"), CHANGES[what])
-        compare_functions(*pair, concat_operands(3, 3, 17, 64, 96, device=CUDA), dtype, gradients=True)
+    with torch.no_grad():
+        compare_projector((8, 256, 1024), batch, 577, dtype, gradients=False)
 
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_small_batches(batch):
-    modules = twins("CompactTokenProjector", 3, 32, 64, dtype=torch.bfloat16, device=CUDA)
+    compare_projector((3, 32, 64), batch, 17, torch.bfloat16)
+
+
+SHAPES = [(1, 1, 1, 8, 40), (3, 2, 65, 72, 136), (5, 3, 33, 50, 77), (32, 1, 20, 16, 40), (7, 2, 129, 1, 33)]
+GRIDS = [(1, (5, 7)), (2, (24, 24)), (2, (27, 27)), (3, (9, 6)), (4, (8, 17))]
+CASES = {str(shape): concat(*shape, activation="gelu") for shape in SHAPES}
+CASES |= {f"{act}": concat(3, 2, 40, 64, 96, False, crop=1, skip_tokens=1, activation=act) for act in ACTIVATIONS}
+CASES |= {f"merge {r} {grid}": merge(3, grid, 72, 200, r, crop=1, activation="gelu") for r, grid in GRIDS}
+CASES |= {
+    name: concat(3, 3, 17, 64, 96, activation="gelu", change=CHANGES[name])
+    for name in ("unaligned-and-another", "each-block-another")
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_functions(case, dtype):
     with stf_kernels.use_backend("triton"):
-        blocks = [torch.randn(batch, 16, 32, device=CUDA) for _ in range(3)]
-        compare_modules(modules, blocks, torch.bfloat16, gradients=True)
+        case.compare(dtype, "cuda")
 
 
 def test_tf32_is_used_only_where_torch_allows_it():
-    operands = concat_operands(4, 2, 100, 256, 256, device=CUDA)
-    ours, theirs = concat_pair(4)
-    exact = theirs(*(t.double() for t in operands))
-    errors = []
+    blocks, weight = list(torch.randn(4, 2, 100, 256, device="cuda")), torch.randn(256, 1024, device="cuda") / 32
+    exact, errors = torch.cat(blocks, -1).double() @ weight.double().t(), []
     for precision in ("ieee", "tf32"):
         torch.backends.cuda.matmul.fp32_precision = precision
         with stf_kernels.use_backend("triton"):
-            errors.append((ours(*operands) - exact).abs().max().item())
+            errors.append((stf_kernels.concat_linear(blocks, weight) - exact).abs().max().item())
     assert errors[0] < 1e-5 < errors[1] < 1e-2

@@ -1,4 +1,4 @@
-"""Every test here runs the Triton kernels, interpreted, with poisoned memory."""
+"""Every test here runs the Triton kernels, interpreted."""
 
 import mmap
 import warnings
@@ -11,7 +11,7 @@ from stf_kernels.backend import interpreting
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(poison):
+def _interpreted():
     assert interpreting(), "run as TRITON_INTERPRET=1 python -m pytest tests/interpreter"
     with stf_kernels.use_backend("triton"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy tells of overflows that a GPU does not

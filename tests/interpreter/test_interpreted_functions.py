@@ -1,20 +1,12 @@
-"""If this fails, the segmented kernel computes something else than the reference: rows, columns, strides, epilogue."""
+"""If this fails, the kernels compute something else than the reference, alone (rows, columns, strides, epilogue) or in
+a chain (merged stores, dense reads, indexed rows), or their backward does."""
 
 import pytest
 import torch
-from support.compare import compare_functions
-from support.operators import (
-    ACTIVATIONS,
-    CHANGES,
-    GRIDS,
-    LAYOUTS,
-    SHAPES,
-    changed,
-    concat_operands,
-    concat_pair,
-    merge_operands,
-    merge_pair,
-)
+from support.compare import compare_rows, twins
+from support.modules import CASES as MODULES
+from support.modules import EACH_CASE, compare_case
+from support.operators import CASES, EACH_FUNCTION
 
 import reference
 import stf_kernels
@@ -25,60 +17,34 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_concat_linear(shape, dtype):
-    count, batch, tokens, channels, n, bias = shape
-    operands = concat_operands(count, batch, tokens, channels, n, bias=bias)
-    compare_functions(*concat_pair(count, activation="gelu"), operands, dtype, gradients=True)
+@EACH_FUNCTION
+def test_functions(case, dtype):
+    case.compare(dtype)
 
 
 @DTYPES
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
-def test_activations(activation, gradients, dtype):
-    pair = concat_pair(2, crop=1, skip_tokens=1, activation=activation)
-    compare_functions(*pair, concat_operands(2, 2, 14, 16, 40), dtype, gradients=gradients)
-
-
-@DTYPES
-@pytest.mark.parametrize(("merge_size", "grid"), GRIDS.values(), ids=GRIDS)
-def test_spatial_merge_linear(merge_size, grid, dtype):
-    pair = merge_pair(1, grid=grid, merge_size=merge_size, skip_tokens=1, activation="silu", truncate=True)
-    operands = merge_operands(2, 2 + grid[0] * grid[1], 9, 35, merge_size, bias=False)
-    compare_functions(*pair, operands, dtype, gradients=True)
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strides_of_a_concatenation(change, dtype):
-    pair = changed(concat_pair(3, activation="gelu"), change)
-    compare_functions(*pair, concat_operands(3, 2, 9, 33, 24), dtype, gradients=True)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-def test_strides_of_a_merge(layout):
-    pair = changed(merge_pair(grid=(4, 6), skip_tokens=1), lambda w, b, x: (w, b, layout(x)))
-    compare_functions(*pair, merge_operands(2, 25, 12, 40, 2), torch.float32, gradients=True)
+@EACH_CASE
+def test_modules(case, dtype):
+    compare_case(case, dtype)
 
 
 def test_a_gradient_of_stride_zero():
     """What `y.sum().backward()` sends back."""
-    weight, bias, *blocks = (t.requires_grad_() for t in concat_operands(2, 2, 5, 8, 12))
+    weight, bias, *blocks = leaves = [
+        torch.randn(*s, requires_grad=True) for s in ((12, 16), (12,), (2, 5, 8), (2, 5, 8))
+    ]
     found, exact = (
-        torch.autograd.grad(
-            package.concat_linear(blocks, weight, bias, activation="gelu").sum(), (weight, bias, *blocks)
-        )
+        torch.autograd.grad(package.concat_linear(blocks, weight, bias, activation="gelu").sum(), leaves)
         for package in (stf_kernels, reference)
     )
     torch.testing.assert_close(found, exact)
 
 
-@pytest.mark.parametrize("change", ["blocks-interleaved", "each-block-another"])
-def test_blocks_by_their_own_pointers(change, monkeypatch):
+@pytest.mark.parametrize("case", ["blocks-interleaved", "each-block-another"])
+def test_blocks_by_their_own_pointers(case, monkeypatch):
     """As on AMD, where a block may lie farther from another one than a load reaches; alike and unlike strides."""
     monkeypatch.setattr(torch.version, "hip", "7")
-    pair = changed(concat_pair(3, activation="gelu"), CHANGES[change])
-    compare_functions(*pair, concat_operands(3, 2, 9, 16, 40), torch.float32)
+    CASES[case].compare(torch.float32)
 
 
 def test_a_sign_that_is_still_to_be_applied():
@@ -93,3 +59,26 @@ def test_a_sign_that_is_still_to_be_applied():
         out, operands = torch.zeros(7, 8, dtype=dtype), ([x.detach().to(dtype)], eye.to(dtype))
         run_stage(*operands, None, Stage(), out=minus(out), rows=torch.arange(6))
         assert torch.equal(out[:6], -operands[0][0][0])
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_small_batches(batch):
+    compare_case(MODULES["projector"], torch.bfloat16, batch)
+
+
+@DTYPES
+@pytest.mark.parametrize("order", ["shuffled", "strided"])
+def test_indexed_rows(order, dtype):
+    modules = twins("CompactTokenProjector", 2, 8, 20, dtype=dtype)
+    compare_rows(modules, [torch.randn(2, 16, 8).to(dtype) for _ in range(2)], (4, 4), order)
+
+
+def test_saved_tensors_that_come_back_in_another_layout():
+    """As a hook that compresses or offloads them may return them: same values, other strides."""
+    module = stf_kernels.CompactTokenProjector(2, 8, 20)
+    blocks, parameters = [torch.randn(2, 16, 8) for _ in range(2)], list(module.parameters())
+    expected = torch.autograd.grad(module(blocks).square().sum(), parameters)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().mT.contiguous(), lambda t: t.mT):
+        y = module(blocks)
+    for mine, exact in zip(torch.autograd.grad(y.square().sum(), parameters), expected, strict=True):
+        torch.testing.assert_close(mine, exact)

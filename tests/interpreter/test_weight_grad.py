@@ -5,9 +5,9 @@ Sizes stand around the tiles: rows of an image that end inside a step, features 
 
 import pytest
 import torch
+from support.compare import compare_modules, twins
 from support.stages import compare_wgrad, tower
 
-import reference
 import stf_kernels
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
 from stf_kernels.configs.model import tiles
@@ -84,13 +84,10 @@ def launches(monkeypatch):
 @pytest.mark.parametrize(("skip_tokens", "batch", "runs"), [(1, 2, True), (1, 1, False), (0, 2, False)])
 def test_it_runs_where_the_library_would_copy(launches, skip_tokens, batch, runs):
     """And the gradients are the reference's either way."""
-    modules = [package.CompactTokenProjector(3, 8, 12, skip_tokens=skip_tokens) for package in (stf_kernels, reference)]
-    modules[1].load_state_dict(modules[0].state_dict())
+    modules = twins("CompactTokenProjector", 3, 8, 12, skip_tokens=skip_tokens, dtype=torch.float32)
     blocks = [torch.randn(batch, 16 + skip_tokens, 8) for _ in range(3)]
-    gradients = [torch.autograd.grad(module(blocks).square().sum(), list(module.parameters())) for module in modules]
+    compare_modules(modules, blocks, torch.float32, gradients=True)
     assert launches == ([(batch * 16, 32)] if runs else [])
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("triton", [(4, 12)]), ("torch", [])])

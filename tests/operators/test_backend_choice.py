@@ -14,8 +14,8 @@ from stf_kernels.backend import current_backend
 BLOCKS, WEIGHT = [torch.randn(1, 2, 4)] * 2, torch.randn(3, 8)
 
 
-def call(blocks=BLOCKS, weight=WEIGHT):
-    return stf_kernels.concat_linear(blocks, weight)
+def call():
+    return stf_kernels.concat_linear(BLOCKS, WEIGHT)
 
 
 @pytest.mark.parametrize("name", ["cuda", "", "Triton", None, 1, ["torch"]])
@@ -36,24 +36,18 @@ def test_triton_on_cpu_tensors_names_the_remedy(module):
 
 def test_triton_refuses_float64_by_name():
     with stf_kernels.use_backend("triton"), pytest.raises(TypeError, match=r"dtype.*float16.*float64.*torch"):
-        call([b.double() for b in BLOCKS], WEIGHT.double())
+        stf_kernels.concat_linear([b.double() for b in BLOCKS], WEIGHT.double())
 
 
 def test_nesting_and_the_way_back():
-    assert current_backend() == "auto"
     with stf_kernels.use_backend("torch"):
         with stf_kernels.use_backend("auto"):
             assert current_backend() == "auto"
-        assert current_backend() == "torch"
         with pytest.raises(KeyError), stf_kernels.use_backend("triton"):
             raise KeyError
         assert current_backend() == "torch"
-    assert current_backend() == "auto"
-
-
-def test_a_decorator():
-    inner = stf_kernels.use_backend("torch")(current_backend)
-    assert [inner(), inner(), current_backend()] == ["torch", "torch", "auto"]
+    decorated = stf_kernels.use_backend("torch")(current_backend)
+    assert [current_backend(), decorated(), decorated(), current_backend()] == ["auto", "torch", "torch", "auto"]
 
 
 def test_threads_do_not_see_each_other():
@@ -62,17 +56,17 @@ def test_threads_do_not_see_each_other():
     def other():
         with stf_kernels.use_backend("triton"):
             inside.set()
-            done.wait(10)
+            done.wait(60)
             seen.append(current_backend())
 
     thread = threading.Thread(target=other)
     thread.start()
-    assert inside.wait(10)
+    assert inside.wait(60)
     assert current_backend() == "auto"
     call()  # "triton" would raise here
     with stf_kernels.use_backend("torch"):
         done.set()
-        thread.join(10)
+        thread.join(60)
     assert seen == ["triton"]
 
 
@@ -96,12 +90,9 @@ def test_environment(value, environment):
     assert current_backend() == (value or "auto")
     with stf_kernels.use_backend("torch"):
         assert current_backend() == "torch"  # the block wins
-        expected = call()
     if value == "triton":
         with pytest.raises(ValueError, match=r"backend.*TRITON_INTERPRET=1"):
             call()
-    else:
-        assert torch.equal(call(), expected)
 
 
 def test_an_unknown_name_in_the_environment(environment):
@@ -110,33 +101,21 @@ def test_an_unknown_name_in_the_environment(environment):
         call()
 
 
-def test_the_interpreter_makes_triton_available():
-    code = (
-        "import torch, stf_kernels; from stf_kernels import backend;"
-        "stf_kernels.concat_linear([torch.zeros(1, 2, 4)], torch.zeros(3, 4)); print(backend.current_backend())"
-    )
-    result = python("-c", code, STF_KERNELS_BACKEND="triton", TRITON_INTERPRET="1")
-    assert result.stdout.strip() == "triton", result.stdout + result.stderr
-
-
 ALONE = """
-import importlib.abc, sys
+import importlib.util, sys
 
-class Absent(importlib.abc.MetaPathFinder):
+class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"triton", "transformers", "einops", "peft", "accelerate", "PIL"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
-import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] == "triton" else find(name, package)
 
 import torch, stf_kernels
 module = stf_kernels.CompactTokenProjector(2, 4, 5)
-y = module([torch.zeros(1, 16, 4, requires_grad=True)] * 2)
-y.sum().backward()
-print(tuple(y.shape))
+module([torch.zeros(1, 16, 4, requires_grad=True)] * 2).sum().backward()
 try:
     with stf_kernels.use_backend("triton"):
         module([torch.zeros(1, 16, 4)] * 2)
@@ -149,13 +128,4 @@ assert "triton" not in sys.modules and "reference" not in sys.modules and not to
 def test_without_triton_and_transformers():
     result = python("-c", ALONE)
     assert result.returncode == 0, result.stderr
-    shape, refusal = result.stdout.splitlines()
-    assert shape == "(1, 4, 5)"
-    assert "triton" in refusal
-    assert "install" in refusal
-
-
-def test_import_brings_in_neither_triton_nor_transformers():
-    names = "{'triton', 'transformers', 'einops', 'numba'} & set(sys.modules)"
-    result = python("-c", f"import sys, torch; before = {names}; import stf_kernels; print({names} - before)")
-    assert result.stdout.strip() == "set()", result.stdout + result.stderr
+    assert "triton is not installed; install it" in result.stdout

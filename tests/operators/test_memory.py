@@ -7,7 +7,6 @@ from support.recording import Recorder
 import reference
 import stf_kernels
 
-PACKAGES = (reference, stf_kernels)
 BATCH, GRID, DIM, COUNT = 4, (8, 8), 16, 8
 TOKENS = GRID[0] * GRID[1]
 
@@ -15,36 +14,34 @@ TOKENS = GRID[0] * GRID[1]
 def largest(call):
     with Recorder() as recorder:
         call()
-    return recorder.largest()
-
-
-def step(package, backward, wrapped=False):
-    # hidden widths below the concatenation's, so that nothing else is as large as it
-    module = package.CompactTokenProjector(COUNT, DIM, 24, mbtf_hidden_dim=32, stf_hidden_dim=32, skip_tokens=1)
-    if wrapped:
-        module.stf.linear_2.register_forward_hook(lambda *_: None)
-    blocks = [torch.randn(BATCH, TOKENS + 1, DIM) for _ in range(COUNT)]
-
-    def call():
-        with torch.set_grad_enabled(backward):
-            y = module(blocks, GRID)
-        if backward:
-            y.sum().backward()
-
-    return call
+    return recorder.largest
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["chain", "hooked"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
 def test_no_concatenation(backward, wrapped):
-    concatenation = BATCH * TOKENS * COUNT * DIM
-    assert largest(step(reference, backward)) == concatenation  # or the test sees nothing
-    assert largest(step(stf_kernels, backward, wrapped)) < concatenation
+    blocks, concatenation = [torch.randn(BATCH, TOKENS + 1, DIM) for _ in range(COUNT)], BATCH * TOKENS * COUNT * DIM
+    # hidden widths below the concatenation's, so that nothing else is as large as it
+    options = {"mbtf_hidden_dim": 32, "stf_hidden_dim": 32, "skip_tokens": 1}
+    modules = [package.CompactTokenProjector(COUNT, DIM, 24, **options) for package in (reference, stf_kernels)]
+    if wrapped:
+        modules[1].stf.linear_2.register_forward_hook(lambda *_: None)
+
+    def call(module):
+        with torch.set_grad_enabled(backward):
+            y = module(blocks, GRID)
+        if backward:
+            y.sum().backward()
+
+    theirs, ours = (largest(lambda m=m: call(m)) for m in modules)
+    assert theirs == concatenation  # or the test sees nothing
+    assert ours < concatenation
 
 
 def test_no_unfold_of_a_merge():
     x, weight = torch.randn(BATCH, TOKENS, DIM), torch.randn(5, 4 * DIM)
-    theirs, ours = (largest(lambda p=p: p.spatial_merge_linear(x, weight, grid=GRID)) for p in PACKAGES)
+    packages = reference, stf_kernels
+    theirs, ours = (largest(lambda p=p: p.spatial_merge_linear(x, weight, grid=GRID)) for p in packages)
     assert theirs == x.numel()
     assert ours < x.numel()
 

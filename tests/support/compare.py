@@ -1,6 +1,7 @@
 """Run ours, the reference in the same dtype and the reference in float64 on the same operands, and apply the rule."""
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,23 +25,21 @@ def upstream(shape: Sequence[int], dtype: torch.dtype, device: torch.device | st
     return noise.to(dtype).to(device)
 
 
-def compare_functions(
-    ours: Callable[..., Tensor],
-    theirs: Callable[..., Tensor],
-    tensors: Sequence[Tensor | None],
-    dtype: torch.dtype,
-    *,
-    gradients: bool = False,
-) -> Tensor:
-    """ours(*leaves) against theirs(*leaves): output, each gradient, and no leaf changed. Returns our output.
+def compare_functions(call: Callable[..., Tensor], tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    """call(package, *leaves) of ours against the reference: output and each gradient. Returns our output.
 
-    tensors are rounded to dtype first. Views (a CLS crop) belong inside the callables: leaves are their bases.
+    tensors are rounded to dtype first. Views (a CLS crop) belong inside the call: leaves are their bases.
     """
-    return _compare((ours, theirs, theirs), tensors, dtype, gradients=gradients)
+    runs = [functools.partial(call, package) for package in (stf_kernels, reference, reference)]
+    return _compare(runs, tensors, dtype, gradients=True)
 
 
 def _compare(runs, tensors, dtype, *, gradients, parameters=({}, {}, {})) -> Tensor:
-    """(ours, the reference in dtype, in float64), each of fresh leaves; parameters of each that get gradients, too."""
+    """(ours, the reference in dtype, in float64), each of fresh leaves; parameters of each that get gradients, too.
+
+    With gradients ours runs without them as well, which is another path: nothing is kept, and an activation overwrites
+    its input. No operand may be changed.
+    """
     rounded, results = leaves_of(tensors, dtype, grad=False), []
     for run, own, run_dtype in zip(runs, parameters, (dtype, dtype, torch.float64), strict=True):
         leaves = leaves_of(rounded, run_dtype, grad=gradients)
@@ -50,10 +49,13 @@ def _compare(runs, tensors, dtype, *, gradients, parameters=({}, {}, {})) -> Ten
         found = {f"operand {i}": None if leaf is None else leaf.grad for i, leaf in enumerate(leaves)}
         results.append((y.detach(), found | {name: parameter.grad for name, parameter in own.items()}))
         if not results[1:]:
+            with torch.no_grad():
+                again = runs[0](*leaves)
             for i, (leaf, before) in enumerate(zip(leaves, rounded, strict=True)):
                 assert leaf is None or torch.equal(leaf.detach(), before), f"operand {i} was changed"
     (y, grads), (same_y, same_grads), (exact_y, exact_grads) = results
     assert_within_rule("output", y, same_y, exact_y)
+    assert_within_rule("output where no gradient is wanted", again, same_y, exact_y)
     assert grads.keys() == exact_grads.keys()
     for name in grads if gradients else ():
         assert_within_rule(f"gradient of {name}", grads[name], same_grads[name], exact_grads[name])
@@ -90,8 +92,9 @@ def compare_rows(modules, blocks: Sequence[Tensor], grid: tuple[int, int], order
     if order == "strided":
         rows = torch.stack([rows, torch.zeros_like(rows)], 1).flatten()[::2]
     rows, wide = rows.to(device), torch.randn(total, expected.shape[1] + 18, device=device).to(blocks[0].dtype)
-    before, out = wide.clone(), wide[:, 5:-13]
+    before, out, version = wide.clone(), wide[:, 5:-13], wide._version
     assert ours(blocks, grid, out=out, rows=rows) is out
+    assert wide._version > version, "autograd was not told: a kernel writes through a pointer"
     assert_within_rule("indexed rows", out[rows], same(blocks, grid).flatten(0, 1), expected)
     before[rows, 5:-13] = out[rows]
     assert torch.equal(wide, before)

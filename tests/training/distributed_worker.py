@@ -1,13 +1,12 @@
-"""One rank of a two-process run on CPU (gloo): python distributed_worker.py CASE RANK FILE. Raises where it differs.
+"""One rank of a two-process run on CPU (gloo): python distributed_worker.py RANK FILE CASE... Says which pass.
 
 Each rank has half of the batch; its gradients must be those of the whole batch in one process.
 """
 
 import datetime
-import functools
 import sys
+from functools import partial
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -19,6 +18,7 @@ import reference
 import stf_kernels
 
 WORLD, BATCH = 2, 4
+LINEARS = ("mbtf.linear_1", "mbtf.linear_2", "stf.linear_1", "stf.linear_2")
 
 
 def build():
@@ -26,33 +26,24 @@ def build():
     theirs = reference.CompactTokenProjector(3, 8, 20, skip_tokens=1)
     ours = stf_kernels.CompactTokenProjector(3, 8, 20, skip_tokens=1)
     ours.load_state_dict(theirs.state_dict())
-    blocks = [torch.randn(BATCH, 17, 8) for _ in range(3)]
-    return ours, theirs, blocks, torch.randn(BATCH, 4, 20)
-
-
-def share(tensor, rank):
-    return tensor.chunk(WORLD)[rank]
-
-
-def step(module, blocks, target):
-    y = module(blocks)
-    (y - target).square().mean().backward()
-    return y.detach()
+    return ours, theirs, [torch.randn(BATCH, 17, 8) for _ in range(3)]
 
 
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def check(module, theirs, blocks, target, rank, rounds=2):
+def check(module, theirs, blocks, rank):
     """Two optimiser steps, so that what one leaves behind is what the next one starts from."""
     mine, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, theirs))
-    for _ in range(rounds):
+    target = torch.randn(BATCH, 4, 20)
+    for _ in range(2):
         mine.zero_grad()
         other.zero_grad()
-        y = step(module, [share(block, rank) for block in blocks], share(target, rank))
-        expected = step(theirs, blocks, target)
-        torch.testing.assert_close(y, share(expected, rank), rtol=1e-4, atol=1e-5)
+        y, expected = module([block.chunk(WORLD)[rank] for block in blocks]), theirs(blocks)
+        torch.testing.assert_close(y, expected.chunk(WORLD)[rank], rtol=1e-4, atol=1e-5)
+        (y - target.chunk(WORLD)[rank]).square().mean().backward()
+        (expected - target).square().mean().backward()
         found = {name.removeprefix("module."): whole(p.grad) for name, p in module.named_parameters()}
         expected = {name: p.grad for name, p in theirs.named_parameters()}
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # and None where there is None
@@ -62,73 +53,50 @@ def check(module, theirs, blocks, target, rank, rounds=2):
 
 def ddp(rank, mesh, frozen=False):
     """What is frozen must not be waited for."""
-    ours, theirs, blocks, target = build()
+    ours, theirs, blocks = build()
     for module in (ours, theirs):
         module.mbtf.requires_grad_(not frozen)
-    check(nn.parallel.DistributedDataParallel(ours), theirs, blocks, target, rank)
-
-
-ddp_frozen_layers = functools.partial(ddp, frozen=True)
-LINEARS = ("mbtf.linear_1", "mbtf.linear_2", "stf.linear_1", "stf.linear_2")
+    check(nn.parallel.DistributedDataParallel(ours), theirs, blocks, rank)
 
 
 def fsdp(rank, mesh, places=()):
     """The modules at some places are sharded each for itself, then what is left of the whole."""
-    ours, theirs, blocks, target = build()
+    ours, theirs, blocks = build()
     for place in (*places, ""):
         fully_shard(ours.get_submodule(place), mesh=mesh)
     assert all(isinstance(p, DTensor) for p in ours.parameters())
-    check(ours, theirs, blocks, target, rank)
+    check(ours, theirs, blocks, rank)
 
 
-fsdp_whole = fsdp
-fsdp_children = functools.partial(fsdp, places=("mbtf", "stf"))
-fsdp_one_child = functools.partial(fsdp, places=("stf",))
-fsdp_linears = functools.partial(fsdp, places=LINEARS)
+def spread(mesh, module, name, place):
+    """A parameter as tensor parallelism leaves it."""
+    module.register_parameter(name, nn.Parameter(distribute_tensor(getattr(module, name).detach(), mesh, [place])))
 
 
-def dtensor_replicated(rank, mesh):
-    """Weights and blocks that are DTensors, as tensor parallelism hands them on: right, or refused with the place."""
-    ours, theirs, blocks, _ = build()
+def dtensors_everywhere(rank, mesh):
+    """Right, or refused with the place."""
+    ours, theirs, blocks = build()
     for linear in map(ours.get_submodule, LINEARS):
-        for name, parameter in list(linear.named_parameters()):
-            setattr(linear, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Replicate()])))
-    spread = [distribute_tensor(block, mesh, [Replicate()]) for block in blocks]
-    right_or_told_where(lambda: ours(spread), theirs(blocks))
+        spread(mesh, linear, "weight", Replicate())
+        spread(mesh, linear, "bias", Replicate())
+    right_or_told_where(lambda: ours([distribute_tensor(x, mesh, [Replicate()]) for x in blocks]), theirs(blocks))
 
 
-def dtensor_weight_plain_blocks(rank, mesh):
-    ours, theirs, blocks, _ = build()
+def one_dtensor(rank, mesh, kind):
+    ours, theirs, blocks = build()
     linear = ours.mbtf.linear_1
-    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(0)]))
-    right_or_told_where(lambda: ours(blocks), theirs(blocks))
+    plain = linear.weight.detach(), linear.bias.detach()
+    expected = theirs(blocks), stf_kernels.concat_linear(blocks, *plain)
+    spread(mesh, linear, kind, Shard(0))
+    right_or_told_where(lambda: ours(blocks), expected[0])
+    operands = (linear.weight, plain[1]) if kind == "weight" else (plain[0], linear.bias)
+    right_or_told_where(lambda: stf_kernels.concat_linear(blocks, *operands), expected[1])
 
 
-def dtensor_function(rank, mesh):
-    _, _, blocks, _ = build()
-    weight = torch.randn(5, 24)
-    sharded = distribute_tensor(weight, mesh, [Shard(0)])
-    expected = stf_kernels.concat_linear(blocks, weight)
-    right_or_told_where(lambda: stf_kernels.concat_linear(blocks, sharded), expected)
-
-
-def dtensor_bias_alone(rank, mesh):
-    ours, _, blocks, _ = build()
-    spread = distribute_tensor(ours.stf.linear_1.bias.detach(), mesh, [Shard(0)])
-    ours.stf.linear_1.bias = nn.Parameter(spread)
-    told_where(lambda: ours(blocks))
-    told_where(lambda: stf_kernels.concat_linear(blocks, torch.randn(spread.shape[0], 24), spread))
-
-
-def dtensor_out(rank, mesh):
-    ours, _, blocks, _ = build()
-    out = distribute_tensor(torch.zeros(20, 20), mesh, [Replicate()])
-    told_where(lambda: ours.requires_grad_(False)(blocks, out=out, rows=torch.arange(4 * BATCH)))
-
-
-def told_where(call):
-    with pytest.raises(TypeError, match=r"DTensor.*fully_shard"):
-        call()
+def an_out(rank, mesh):
+    ours, _, blocks = build()
+    out, rows = distribute_tensor(torch.zeros(20, 20), mesh, [Replicate()]), torch.arange(4 * BATCH)
+    right_or_told_where(lambda: ours.requires_grad_(False)(blocks, out=out, rows=rows), None)
 
 
 def right_or_told_where(call, expected):
@@ -142,21 +110,33 @@ def right_or_told_where(call, expected):
         torch.testing.assert_close(whole(found), expected, rtol=1e-4, atol=1e-5)
 
 
+CASES = {
+    "ddp": ddp,
+    "ddp frozen layers": partial(ddp, frozen=True),
+    "fsdp": fsdp,
+    "fsdp of children": partial(fsdp, places=("mbtf", "stf")),
+    "fsdp of one child": partial(fsdp, places=("stf",)),
+    "fsdp of linears": partial(fsdp, places=LINEARS),
+    "dtensors everywhere": dtensors_everywhere,
+    "a dtensor weight": partial(one_dtensor, kind="weight"),
+    "a dtensor bias": partial(one_dtensor, kind="bias"),
+    "a dtensor out": an_out,
+}
+
+
 def main() -> None:
-    rank, store, *cases = int(sys.argv[1]), sys.argv[2], *sys.argv[3:]
+    rank, store, failed = int(sys.argv[1]), dist.FileStore(sys.argv[2], WORLD), False
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, WORLD), rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60)
-    )
+    timeout = datetime.timedelta(seconds=300)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timeout)
     mesh = init_device_mesh("cpu", (WORLD,))
-    failed = False
-    for case in cases:
+    for name, case in CASES.items():
         try:
-            globals()[case](rank, mesh)
-            print(f"{case}: passed", flush=True)
+            case(rank, mesh)
+            print(f"{name}: passed", flush=True)
         except Exception as error:
             failed = True
-            print(f"{case}: {type(error).__name__}: {str(error)[:2000]}".replace("\n", " | "), flush=True)
+            print(f"{name}: {type(error).__name__}: {str(error)[:2000]}".replace("\n", " | "), flush=True)
         dist.barrier()
     dist.destroy_process_group()
     sys.exit(failed)

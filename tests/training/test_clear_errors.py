@@ -4,20 +4,19 @@ import pytest
 import torch
 from support.modules import EACH_MODULE, build, draw, flat
 
-import stf_kernels
-
 
 @pytest.fixture
 def case(name):
+    """A module's parameters, a block of what it is called on, and the result."""
     module, x = build(name), draw(name, requires_grad=True)
-    return module, x, flat(x)[0]
+    return list(module.parameters()), flat(x)[0], module(x)
 
 
 @EACH_MODULE
 def test_double_backward(case):
-    module, x, block = case
+    _, block, y = case
     with pytest.raises(RuntimeError, match=r"double backward.*create_graph.*torch\.func"):
-        torch.autograd.grad(module(x).sum(), block, create_graph=True)
+        torch.autograd.grad(y.sum(), block, create_graph=True)
 
 
 def test_double_backward_through_the_dispatcher():
@@ -28,44 +27,34 @@ def test_double_backward_through_the_dispatcher():
 
 
 @EACH_MODULE
-@pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
-def test_a_batch_of_gradients(case, way):
-    module, x, block = case
-    y = module(x)
-    backward = {
-        "is_grads_batched": lambda dy: torch.autograd.grad(y, block, dy, is_grads_batched=True),
-        "vmap": torch.func.vmap(lambda dy: torch.autograd.grad(y, block, dy)[0]),
-    }[way]
+def test_a_batch_of_gradients(case):
+    """Of either kind of batched tensors that torch has."""
+    _, block, y = case
+    batch = torch.randn(5, *y.shape)
     with pytest.raises(RuntimeError, match=r"batch of gradients.*jacrev"):
-        backward(torch.randn(5, *y.shape))
+        torch.autograd.grad(y, block, batch, is_grads_batched=True)
+    with pytest.raises(RuntimeError, match=r"batch of gradients.*jacrev"):
+        torch.func.vmap(lambda dy: torch.autograd.grad(y, block, dy)[0])(batch)
 
 
 @EACH_MODULE
 @pytest.mark.parametrize("changed", ["block", "weight"])
 def test_in_place_change_of_a_saved_tensor(case, changed):
-    module, x, block = case
-    y = module(x)
+    (weight, *_), block, y = case
     with torch.no_grad():
-        (block if changed == "block" else next(module.parameters())).add_(1)
+        (block if changed == "block" else weight).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
 @EACH_MODULE
-def test_changing_the_output_in_place_is_allowed(case):
-    module, x, _ = case
-    parameters = list(module.parameters())
-    expected = torch.autograd.grad((module(x) * 3).sum(), parameters)
-    torch.testing.assert_close(torch.autograd.grad(module(x).mul_(3).sum(), parameters), expected)
-
-
-@EACH_MODULE
-def test_backward_twice_without_retaining(case):
-    module, x, _ = case
-    y = module(x).sum()
-    y.backward()
+def test_changing_the_output_in_place_is_allowed_and_a_second_backward_not(case):
+    parameters, _, y = case
+    expected = torch.autograd.grad((y * 3).sum(), parameters, retain_graph=True)
+    total = y.mul_(3).sum()
+    torch.testing.assert_close(torch.autograd.grad(total, parameters), expected)
     with pytest.raises(RuntimeError, match="second time"):
-        y.backward()
+        total.backward()
 
 
 @EACH_MODULE
@@ -84,8 +73,3 @@ def test_everything_on_meta_gives_shapes(name):
     assert y.shape == {"MultiBlockTokenFusion": (2, 16, 8)}.get(name, (2, 4, 20))
     y.sum().backward()
     assert all(parameter.grad.shape == parameter.shape for parameter in module.parameters())
-
-
-def test_a_stage_that_merges_on_store_has_nothing_else():
-    with pytest.raises(ValueError, match="merges on store"):
-        stf_kernels.ops.segments.Stage("gelu", merge_out=2, grid=(4, 4))

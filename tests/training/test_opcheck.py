@@ -7,25 +7,24 @@ from torch.library import opcheck
 import stf_kernels  # noqa: F401  registers the operators
 
 OPS = torch.ops.stf_kernels
-GRID = (4, 6)
-# name -> blocks, shapes of the weights, merge size; blocks are [2, 1 + 4*6, 4]
+# name -> blocks, shapes of the weights, merge size and grid; blocks are [2, 1 + 24, 4], one of the grids is truncated
 OPERATORS = {
-    "concat_linear": (3, [(6, 12)], 1),
-    "spatial_merge_linear": (1, [(6, 16)], 2),
-    "token_fusion_mlp": (1, [(10, 16), (7, 10)], 2),
-    "compact_token_projector": (3, [(6, 12), (4, 6), (10, 16), (7, 10)], 2),
+    "concat_linear": (3, [(6, 12)], 1, 0, 0),
+    "spatial_merge_linear": (1, [(6, 16)], 2, 3, 8),
+    "token_fusion_mlp": (1, [(10, 16), (7, 10)], 2, 4, 6),
+    "compact_token_projector": (3, [(6, 12), (4, 6), (10, 16), (7, 10)], 2, 4, 6),
 }
 
 
 def operands(name, bias=True, grad=False):
-    count, shapes, _ = OPERATORS[name]
+    count, shapes, *_ = OPERATORS[name]
     blocks = [torch.randn(2, 25, 4, requires_grad=grad) for _ in range(count)]
     weights = [torch.randn(*shape, requires_grad=grad) for shape in shapes]
     return blocks, weights, [torch.randn(n, requires_grad=grad) for n, _ in shapes] if bias else []
 
 
-def static(name, activation="gelu", grid=GRID):
-    return activation, 1, OPERATORS[name][2], *grid
+def static(name, activation="gelu"):
+    return activation, 1, *OPERATORS[name][2:]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -36,11 +35,6 @@ def test_operators(name, activation, grad, bias):
     tensors = operands(name, bias, grad)
     needs = [True] * sum(map(len, tensors)) if grad else []
     opcheck(getattr(OPS, name).default, (*tensors, *static(name, activation), needs))
-
-
-def test_a_truncated_grid():
-    arguments = (*operands("spatial_merge_linear", grad=True), *static("spatial_merge_linear", grid=(3, 8)))
-    opcheck(OPS.spatial_merge_linear.default, (*arguments, [True] * 3))
 
 
 @pytest.mark.parametrize("trained", [[4], [3], [6], [9], [2, 5], [0]], ids=str)

@@ -1,8 +1,11 @@
 """If this fails, torch.func's transforms or forward-mode derivatives of an operator are refused or wrong."""
 
+from functools import partial
+
 import pytest
 import torch
 from support.modules import EACH_MODULE, draw, flat, same_state
+from support.operators import CASES
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
@@ -10,51 +13,34 @@ from torch.utils._pytree import tree_leaves
 import reference
 import stf_kernels
 
-MERGE = {"grid": (4, 5), "merge_size": 2, "truncate": True, "skip_tokens": 1}
-
-
-def functions(package):
-    return {
-        "concat_linear": lambda x, w, b: package.concat_linear([x, x * 2], w, b, activation="gelu", skip_tokens=1),
-        "spatial_merge_linear": lambda x, w, b: package.spatial_merge_linear(x, w, b, activation="silu", **MERGE),
-    }
-
-
-def of_weight_alone(transform):
-    return lambda f, x, w, b: transform(lambda w: f(x, w, b))(torch.stack([w, -w]))
-
-
-def of_bias_alone(transform, loss):
-    return lambda f, x, w, b: transform(lambda b: loss(f(x, w, b)))(b)
-
-
-TRANSFORMS = {
-    "grad": lambda f, *t: grad(lambda *t: f(*t).square().sum(), argnums=(0, 1, 2))(*t),
+TRANSFORMS = {  # of a function f of t = (weight, bias, *blocks)
+    "grad": lambda f, *t: grad(lambda *t: f(*t).square().sum(), argnums=tuple(range(len(t))))(*t),
     "vjp": lambda f, *t: vjp(f, *t)[1](torch.ones_like(f(*t))),
     "jvp": lambda f, *t: jvp(f, t, tuple(map(torch.ones_like, t))),
     "vmap": lambda f, *t: vmap(f)(*(torch.stack([x, x + 1]) for x in t)),
-    "vmap-of-weights": of_weight_alone(vmap),
-    "jacobian": of_bias_alone(jacrev, lambda y: y.sum((0, 1))),
-    "hessian": of_bias_alone(hessian, lambda y: y.square().sum()),
+    "vmap-of-weights": lambda f, w, *t: vmap(lambda w: f(w, *t))(torch.stack([w, -w])),
+    "jacobian": lambda f, w, b, *x: jacrev(lambda b: f(w, b, *x).sum((0, 1)))(b),
+    "hessian": lambda f, w, b, *x: hessian(lambda b: f(w, b, *x).square().sum())(b),
 }
+COMPILED = ("grad", "jvp", "vmap")
 
 
 @pytest.mark.parametrize(
-    ("transform", "compiled"),
-    [*((name, False) for name in TRANSFORMS), *((name, True) for name in ("grad", "jvp", "vmap"))],
+    ("transform", "compiled"), [*((name, False) for name in TRANSFORMS), *((name, True) for name in COMPILED)]
 )
-@pytest.mark.parametrize(("name", "width"), [("concat_linear", 6), ("spatial_merge_linear", 12)])
-def test_functions(name, width, transform, compiled):
-    operands = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 21, 3), (5, width), (5,))]
-    ours, theirs, transform = functions(stf_kernels)[name], functions(reference)[name], TRANSFORMS[transform]
+@pytest.mark.parametrize("case", ["act-gelu", "merge-last-of-both"])
+def test_functions(case, transform, compiled):
+    (call, shapes), transform = CASES[case], TRANSFORMS[transform]
+    operands = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
     def run(*operands):
-        return transform(ours, *operands)
+        return transform(partial(call, stf_kernels), *operands)
 
     if compiled:
         torch._dynamo.reset()
         run = torch.compile(run, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(tree_leaves(run(*operands)), tree_leaves(transform(theirs, *operands)))
+    expected = transform(partial(call, reference), *operands)
+    torch.testing.assert_close(tree_leaves(run(*operands)), tree_leaves(expected))
 
 
 def test_per_sample_gradients_of_the_projector():

@@ -3,8 +3,6 @@
 The expected value is computed layer by layer, through the wrapped modules themselves.
 """
 
-import contextlib
-
 import accelerate
 import peft
 import pytest
@@ -12,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from support.modules import EACH_MODULE, build, draw, flat
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations
 
 import stf_kernels
@@ -51,17 +48,6 @@ def case(name):
     return module, x, module(x).detach()
 
 
-class Scaled(nn.Linear):
-    """A linear of another class."""
-
-    def __init__(self, linear):
-        super().__init__(linear.in_features, linear.out_features)
-        self.load_state_dict(linear.state_dict())
-
-    def forward(self, x):
-        return 3 * super().forward(x)
-
-
 class Bare(nn.Module):
     """A layer without weight or bias."""
 
@@ -71,6 +57,10 @@ class Bare(nn.Module):
 
     def forward(self, x):
         return self.up(self.down(x))
+
+
+def of_a_subclass(linear):
+    linear.__class__ = type("Scaled", (nn.Linear,), {"forward": lambda self, x: 3 * nn.Linear.forward(self, x)})
 
 
 def with_own_forward(linear):
@@ -99,7 +89,7 @@ def with_weight_as_attribute(linear):
 
 
 WRAPPERS = {  # each changes the layer it is given, or returns another one
-    "subclass": Scaled,
+    "subclass": of_a_subclass,
     "bare": Bare,
     "post-hook": lambda linear: linear.register_forward_hook(lambda _, __, y: 2 * y) and None,
     "pre-hook": lambda linear: linear.register_forward_pre_hook(lambda _, args: (2 * args[0],)) and None,
@@ -126,11 +116,6 @@ def test_lora_of_peft(case, layer):
     inner = model.base_model.model
     assert type(inner.get_submodule(layer)) is not nn.Linear
     assert_called(inner, x, plain)
-    trained = [name for name, p in inner.named_parameters() if p.requires_grad]
-    assert trained
-    assert all("lora_" in name for name in trained)
-    inner(x).sum().backward()
-    assert all((p.grad is not None) == p.requires_grad for p in inner.parameters())
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(x), layer_by_layer(merged, x), rtol=1e-4, atol=1e-5)
     assert type(merged.get_submodule(layer)) is nn.Linear
@@ -159,43 +144,27 @@ def test_every_kind_of_hook_fires_once(kind, place):
     assert torch.equal(module(x), expected)  # the fused chain is back
 
 
-@contextlib.contextmanager
-def global_hook(double):
-    handle = register_module_forward_hook(lambda module, _, y: double(y) if type(module) is nn.Linear else None)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def class_forward(double):
-    """How some tools reach every linear layer of a process."""
-    original = nn.Linear.forward
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.Linear, "forward", lambda self, x: double(original(self, x)))
-        yield
-
-
 @EACH_MODULE
-@pytest.mark.parametrize("reach", [global_hook, class_forward])
-def test_what_reaches_all_layers(case, reach):
+@pytest.mark.parametrize("reach", ["a global hook", "the class's forward"])
+def test_what_reaches_all_layers(case, reach, monkeypatch):
+    """How some tools reach every linear layer of a process."""
     module, x, plain = case
-    with reach(lambda y: 2 * y):
-        assert_called(module, x, plain)
+    original = nn.Linear.forward
+    if reach == "a global hook":
+        hooks = nn.modules.module._global_forward_hooks
+        monkeypatch.setitem(hooks, 0, lambda layer, _, y: 2 * y if type(layer) is nn.Linear else None)
+    else:
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * original(self, x))
+    assert_called(module, x, plain)
+    monkeypatch.undo()
     torch.testing.assert_close(module(x), plain)
 
 
 def test_a_child_of_another_class():
-    class Doubled(stf_kernels.MultiBlockTokenFusion):
-        def forward(self, blocks):
-            return 2 * super().forward(blocks)
-
     module, x = build("CompactTokenProjector"), draw("CompactTokenProjector")
-    doubled = Doubled(3, 8)
-    doubled.load_state_dict(module.mbtf.state_dict())
+    fusion = type(module.mbtf)
     expected = module.stf(2 * module.mbtf(x))
-    module.mbtf = doubled
+    module.mbtf.__class__ = type("Doubled", (fusion,), {"forward": lambda self, x: 2 * fusion.forward(self, x)})
     torch.testing.assert_close(module(x), expected)
 
 
