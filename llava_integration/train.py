@@ -53,8 +53,6 @@ def train(
         lora: rank of adapters on the language model, which then stays frozen; merged at the end, kept in `adapter/`.
         resume: go on from the last whole checkpoint in arguments.output_dir, if there is one.
     """
-    import functools
-
     from transformers import Trainer
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -62,8 +60,6 @@ def train(
     from .train_data import Collator
 
     choose_parameters(model, recipe)
-    # Under the names of LLaVA's first checkpoints Trainer would not find the weights again when it resumes.
-    model.save_pretrained = functools.partial(type(model).save_pretrained, model, save_original_format=False)
     if data.cache:
         accept_blocks(model)
     collator = Collator(processor, model.config.image_token_id, model.config.image_seq_length)
@@ -102,10 +98,7 @@ def choose_parameters(model: "PreTrainedModel", recipe: str) -> None:
 
 
 def memory(model: "PreTrainedModel", arguments: "TrainingArguments", lengths: Sequence[int]) -> str:
-    """What a process will need, and what it has, as a line. Activations are an estimate, for the longest records."""
-    import torch
-    from psutil import virtual_memory
-
+    """What a process will need, as a line. Activations are an estimate, for the longest records."""
     text, trained, item = model.config.text_config, model.num_parameters(only_trainable=True), model.dtype.itemsize
     tokens = sum(sorted(lengths)[-arguments.per_device_train_batch_size :])
     of_hidden, of_intermediate = PER_LAYER if not arguments.gradient_checkpointing else (1, 0)
@@ -117,13 +110,8 @@ def memory(model: "PreTrainedModel", arguments: "TrainingArguments", lengths: Se
         "optimizer": trained * 8,
         "activations": tokens * (text.num_hidden_layers * layer * computed + text.vocab_size * (2 * computed + 4)),
     }
-    gpu = arguments.device.type == "cuda"
-    free, need = torch.cuda.mem_get_info()[0] if gpu else virtual_memory().available, sum(parts.values())
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    line = f"memory of a process before sharding, GiB: {listed}; about {need / 2**30:.2f}, {free / 2**30:.2f} free"
-    if need > free:
-        line += "; too much: a smaller --per_device_train_batch_size, --gradient_checkpointing, --lora, FSDP, DeepSpeed"
-    return line
+    return f"memory of a process before sharding, GiB: {listed}; about {sum(parts.values()) / 2**30:.2f}"
 
 
 def saving(trainer: "Trainer", data: "Conversations") -> str:
@@ -168,14 +156,13 @@ def load(args: argparse.Namespace) -> tuple["PreTrainedModel", "ProcessorMixin"]
         processor = AutoProcessor.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         raise RunError(f"--model: {args.model} cannot be loaded ({str(error).splitlines()[0]})") from None
-    stock = type(model) in [family.stock for family in families()]
-    if not stock and type(model) not in [family.generator for family in families()]:
-        raise RunError(f"--model: expected a LLaVA or LLaVA-STF, got a {type(model).__name__}")
-    if stock and not args.stock:
+    if type(model) in [family.stock for family in families()]:
         model = from_llava(model)
         processor = family_of(model.config).processor.from_llava(processor, merge_size=model.config.spatial_merge_size)
-    if tiled(model) and (args.stock or args.cache_features):
-        raise RunError(f"--stock, --cache-features: expected LLaVA-1.5 or LLaVA-STF, got {type(model).__name__}")
+    elif type(model) not in [family.generator for family in families()]:
+        raise RunError(f"--model: expected a LLaVA or LLaVA-STF, got a {type(model).__name__}")
+    if tiled(model) and args.cache_features:
+        raise RunError(f"--cache-features: expected LLaVA-1.5 or LLaVA-STF, got {type(model).__name__}")
     if args.from_random:
         from_random(model)
     return model, processor
@@ -248,7 +235,6 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=int, metavar="N", help="records of a step, over all processes; default: the recipe's")
     add("--per_device_train_batch_size", type=int, default=8, metavar="N", help="records at once; default: 8")
     add("--from-random", action="store_true", help="a random projector instead of the one of --model")
-    add("--stock", action="store_true", help="train a LLaVA-1.5 as it is")
     add("--lora", type=int, metavar="RANK", help="adapters instead of the whole language model; needs peft")
     add("--cache-features", type=Path, metavar="DIR", help="keep the tower's outputs on disk, run it once an image")
     add("--skip-bad-records", action="store_true", help="leave them out instead of stopping; they are listed")

@@ -11,7 +11,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 import llava_integration as li
 from llava_integration import train, train_data
 from llava_integration.core.register import family_of
-from llava_integration.train_cache import FeatureCache, RunError
+from llava_integration.train_cache import FeatureCache, RunError, accept_blocks
 from tests.learn.conftest import TEMPLATE, record, write_data
 from tests.llava import build, tiled
 
@@ -76,10 +76,9 @@ class TestRecipes:
 
 
 class TestResuming:
-    @pytest.mark.parametrize("stock", [False, True])
-    def test_an_interrupted_run_ends_as_the_uninterrupted(self, run, tmp_path, stock_folder, monkeypatch, stock):
+    def test_an_interrupted_run_ends_as_the_uninterrupted(self, run, tmp_path, stock_folder, monkeypatch):
         """Of the half-written newest checkpoint nothing is used."""
-        options = ["--learning_rate", "1e-2", "--save_steps", "2", *["--stock"] * stock]
+        options = ["--learning_rate", "1e-2", "--save_steps", "2"]
         assert run("finetune", stock_folder, "whole", *options) == 0
         collate, calls = train_data.Collator.__call__, []
 
@@ -169,9 +168,8 @@ def test_models_of_tiles(run, tmp_path, family, capsys):
 
 
 class TestCache:
-    @pytest.mark.parametrize("stock", [False, True])
-    def test_the_losses_are_the_same_and_the_tower_rests(self, run, tmp_path, stock_folder, monkeypatch, stock, capsys):
-        options = ["--learning_rate", "1e-2", *["--stock"] * stock]
+    def test_the_losses_are_the_same_and_the_tower_rests(self, run, tmp_path, stock_folder, monkeypatch, capsys):
+        options = ["--learning_rate", "1e-2"]
         assert run("pretrain", stock_folder, "plain", *options) == 0
         cache = ["--cache-features", str(tmp_path / "cache")]
         assert run("pretrain", stock_folder, "first", *options, *cache) == 0
@@ -183,6 +181,17 @@ class TestCache:
         monkeypatch.setattr(train, "saving", lambda *_: None)
         assert run("pretrain", stock_folder, "second", *options, *cache) == 0
         assert losses(tmp_path / "second") == losses(tmp_path / "first")
+
+    @pytest.mark.parametrize(("kind", "per_image"), [("stock_folder", 16), ("stf_folder", 4)])
+    def test_blocks_in_place_of_pixels_give_the_same(self, tmp_path, kind, per_image, request):
+        folder = request.getfixturevalue(kind)
+        model, (ids, mask), pixels = build.load(folder), build.prompt([2, 1], per_image), build.pixels(3, torch.float32)
+        blocks = torch.stack(FeatureCache(tmp_path, model, AutoProcessor.from_pretrained(folder)).encode(pixels))
+        expected = build.run(model, ids, pixels, mask).logits
+        accept_blocks(model)
+        with torch.no_grad():
+            found = model(input_ids=ids, image_blocks=blocks, attention_mask=mask).logits
+        assert torch.allclose(found, expected, atol=1e-5)
 
     def test_it_is_of_one_tower_and_processor(self, tmp_path, stf_folder):
         model, processor = build.load(stf_folder), AutoProcessor.from_pretrained(stf_folder)
@@ -221,8 +230,6 @@ def test_the_memory_that_is_known_is_exact(run, stf_folder, capsys):
     said = train.memory(model, arguments, [10])
     trained = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
     assert f"gradients {4 * trained / 2**30:.2f}, optimizer {8 * trained / 2**30:.2f}" in said
-    assert "too much" not in said
-    assert "too much" in train.memory(model, arguments, [10**12])
 
 
 BAD = {
