@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 
 GRACE = 1.5  # seconds to unwind; what takes longer, a long call into C++ among them, is cut short
 _OWN = ("stf_kernels.", "llava_integration.", "bench.")
+_LLAVA = ("transformers", "huggingface_hub", "PIL", "safetensors", "tqdm")  # what the extra brings
 # `python -m` of a command: the packages then import when they are asked for a name, not at once.
 STARTED = any(
     flag == "-m" and name.startswith(_OWN) for flag, name in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
@@ -109,7 +110,7 @@ def missing(error: ImportError) -> str | None:
     root = (error.name or "").partition(".")[0]
     if not root or f"{root}." in _OWN:
         return None
-    wanted = "'stf-kernels[llava]'" if root in ("transformers", "PIL", "safetensors", "tqdm") else root
+    wanted = "'stf-kernels[llava]'" if root in _LLAVA else root
     absent = isinstance(error, ModuleNotFoundError) and error.name == root
     what = "is not installed" if absent else f"is of a version that does not do ({str(error).partition(' (')[0]})"
     return f"{root} {what}: pip install --upgrade {wanted}"

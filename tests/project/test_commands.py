@@ -285,8 +285,10 @@ assert type(AutoConfig.for_model("llava_stf")) is llava_integration.LlavaStfConf
     assert done.returncode == 0, done.stderr
 
 
+MISSING = "raise ModuleNotFoundError(\"No module named '{0}'\", name='{0}')"
 PACKAGES = {
-    "missing": "raise ModuleNotFoundError(\"No module named 'transformers'\", name='transformers')",
+    "transformers": MISSING.format("transformers"),
+    "huggingface_hub": MISSING.format("huggingface_hub"),  # which is imported first where both are missing
     "old": "__version__ = '4.57.0'",
 }
 
@@ -294,12 +296,13 @@ PACKAGES = {
 @pytest.mark.parametrize("how", ["import", "command"])
 @pytest.mark.parametrize("what", PACKAGES)
 def test_a_missing_or_old_package_says_what_to_install(what, how, tmp_path):
-    (tmp_path / "transformers.py").write_text(PACKAGES[what])
+    package = "transformers" if what == "old" else what
+    (tmp_path / f"{package}.py").write_text(PACKAGES[what])
     arguments = ["-m", "llava_integration.convert", "llava", "/nowhere", "/nowhere/dst"]
     arguments = ["-c", "import llava_integration"] if how == "import" else arguments
     done = python(*arguments, PYTHONPATH=f"{tmp_path}:{ROOT}")
     last = done.stderr.splitlines()[-1]
     assert done.returncode == (1 if how == "import" else 2), done.stderr
-    assert "transformers is" in last
+    assert f"{package} is" in last
     assert last.endswith("pip install --upgrade 'stf-kernels[llava]'")
     assert how == "import" or done.stderr.count("\n") == 1, done.stderr
