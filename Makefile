@@ -89,11 +89,12 @@ coverage: $(VENV)/.installed
 	$(RUN) -m coverage combine --quiet
 	$(RUN) -m coverage report
 
-# In the background, other cases: `nice -n 19 make fuzz SEED=7`. A case that ends it by SIGSEGV is in .fuzz-*.
+# In the background, other cases: `nice -n 19 make fuzz SEED=7`. A case that ends it by SIGSEGV is in .fuzz-*. Two
+# operators share the calls of functions, four those of modules, each drawn on both paths.
 FUZZ := $(RUN) -m tests.support.attack all --seed $(or $(SEED),1)
 fuzz: $(VENV)/.installed
-	$(FUZZ) --cases $(or $(CASES),2000) --last .fuzz-torch
-	TRITON_INTERPRET=1 $(FUZZ) --cases $(or $(CASES),2000) --last .fuzz-kernels
+	$(FUZZ) --cases $(or $(CASES),4000) --last .fuzz-torch
+	TRITON_INTERPRET=1 $(FUZZ) --cases $(or $(CASES),4000) --last .fuzz-kernels
 	STF_HOSTILE=$(or $(CASES),2000) $(RUN) -m pytest -q tests/convert/test_convert_hostile.py
 
 matrix:
