@@ -68,8 +68,10 @@ def main():
     if unknown := set(asked) - set(ROWS):
         parser.error(f"PYTHON: expected some of {', '.join(ROWS)}, got {', '.join(sorted(unknown))}")
     results = [run(version) for version in asked]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    print(f"\n| Python | versions | torch | triton | transformers | `make test`, commit {commit or 'unknown'} |")
+    commit = "unknown"
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(f"\n| Python | versions | torch | triton | transformers | `make test`, commit {commit} |")
     print("|---|---|---|---|---|---|")
     for cells, _ in results:
         print(f"| {' | '.join(cells)} |")

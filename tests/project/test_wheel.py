@@ -68,3 +68,14 @@ def test_metadata(wheel):
     extras = set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE))
     assert extras == {"llava", "convert", "train", "bench", "quality", "docs", "dev", "test-quantized"}
     assert "Apache-2.0" in text
+
+
+def test_a_python_that_is_not_here_is_no_pass(tmp_path):
+    """Nor is one of pyenv's shims, which lead nowhere."""
+    (shim := tmp_path / "python3.12").write_text("#!/bin/sh\nexit 127\n")
+    shim.chmod(0o755)
+    environment = clean_environment(PATH=str(tmp_path), PYENV_ROOT=str(tmp_path))
+    command = [sys.executable, ROOT / ".ci" / "matrix.py", "3.12", "3.13"]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.count("not available here |") == 2
