@@ -36,7 +36,7 @@ IMPORTING = {
 
 
 def start(*arguments):
-    """In a group of its own, where SIGINT is not ignored, as it is in a shell's background job."""
+    """In a group of its own; a shell's background job and nohup ignore signals, and so would what they start."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.PIPE,
@@ -45,7 +45,7 @@ def start(*arguments):
         cwd=ROOT,
         env=clean_environment(),
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
     )
 
 
