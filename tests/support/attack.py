@@ -131,14 +131,10 @@ def same_values(x, y):
     return bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
-def dtypes():
-    return st.sampled_from(DTYPES if interpreting() else (*DTYPES, torch.float64))
-
-
 WIDTH, SIDE = st.integers(1, 36), st.integers(1, 5)
 DRAWN = {
     "seed": st.integers(0, 10**6),
-    "dtype": st.deferred(dtypes),
+    "dtype": st.deferred(lambda: st.sampled_from(DTYPES if interpreting() else (*DTYPES, torch.float64))),
     "blocks": st.lists(OPERAND, min_size=1, max_size=4),
     "again": st.lists(st.integers(0, 3), max_size=2),  # blocks that are given once more
     "batch": st.integers(0, 3),

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import reference
 import stf_kernels
 
 from .compare import compare_modules, twins
@@ -52,8 +51,8 @@ def compare_case(case: tuple, dtype: torch.dtype, batch: int = 2) -> None:
     compare_modules(twins(name, *args, **options, dtype=dtype), blocks, dtype, call, gradients=True)
 
 
-def build(name: str, package=stf_kernels, **options) -> nn.Module:
-    return getattr(package, name)(*ARGUMENTS[name], **options)
+def build(name: str, **options) -> nn.Module:
+    return getattr(stf_kernels, name)(*ARGUMENTS[name], **options)
 
 
 def draw(name: str, batch: int = 2, tokens: int = 16, **options) -> list[Tensor] | Tensor:
@@ -64,10 +63,3 @@ def draw(name: str, batch: int = 2, tokens: int = 16, **options) -> list[Tensor]
 
 def flat(x: list[Tensor] | Tensor) -> list[Tensor]:
     return x if isinstance(x, list) else [x]
-
-
-def same_state(name: str, **options) -> tuple[nn.Module, nn.Module]:
-    """(ours, the reference) with the same parameters."""
-    ours, theirs = build(name, **options), build(name, reference, **options)
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-import reference
 import stf_kernels
+from tests.support.compare import twins
 
 WORLD, BATCH = 2, 4
 LINEARS = ("mbtf.linear_1", "mbtf.linear_2", "stf.linear_1", "stf.linear_2")
@@ -23,9 +23,7 @@ LINEARS = ("mbtf.linear_1", "mbtf.linear_2", "stf.linear_1", "stf.linear_2")
 
 def build():
     torch.manual_seed(1)  # the same on every rank
-    theirs = reference.CompactTokenProjector(3, 8, 20, skip_tokens=1)
-    ours = stf_kernels.CompactTokenProjector(3, 8, 20, skip_tokens=1)
-    ours.load_state_dict(theirs.state_dict())
+    ours, theirs, _ = twins("CompactTokenProjector", 3, 8, 20, skip_tokens=1, dtype=torch.float32)
     return ours, theirs, [torch.randn(BATCH, 17, 8) for _ in range(3)]
 
 

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from support.modules import EACH_MODULE, draw, flat, same_state
+from support.compare import twins
+from support.modules import ARGUMENTS, EACH_MODULE, draw, flat
 from support.operators import CASES
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
@@ -53,7 +54,7 @@ def test_per_sample_gradients_of_the_projector():
         parameters = {name: p.detach() for name, p in module.named_parameters()}
         return vmap(grad(loss), in_dims=(None, 1))(parameters, blocks)
 
-    ours, theirs = same_state("CompactTokenProjector", dtype=torch.float64)
+    ours, theirs = twins("CompactTokenProjector", 3, 8, 20, dtype=torch.float64)[:2]
     torch.testing.assert_close(gradients(ours), gradients(theirs))
 
 
@@ -67,4 +68,6 @@ def test_forward_mode(name):
             y = module.requires_grad_(False)(dual if isinstance(x, list) else dual[0])
             return forward_ad.unpack_dual(y).tangent
 
-    torch.testing.assert_close(*map(tangent, same_state(name)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        *map(tangent, twins(name, *ARGUMENTS[name], dtype=torch.float32)[:2]), rtol=1e-4, atol=1e-5
+    )
