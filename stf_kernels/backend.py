@@ -1,11 +1,9 @@
 """Which path computes: Triton kernels or plain torch.
 
-    auto     on a GPU that Triton serves, for each product what the device's table says or what was selected on it at
-             first use, a kernel or plain torch (configs/selection.py); plain torch elsewhere
-    triton   Triton always; CPU tensors need TRITON_INTERPRET=1
-    torch    plain torch always
-
-The environment variable STF_KERNELS_BACKEND is the default.
+auto     on a GPU that Triton serves, for each product a kernel or plain torch as configs/selection.py says;
+         plain torch elsewhere
+triton   Triton always; CPU tensors need TRITON_INTERPRET=1
+torch    plain torch always
 """
 
 import functools

@@ -1,7 +1,7 @@
 """When a fused chain may read a layer's parameters instead of calling the layer.
 
-Only where calling it would do nothing else: exactly nn.Linear, ordinary parameters, no hooks, no forward of its own.
-A LoRA adapter, a quantised layer, a sharded one (DTensor), a layer with a forward hook is called as the module it is.
+Only where calling it would do nothing else. A LoRA adapter, a quantised layer, a sharded one (DTensor), a layer with a
+forward hook is called as the module it is.
 """
 
 from collections.abc import Iterable

@@ -4,8 +4,8 @@
     SpatialTokenFusion       linear_2(act(linear_1(merge_rxr(x))))
     CompactTokenProjector    stf(mbtf(blocks)): four GEMMs, no concatenation, no unfold
 
-Parameters are nn.Linear's, linear_1.weight of a SpatialTokenFusion patch-major (channel_to_patch_major converts one). A
-layer that is no longer a plain nn.Linear is called as the module it is (linear.py); the layers beside it stay fused.
+linear_1.weight of a SpatialTokenFusion is patch-major (channel_to_patch_major converts one). A layer that is not a
+plain nn.Linear any more is called as the module it is (linear.py); the layers beside it stay fused.
 """
 
 import functools

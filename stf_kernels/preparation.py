@@ -1,8 +1,4 @@
-"""Select the kernels of a module ahead of its first call, and say what serves.
-
-Each fused module in it runs once a batch size on random tokens, so that its own way through the operators decides what
-there is to select.
-"""
+"""Select the kernels of a module ahead of its first call: it runs once a batch size, on random tokens."""
 
 import math
 from collections.abc import Iterator, Sequence

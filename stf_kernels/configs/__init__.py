@@ -7,7 +7,7 @@ selection.py   from a product to a configuration: table, cache or model; and wha
 """
 
 from .config import GemmConfig
-from .model import SHARED_MEMORY_LIMIT, default_config, smallest
+from .model import SHARED_MEMORY_LIMIT, default_config
 from .selection import Gemm, choose, listening, reject, uses_tf32
 from .tables import device_identity, device_slug
 
@@ -21,6 +21,5 @@ __all__ = [
     "device_slug",
     "listening",
     "reject",
-    "smallest",
     "uses_tf32",
 ]

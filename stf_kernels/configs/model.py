@@ -4,11 +4,12 @@
     a step = the slowest of tensor cores, shared memory, L2, and the issue of instructions
     at least = the bytes of A, W and y over what memory delivers while so many bytes of W are in flight
 
-The cheapest of an architecture's `tiles` serves when no table matches, and a search measures the cheapest of many. To
-change a tile size, change it in the tables below.
+To change a tile size, change it in the tables below: `default_config` says which of them serves.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -85,6 +86,12 @@ _FLOAT = {
     "sm_89": (GemmConfig(128, 64, 32, 8, 8, 3), GemmConfig(64, 64, 32, 8, 8, 3)),
     "gfx942": (GemmConfig(128, 64, 16, 8, 8, 2), GemmConfig(64, 64, 16, 8, 4, 2), GemmConfig(32, 64, 16, 8, 4, 2)),
 }
+# (rows, rows of the tail), columns, shares of K; 256 rows by TMA spill where a GELU follows
+_EVERY = {
+    "tma": (((64, 0), (128, 0), (192, 0)), (64, 128, 256), (1,)),
+    "swap_ab": (((64, 16), (128, 16), (128, 32)), (64, 128, 256), (1, 2, 4, 8)),
+    "pointer": (((16, 0), (32, 0), (64, 0), (128, 0), (256, 0)), (32, 64, 128, 256), (1, 2, 4, 8)),
+}
 
 
 def _family(arch: str) -> str:
@@ -110,6 +117,17 @@ def others(arch: str, itemsize: int) -> list[GemmConfig]:
     if not arch.startswith("gfx"):  # kernels/split_k.py says why
         found += [replace(config, split_k=splits) for config in tiles(arch, itemsize)[1:] for splits in (2, 4, 8)]
     return found
+
+
+def every_tile(arch: str, itemsize: int, **which: bool) -> Iterator[GemmConfig]:
+    """For a search with time: each tile with the warps that hold its accumulator, steps, and depths of the pipeline."""
+    pipelines = [*itertools.product((64, 32, 128) if itemsize == 2 else (32, 16), (8, 4), (5, 4, 3, 2))]
+    for form, (rows, columns, shares) in _EVERY.items():
+        for (block_m, tail), block_n, split in itertools.product(rows, columns, shares):
+            for block_k, warps, stages in pipelines:
+                elements = (block_m + tail) * block_n
+                if 512 * warps // 4 <= elements <= 128 * warps * 32:  # registers of a thread
+                    yield GemmConfig(block_m, block_n, block_k, 8, warps, stages, split, form, tail)
 
 
 def has_tma(arch: str, itemsize: int) -> bool:
@@ -221,8 +239,3 @@ def does_not_suit(config: GemmConfig, arch: str, stage: str, itemsize: int) -> s
     if limit is not None and need > limit:
         return f"{config} needs {need} bytes of shared memory, {arch} has {limit}"
     return None
-
-
-def smallest(itemsize: int) -> GemmConfig:
-    """A configuration that fits every GPU: 8 KB of shared memory, one warpgroup."""
-    return GemmConfig(32, 32, 32, 8, 4, 2) if itemsize == 2 else GemmConfig(32, 32, 16, 8, 4, 2)

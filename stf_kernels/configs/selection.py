@@ -5,9 +5,6 @@
                                    model's best of every form and plain torch are checked and timed on its own operands
     the model                      model.py: the cheapest portable tile, or plain torch where that is estimated cheaper
 
-choose    for y [m, n] = A [m, k] @ W^T, or for a weight gradient
-reject    what serves in place of a configuration that did not run
-
 Nothing is selected while a CUDA graph is captured or torch.compile traces. With STF_KERNELS_SELECT=off, or under
 torch's deterministic algorithms, what was selected before is not used either.
 """
@@ -26,17 +23,16 @@ from typing import Any, NamedTuple
 import torch
 
 from .config import GemmConfig
-from .model import cycles, default_config, does_not_suit, library_cycles, others, smallest, tiles
+from .model import cycles, default_config, does_not_suit, library_cycles, others, tiles
 from .tables import Known, Table, cache_of, device_identity, fastest_kernel, multiprocessors, table_of
 
 _log = logging.getLogger(__name__)  # its warnings are seen on stderr where an application has set up no logging
 INTERPRETER_CONFIG = GemmConfig(block_m=32, block_n=32, block_k=32, group_m=2)
 MARGIN = 0.98  # a kernel must take less than this share of plain torch's time: within the noise plain torch serves
 
-# Microseconds of plain torch (None) and of each candidate that is right; what is wrong or does not run goes into the
-# second argument with its reason, as soon as it is known.
+# ops/first_use.measure on a call's own operands: (candidates, failures, rounds of timing) -> microseconds
 Failures = dict[GemmConfig, str]
-Measure = Callable[[list[GemmConfig], Failures, int], dict[GemmConfig | None, float]]  # the last: rounds of timing
+Measure = Callable[[list[GemmConfig], Failures, int], dict[GemmConfig | None, float]]
 _NOT_WORTH_TRYING = 2.0  # times the best estimate
 _WORKSPACE = 1 << 28  # bytes that the parts of a split K may take
 _MOST_ATTEMPTS = 3
@@ -46,11 +42,6 @@ _attempts: Counter[tuple] = Counter()
 _selecting = threading.Lock()
 _said: set[str] = set()
 _listeners: list[list[dict[str, Any]]] = []
-
-
-class Choice(NamedTuple):
-    config: GemmConfig | None  # None: plain torch
-    settled: bool = True  # the next call will get the same: no selection is still to come
 
 
 class Gemm(NamedTuple):
@@ -70,20 +61,13 @@ class Gemm(NamedTuple):
     def wgrad(self) -> bool:
         return self.stage.endswith("_wgrad")
 
-    @property
-    def rows(self) -> int:
-        """Of A."""
-        return self.k if self.wgrad else self.m
-
-    def key(self, m_max: int) -> tuple:
-        """tables.KEY for up to so many rows: by the shape of W, which is that of a weight gradient."""
-        shape = (self.m, self.n) if self.wgrad else (self.n, self.k)
+    def key(self) -> tuple:
+        """tables.KEY: by the shape of W, which is that of a weight gradient, and for rows of A up to the next power of
+        two or 3/4 of it."""
+        rows, *shape = (self.k, self.m, self.n) if self.wgrad else (self.m, self.n, self.k)
+        power = 1 << max(rows - 1, 0).bit_length()
+        m_max = power if 4 * rows > 3 * power else max(3 * power // 4, 1)
         return self.stage, self.named()["dtype"], *shape, m_max, self.save_pre, uses_tf32(self.dtype)
-
-    def bucket(self) -> tuple:
-        """The key of its selection: rows up to the next power of two or 3/4 of it."""
-        power = 1 << max(self.rows - 1, 0).bit_length()
-        return self.key(power if 4 * self.rows > 3 * power else max(3 * power // 4, 1))
 
     def size(self, index: int) -> tuple:
         """What the model asks of it on a GPU."""
@@ -97,19 +81,22 @@ class Gemm(NamedTuple):
         return "{stage} {dtype} m {m} n {n} k {k}".format(**self.named())
 
 
-def choose(device: torch.device, gemm: Gemm, *, forced: bool = False, measure: Measure | None = None) -> Choice:
-    """The configuration for a product on `device`.
+def choose(
+    device: torch.device, gemm: Gemm, *, forced: bool = False, measure: Measure | None = None
+) -> tuple[GemmConfig | None, bool]:
+    """(configuration for a product on `device`, whether the next call will get the same: no selection is to come).
 
     None is plain torch, never if `forced`; a weight gradient is also the library's where no table and no selection
     names the kernel, and where that did not run. measure: of the call's own operands; without it nothing is selected.
     """
     if device.type == "cpu":  # the interpreter: nothing there depends on speed
-        return Choice(INTERPRETER_CONFIG)
-    index, itemsize = _index(device), gemm.dtype.itemsize
+        return INTERPRETER_CONFIG, True
+    index = _index(device)
     used = selects() and not torch.are_deterministic_algorithms_enabled()
-    cache, source, known = _kept(index), "table", None if search.table else _tabled(index, gemm)
+    cache, source, shipped = _kept(index), "table", table_of(*device_identity(index))
+    known = None if search.table else shipped.known.get(gemm.key())
     if known is None and used:
-        source, known = "cache", cache.known.get(gemm.bucket())
+        source, known = "cache", cache.known.get(gemm.key())
         if known is None and measure and not forced:
             if (why := _why_not_now()) is None:
                 source, known = "selected", _select(index, gemm, measure)
@@ -120,12 +107,12 @@ def choose(device: torch.device, gemm: Gemm, *, forced: bool = False, measure: M
     config, us = (None, {}) if known is None else (known.kernel if forced else known.config, known.us)
     if known is None or (forced and config is None):
         source, config, us = "model", _model(index, gemm, forced), {}
-    if (itemsize, gemm.wgrad, config) in cache.failed:
-        config = smallest(itemsize) if forced and not gemm.wgrad else None
+    if (gemm.dtype.itemsize, gemm.wgrad, config) in cache.failed and (gemm.wgrad or not forced):
+        config = None
     for heard in _listeners:
         serves = {"serves": str(config or "plain torch"), "us": us.get(config), "torch us": us.get(None), "by": source}
         heard.append(gemm.named() | serves)
-    return Choice(config, settled)
+    return config, settled
 
 
 @contextlib.contextmanager
@@ -163,19 +150,6 @@ def _why_not_now() -> str | None:
     if torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured, and stf_kernels.prepare(module) was not called before"
     return None
-
-
-def _tabled(index: int, gemm: Gemm) -> Known | None:
-    """By the entry of the fewest rows (key[4]) that are enough, else of the most: that one serves all beyond."""
-    known = table_of(*device_identity(index)).known
-    of_product = sorted(key for key in known if key == gemm.key(key[4]))
-    if not of_product:
-        return None
-    found = next((key for key in of_product if gemm.rows <= key[4]), of_product[-1])
-    config = known[found].config
-    # Split K's workspace grows with M: gigabytes for what a table of one image says.
-    few_rows = config is not None and (config.split_k > 1 or config.form == "swap_ab")
-    return None if few_rows and gemm.rows > found[4] else known[found]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -237,7 +211,7 @@ def _kept(index: int) -> Table:
 
 def _select(index: int, gemm: Gemm, measure: Measure) -> Known:
     """Measure, keep what was found, say so in one line -> what serves this call, plain torch if nothing was found."""
-    cache, key, began = _kept(index), gemm.bucket(), time.monotonic()
+    cache, key, began = _kept(index), gemm.key(), time.monotonic()
     with _selecting:
         if key not in cache.known:
             cache.read()  # another process may have selected meanwhile
@@ -289,19 +263,10 @@ def _keep(cache: Table, gemm: Gemm, known: dict[tuple, Known], failed: Failures)
         warnings.warn(said, stacklevel=2)
 
 
-def reject(
-    device: torch.device, dtype: torch.dtype, config: GemmConfig, error: Exception, *, forced: bool, wgrad: bool = False
-) -> GemmConfig | None:
-    """Do not choose a configuration again on a device, warn once -> what serves instead.
-
-    None is plain torch; if `forced` it is the smallest configuration, and where that is rejected `error` is raised.
-    """
+def reject(device: torch.device, dtype: torch.dtype, config: GemmConfig, error: Exception, *, wgrad: bool) -> None:
+    """Do not choose a configuration again on a device, for it does not run there: plain torch serves. Warns once."""
     cache, rejected = _kept(_index(device)), (dtype.itemsize, wgrad, config)
-    instead = smallest(dtype.itemsize) if forced else None
-    if config == instead:
-        raise error
     if rejected not in cache.failed:
         cache.failed[rejected] = f"does not run: {error}"
-        said = f"stf_kernels: {config} does not run on {cache.slug}: {error}. {instead or 'Plain torch'} serves"
+        said = f"stf_kernels: {config} does not run on {cache.slug}: {error}. Plain torch serves"
         warnings.warn(said, stacklevel=3)
-    return instead

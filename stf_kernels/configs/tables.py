@@ -10,9 +10,9 @@
                   "candidates": [{"config": {...} or null, "us": ...}, ...]}, ...],
      "failed": [{"itemsize": 2, "wgrad": false, "config": {...}, "reason": ...}, ...]}
 
-Readable, and may be deleted or edited: an entry's config is what serves, up to m_max rows of A. candidates are the
-microseconds that decided it. Processes share the cache: each writes what it found into what the file then says, under
-a lock, beside it, and renames. A file that is not one of these is not used, and one warning says so.
+An entry's config is what serves, for rows of A up to m_max and beyond the next smaller of 1, 2, 3, 4, 6, 8, 12, ...;
+candidates are the microseconds that decided it. Files may be edited or deleted, and processes share them. One that is
+not right is not used, and one warning says so.
 """
 
 import contextlib
@@ -161,13 +161,9 @@ class Table:
         for number, entry in enumerate(value["entries"]):
             where = f"entries[{number}]"
             check_fields(where, entry, {*KEY, "config", "candidates"})
-            choices = {"stage": STAGES, "dtype": [*DTYPES], "save_pre": (False, True), "tf32": (False, True)}
-            for name, allowed in choices.items():
+            for name, allowed in (("stage", STAGES), ("dtype", DTYPES)):
                 if entry[name] not in allowed:
                     raise ValueError(f"{where}.{name}: expected one of {list(allowed)}, got {entry[name]!r}")
-            for name in ("n", "k", "m_max"):
-                if type(entry[name]) is not int or entry[name] < 1:
-                    raise ValueError(f"{where}.{name}: expected a positive int, got {entry[name]!r}")
             config, us = _config(entry), {}
             if config and (reason := does_not_suit(config, self.arch, entry["stage"], DTYPES[entry["dtype"]])):
                 raise ValueError(f"{where}.config: {reason}")

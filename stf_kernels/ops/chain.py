@@ -1,9 +1,8 @@
 """Stages in a row: the forward, and what it keeps for the backward (backward.py).
 
-Kept at most, beside the caller's own blocks and weights: of each stage with an activation its pre-activation, of each
-other stage but the last its output. An activation's output is never kept: the backward reads the pre-activation once
-and writes both act'(pre) * dy and act(pre) from it. For the projector of LLaVA-1.5 in 16 bit that is 10.6 MB an image;
-plain PyTorch also keeps the concatenation and both activations' outputs, 9.4 MB twice.
+Kept at most, beside the caller's own blocks and weights: of each stage with an activation its pre-activation, of which
+the backward makes act(pre) again, of each other stage but the last its output. For the projector of LLaVA-1.5 in 16 bit
+that is 10.6 MB an image; plain PyTorch also keeps the concatenation and both activations' outputs, 9.4 MB twice.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,10 @@
 """Which way to compute a product is right, and how fast each is, on the operands at hand.
 
-    plain torch runs; every candidate is compiled, side by side, and run into memory of its own that holds NaN
-    right    on up to ROWS rows  |candidate - exact| <= 2 * |torch - exact| + 1e-6, maxima, exact in float64, and
-             plain torch in fp32 no better than one long sum, for its library may share one out over K;
-             on all rows no NaN, and no row further from torch's than some of torch's own errors
-    timed    what is right, in turns, on a cold L2 (timing.py)
-
-configs/selection.py asks for it and says what follows.
+run      plain torch, and every candidate into memory of its own that holds NaN
+right    on up to ROWS rows  |candidate - exact| <= 2 * |torch - exact| + 1e-6, maxima, exact in float64, and
+         plain torch in fp32 no better than one long sum, for its library may share one out over K;
+         on all rows no NaN, and no row further from torch's than some of torch's own errors
+timed    what is right, in turns, on a cold L2 (timing.py)
 """
 
 import contextlib

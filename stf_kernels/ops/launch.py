@@ -3,9 +3,8 @@
     run_stage             y = act(A @ W^T + b)    kernels/segmented_linear.py, tma.py or swap_ab.py
     run_activation_bwd    dy * act'(pre)          kernels/activations.py
 
-A call that repeats an earlier one on NVIDIA is launched as that one was: the JIT's binding of arguments and our own
-look-ups cost more host time than the launch itself. Descriptors hold addresses, so every call makes its own. Under the
-interpreter outputs are fp32 and torch rounds them: a store into bf16 truncates there.
+A call that repeats an earlier one on NVIDIA is launched as that one was: binding its arguments costs more than the
+launch. Under the interpreter outputs are fp32 and torch rounds them: a store into bf16 truncates there.
 """
 
 import functools
@@ -158,8 +157,9 @@ def _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre) -> tu
 
 
 def _instead(config: GemmConfig, error: Exception, x: Tensor, *, exact: bool, forced: bool) -> GemmConfig | None:
-    """What serves in place of a configuration that did not run: plain torch, unless forced a kernel that asks less of
-    operands or device. Raises an error that is not the configuration's."""
+    """What serves in place of a configuration that did not run: plain torch, or if forced the portable kernel where it
+    is the operands that have no descriptor. Raises an error that is not the configuration's, or whose cause was named.
+    """
     refused = tma.is_refusal(config, error)
     if refused and not isinstance(error, tma.Refused):
         error = tma.Refused(f"the driver refuses the descriptor: {error}")
@@ -167,10 +167,10 @@ def _instead(config: GemmConfig, error: Exception, x: Tensor, *, exact: bool, fo
             _warned.add(seen)
             serves = "the pointer kernel" if forced else "plain torch"
             warnings.warn(f"stf_kernels: {error}; {serves} serves instead", stacklevel=3)
-    if exact or not isinstance(error, does_not_run()):
+    if exact or not isinstance(error, does_not_run()) or (forced and not refused):
         raise error
     if not refused:
-        return configs.reject(x.device, x.dtype, config, error, forced=forced)
+        configs.reject(x.device, x.dtype, config, error, wgrad=False)
     return config.portable() if forced else None
 
 

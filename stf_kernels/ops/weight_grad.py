@@ -1,10 +1,9 @@
 """dW = g^T @ A of a chain's first stage, whose A is never materialised: each segment into its own columns of dW.
 
-library    one GEMM a segment (cuBLAS), or for half of them copied side by side (MKL), through `out=`, a slice of dW
-           with its own row stride. cuBLAS wants one stride for all rows: a segment of a CLS-cropped batch, or of a
-           merged one, is copied first, one at a time.
-kernel     kernels/wgrad.py, which reads the rows where they are. For operands that the library copies, where the
-           device's table or a selection names it ("concat_wgrad", ...) or use_backend("triton") asks for it.
+library    one GEMM a segment (cuBLAS), or for half of them copied side by side (MKL), into a slice of dW. cuBLAS wants
+           one stride for all rows: a segment of a CLS-cropped batch, or of a merged one, is copied first.
+kernel     kernels/wgrad.py reads such rows where they are; where the device's table or a selection names it
+           ("concat_wgrad", ...) or use_backend("triton") asks for it.
 """
 
 import functools
@@ -37,7 +36,7 @@ def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int],
         try:
             return launch_wgrad(g, blocks, stage, config)
         except launch.does_not_run() as error:
-            configs.reject(g.device, g.dtype, config, error, wgrad=True, forced=False)
+            configs.reject(g.device, g.dtype, config, error, wgrad=True)
     return by_library(g, blocks, shape, stage)
 
 

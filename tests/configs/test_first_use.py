@@ -36,7 +36,7 @@ def candidates():
 
 def served():
     """By what the next call computes; None is plain torch."""
-    return configs.choose(X.device, GEMM).config
+    return configs.choose(X.device, GEMM)[0]
 
 
 def test_candidates_are_the_best_few_of_every_form(gpu):
@@ -74,7 +74,7 @@ def test_training_and_other_buckets_are_other_problems(gpu):
         call(**options)
         call(**options)
         assert gpu.selections == number
-    rows = [GEMM._replace(m=m).bucket()[4] for m in (1, 2, 3, 4, 5, 96, 97, 144, 576, 1152)]
+    rows = [GEMM._replace(m=m).key()[4] for m in (1, 2, 3, 4, 5, 96, 97, 144, 576, 1152)]
     assert rows == [1, 2, 3, 4, 6, 96, 128, 192, 768, 1536]
 
 
@@ -226,7 +226,7 @@ def test_where_nothing_is_selected_the_model_serves(gpu, monkeypatch, why, caplo
         launch.forget()
         call()
         assert served() is None, "plain torch where the model says so"
-        assert configs.choose(X.device, GEMM, forced=True).config == model
+        assert configs.choose(X.device, GEMM, forced=True)[0] == model
     if why == "off":  # a process has it from its beginning
         launch.forget()
     call()

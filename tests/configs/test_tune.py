@@ -8,9 +8,9 @@ import torch
 
 from stf_kernels import backend, configs
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, Gemm, GemmConfig, selection, tables
+from stf_kernels.configs.model import every_tile
 from stf_kernels.ops import launch, timing, torch_path
 from stf_kernels.tune import __main__ as tune
-from stf_kernels.tune.candidates import candidates, tile
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 
@@ -18,7 +18,7 @@ HALF, FLOAT = torch.bfloat16, torch.float32
 @pytest.fixture
 def found(pretend, monkeypatch):
     """found(stage, m, n, k): what the search tries for a product."""
-    monkeypatch.setattr(selection, "search", selection.Search(candidates, tile, 2, 1000))
+    monkeypatch.setattr(selection, "search", selection.Search(every_tile, tune.tile, 2, 1000))
 
     def found(stage: str, m: int, n: int, k: int, dtype=HALF, arch="sm_90") -> list[GemmConfig]:
         pretend(arch)
