@@ -24,7 +24,7 @@ help:
 	@echo "make matrix                  make test on Python 3.10 to 3.13, with the oldest and newest versions (installs 20 GB)"
 	@echo "make release-check           wheel and sdist in empty environments, with the oldest and the newest torch (10 GB)"
 	@echo "make coverage                make test again, and the lines and branches that it reached"
-	@echo "make test-transformers       transformers' own common tests on LLaVA-STF and on the stock LLaVA (installs 2 GB)"
+	@echo "make test-transformers       transformers' own common tests on every family and its stock one (installs 2 GB)"
 	@echo "make test-vllm        6 min  serve LLaVA-STF with vLLM, in an environment of its own (installs 3 GB)"
 	@echo "make quality                 answers against vision tokens: the study, three seeds; goes on where it stopped"
 	@echo "make quality-smoke    5 min  a small one of its rows; exit code 1 unless a trained STF learns"

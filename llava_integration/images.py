@@ -29,26 +29,26 @@ MARGIN = 4  # of its pixels on either side, or of the result's where that is sma
 REPORTED = 8  # broken images of one call
 
 
-def pictures(images: Any, *, image_processor: Any = None, **options: Any) -> Any:
+def pictures(images: Any, *, name: str = "images", image_processor: Any = None, **options: Any) -> Any:
     """`images`, nested as it is, each as above. ValueError names every one that is broken by its index."""
     options |= options.get("images_kwargs") or {}
     wrong: list[str] = []
 
     def convert(value: Any, place: str) -> Any:
         if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 3:
-            return [convert(item, f"{place or ' at images'}[{i}]") for i, item in enumerate(value)]
+            return [convert(item, f"{place or f' at {name}'}[{i}]") for i, item in enumerate(value)]
         try:
             if options.get("do_rescale") is False and not isinstance(value, (str, os.PathLike, Image.Image)):
                 return value
             return _without_ends(picture(value, options.get("input_data_format")), image_processor, options)
         except Exception as error:  # files, network and codecs raise what they like
-            wrong.append(f"{_said(value)}{place} ({type(error).__name__}: {_short(error)})")
+            wrong.append(f"{said(value)}{place} ({type(error).__name__}: {short(error)})")
 
     converted = convert(images, "")
     if wrong:
         more = f"; and {len(wrong) - REPORTED} more" if len(wrong) > REPORTED else ""
         got = "; ".join(wrong[:REPORTED])
-        raise ValueError(f"images: expected PIL images, arrays, paths or lists of them, got {got}{more}")
+        raise ValueError(f"{name}: expected PIL images, arrays, paths or lists of them, got {got}{more}")
     return converted
 
 
@@ -158,11 +158,18 @@ def _without_ends(image: Image.Image, processor: Any, options: dict[str, Any]) -
     return image.resize(new, Image.Resampling(option("resample") or Image.Resampling.BICUBIC), box=box)
 
 
-def _said(value: Any) -> str:
-    shape = getattr(value, "size" if isinstance(value, Image.Image) else "shape", None)
-    return f"{type(value).__name__} of shape {list(shape)}" if shape is not None else _short(repr(value))
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Of an array or a PIL image; () for anything else."""
+    return value.size if isinstance(value, Image.Image) else tuple(getattr(value, "shape", ()))
 
 
-def _short(value: Any) -> str:
+def said(value: Any) -> str:
+    """What a message calls `value`."""
+    shape = shape_of(value)
+    return f"{type(value).__name__} of shape {list(shape)}" if shape else short(repr(value))
+
+
+def short(value: Any) -> str:
+    """In one line, and not all of a long one."""
     text = " ".join(str(value).split())
     return text if len(text) <= 120 else text[:120] + "..."

@@ -12,7 +12,8 @@ from transformers import (
 from .core.config import CompactConfig
 from .core.model import CompactGeneration, forward_of
 from .core.register import register
-from .core.tiles import TiledModel, TiledProcessor
+from .core.tiles import TiledModel
+from .processing import CompactProcessor
 
 
 @strict
@@ -34,7 +35,7 @@ class LlavaNextStfForConditionalGeneration(CompactGeneration, LlavaNextForCondit
     model_class = LlavaNextStfModel
 
 
-class LlavaNextStfProcessor(TiledProcessor, LlavaNextProcessor):
+class LlavaNextStfProcessor(CompactProcessor, LlavaNextProcessor):
     """Image processor and tokenizer in one; `patch_size` is the side of a window in pixels, p * r."""
 
 

@@ -20,12 +20,12 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import MultiModalData
 from transformers.utils.generic import can_return_tuple
-from transformers.video_utils import make_batched_videos
 
 from .core.config import CompactConfig, default_blocks, prefix_tokens
 from .core.model import CompactGeneration, forward_of
 from .core.register import register
-from .core.tiles import TiledModel, TiledProcessor
+from .core.tiles import TiledModel
+from .processing import CompactProcessor
 
 
 @strict
@@ -55,28 +55,12 @@ class LlavaOnevisionStfModel(TiledModel, LlavaOnevisionModel):
 
         In transformers 5.17 the first argument is `pixel_values`.
         """
-        frames = kwargs.pop("pixel_values", pixel_values_videos)
-        if not isinstance(frames, Tensor) or frames.ndim != 5:
-            got = list(getattr(frames, "shape", [])) or type(frames).__name__
-            raise ValueError(f"pixel_values_videos: expected [videos, frames, 3, S, S], got {got}")
-        self.check_options(vision_feature_select_strategy, **kwargs)
-        outputs = self.image_outputs(frames.flatten(0, 1), vision_feature_layer, whole_tower, **kwargs)
-        tokens = outputs.pooler_output.unflatten(0, frames.shape[:2]).flatten(1, 2)
-        newline = self.image_newline.to(tokens).expand(len(tokens), 1, -1)
-        outputs.pooler_output = torch.cat([tokens, newline], dim=1)
+        videos = kwargs.pop("pixel_values", pixel_values_videos)
+        options = (vision_feature_layer, vision_feature_select_strategy, whole_tower)
+        outputs = self.video_outputs(videos, *options, **kwargs)
+        newline = self.image_newline.to(outputs.pooler_output).expand(len(videos), 1, -1)
+        outputs.pooler_output = torch.cat([outputs.pooler_output, newline], dim=1)
         return outputs
-
-    def insert_videos(self, input_ids, inputs_embeds, encoded, options):
-        """As the stock forward does it, but by ids where there are any: two tokens may have one embedding."""
-        pixels, video = options.pop("pixel_values_videos", None), encoded.get("video")
-        options.pop("image_sizes_videos", None)
-        if pixels is not None:
-            video = self.get_video_features(pixels, whole_tower=False, return_dict=True)
-        if video is None:
-            return inputs_embeds, options
-        tokens = video.pooler_output.flatten(0, 1).to(inputs_embeds.device, inputs_embeds.dtype)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, video_features=tokens)[1]
-        return inputs_embeds.masked_scatter(mask, tokens), options
 
 
 class LlavaOnevisionStfForConditionalGeneration(
@@ -88,32 +72,17 @@ class LlavaOnevisionStfForConditionalGeneration(
     model_class = LlavaOnevisionStfModel
 
 
-class LlavaOnevisionStfProcessor(TiledProcessor, LlavaOnevisionProcessor):
-    """Image processor and tokenizer in one; `num_image_tokens` is how many windows a tile has.
+class LlavaOnevisionStfProcessor(CompactProcessor, LlavaOnevisionProcessor):
+    """Image processor and tokenizer in one; `num_image_tokens` is how many windows a tile has."""
 
-    Frames of videos are prepared as images are: transformers' own video processors need torchvision.
-    """
+    groups_images = True
 
     @classmethod
     def get_attributes(cls) -> list[str]:
         return [name for name in super().get_attributes() if name != "video_processor"]
 
-    @property
-    def video_processor(self):
-        return self.image_processor
-
-    def _process_videos(self, videos, **kwargs) -> tuple[dict, list[str]]:
-        videos, side = make_batched_videos(videos), self.image_processor.size["height"]
-        if len({len(video) for video in videos}) != 1:
-            raise ValueError(f"videos: expected as many frames in each, got {[len(video) for video in videos]}")
-        frames = [frame for video in videos for frame in video]
-        # The base tile of a picture that is cut once: the whole frame, resized.
-        pixels = self.image_processor(frames, image_grid_pinpoints=[[side, side]], return_tensors="np")["pixel_values"]
-        processed = {"pixel_values_videos": pixels[:, 0].reshape(len(videos), -1, *pixels.shape[2:])}
-        return processed, [self.replace_video_token(processed, index) for index in range(len(videos))]
-
     @staticmethod
-    def tile_side(processor: LlavaOnevisionProcessor) -> int:
+    def patches(processor: LlavaOnevisionProcessor) -> int:
         return math.isqrt(processor.num_image_tokens)
 
     @staticmethod

@@ -1,6 +1,5 @@
 """LLaVA-STF: LLaVA-1.5 with a compact projector that reads several blocks of a tower cut short."""
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
@@ -59,30 +58,21 @@ class LlavaStfModel(CompactModel, LlavaModel):
 
     @can_return_tuple
     def get_video_features(
-        self, pixel_values_videos: Tensor, **options: Unpack[TransformersKwargs]
+        self,
+        pixel_values_videos: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        whole_tower: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """As get_image_features, for videos [V, T, 3, S, S] whose frames are images.
 
         `.pooler_output`: V tensors [T*(H//r)*(W//r), D], the tokens of the frames in order.
         """
-        if not isinstance(pixel_values_videos, Tensor) or pixel_values_videos.ndim != 5:
-            got = list(getattr(pixel_values_videos, "shape", [])) or type(pixel_values_videos).__name__
-            raise ValueError(f"pixel_values_videos: expected [videos, frames, channels, height, width], got {got}")
-        frames = pixel_values_videos.flatten(0, 1)
-        outputs = self.get_image_features(pixel_values=frames, **options, return_dict=True)
-        tokens = torch.stack(list(outputs.pooler_output)).unflatten(0, pixel_values_videos.shape[:2])
-        outputs.pooler_output = list(tokens.flatten(1, 2))
+        options = (vision_feature_layer, vision_feature_select_strategy, whole_tower)
+        outputs = self.video_outputs(pixel_values_videos, *options, **kwargs)
+        outputs.pooler_output = list(outputs.pooler_output)
         return outputs
-
-    def insert_videos(self, input_ids, inputs_embeds, encoded, options):
-        pixels, video = options.pop("pixel_values_videos", None), encoded.get("video")
-        if pixels is not None:
-            video = self.get_video_features(pixels, return_dict=True)
-        if video is None:
-            return inputs_embeds, options
-        tokens = torch.cat(list(video.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, tokens, self.config.video_token_id)
-        return inputs_embeds.masked_scatter(mask, tokens), options
 
     def check_options(self, vision_feature_select_strategy=None, image_sizes=None, **options) -> None:
         super().check_options(vision_feature_select_strategy, **options)

@@ -1,25 +1,181 @@
-"""Prompts and images for LLaVA-STF: every image placeholder becomes (h // p // r) * (w // p // r) image tokens.
+"""Prompts, images and videos of every family: a placeholder becomes as many tokens as the model will put there.
 
-144 for 336x336 pixels, patches of p = 14 and windows of r = 2. A video of T frames becomes T times as many, behind one
-placeholder: "<video>" where the tokenizer has that token, else that of an image.
+LLaVA-STF: (h // p // r) * (w // p // r) for an image, 144 for 336x336 pixels, patches of p = 14 and windows of r = 2; a
+video of T frames has T times as many. Tiles: what the stock processor counts for patches of p * r pixels.
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterator
+from typing import Any
 
-from PIL import Image
-from transformers import BatchFeature, LlavaProcessor, PreTrainedConfig
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers import BatchFeature, LlavaProcessor, PreTrainedConfig, ProcessorMixin
+from transformers.image_utils import ImageInput, get_image_size, to_numpy_array
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
 from transformers.video_utils import VideoInput
 
-from .core.config import smallest_window
-from .images import pictures
+from .core.config import prefix_tokens, smallest_window
+from .images import pictures, said, shape_of, short
 
 
-class LlavaStfProcessor(LlavaProcessor):
+class CompactProcessor(ProcessorMixin):
+    """In front of a stock processor, which says how many tokens an image has.
+
+    A family with videos has a `video_token` and `replace_video_token`, and counts them for `video_sizes`.
+    """
+
+    video_token: str | None = None
+    groups_images = False  # whether an image is cut otherwise where others stand in its prompt
+
+    @classmethod
+    def from_llava(cls, processor: ProcessorMixin, *, merge_size: int | None = None):
+        """The processor to go with `llava_integration.from_llava(model, merge_size=merge_size)`."""
+        stock = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+        if not isinstance(processor, stock) or isinstance(processor, CompactProcessor):
+            raise TypeError(f"processor: expected a {stock.__name__}, got {type(processor).__name__}")
+        names = inspect.signature(stock).parameters
+        parts = {name: getattr(processor, name) for name in names if hasattr(processor, name)}
+        side = cls.patches(processor)
+        r = smallest_window(side) if merge_size is None else merge_size
+        if type(r) is not int or not 1 <= r <= side:
+            raise ValueError(f"merge_size: expected an int from 1 to {side}, the patches of a side, got {merge_size!r}")
+        return cls(**parts | cls.windows(processor, r))
+
+    @staticmethod
+    def patches(processor: ProcessorMixin) -> int:
+        """Along the side of an image or a tile, for a stock `processor`."""
+        _check_size("patch_size", processor.patch_size)
+        crop, size = getattr(processor.image_processor, "crop_size", None), processor.image_processor.size
+        return ((crop and crop["height"]) or size.get("height") or size["shortest_edge"]) // processor.patch_size
+
+    @staticmethod
+    def windows(processor: ProcessorMixin, r: int) -> dict[str, int]:
+        """The arguments that make windows of r x r patches out of the patches of a stock `processor`."""
+        return {"patch_size": r * processor.patch_size}
+
+    @staticmethod
+    def sizes(config: PreTrainedConfig) -> dict[str, Any]:
+        """The arguments that a model's configuration decides."""
+        patch = config.vision_config.patch_size * config.spatial_merge_size
+        return {"patch_size": patch, "num_additional_image_tokens": prefix_tokens(config.vision_config)}
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        videos: VideoInput | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
+        """As ProcessorMixin.__call__; -> input_ids, attention_mask [B, S], pixel_values and what belongs to them.
+
+        `text` holds one placeholder per image and per video, or the expanded tokens of all of them. `images` may be
+        nested by prompt; None and empty lists are no images. `videos`: one or a list of them, each [T, h, w, 3],
+        [T, 3, h, w] or a list of T frames, prepared as images are -> pixel_values_videos [V, T, 3, h, w].
+
+        Raises ValueError or TypeError for counts that do not match and for what is no image.
+        """
+        return super().__call__(images=_given(images), text=text, videos=_given(videos), **kwargs)
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, **kwargs):
+        """Text as a list, images fetched, videos as lists of frames; errors say which argument it was."""
+        samples = [] if text is None else [text] if isinstance(text, str) else text
+        if not isinstance(samples, (list, tuple)) or not all(isinstance(sample, str) for sample in samples):
+            raise ValueError(f"text: expected a string or a list of strings, got {text!r}")
+        options = {"image_processor": self.image_processor, **kwargs}
+        images = None if images is None else pictures(images, **options)
+        if isinstance(images, list) and all(isinstance(own, list) for own in images):
+            if len(images) == len(samples):  # nested by prompt: each has to fit its own
+                for index, (own, prompt) in enumerate(zip(images, samples, strict=True)):
+                    self._check_count("image", [prompt], own, f" in prompt {index}", **kwargs)
+            images = images if self.groups_images else _flat(images)
+        if videos is not None:
+            if self.video_token is None:
+                raise ValueError(
+                    f"videos: expected none, {type(self).__name__} takes images alone; give the frames as images, each "
+                    "with a placeholder of its own"
+                )
+            videos = pictures(_videos(videos), name="videos", **options)
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
+
+    def _process_images(self, images, **kwargs):
+        with _refusing(images):
+            return super()._process_images(images, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, *(["pixel_values_videos"] if self.video_token is not None else [])]
+
+    @property
+    def video_processor(self):
+        """Frames are prepared as images are; transformers' own video processors need torchvision."""
+        if self.video_token is None:
+            raise AttributeError(f"{type(self).__name__} has no video_processor")
+        return self.image_processor
+
+    def _process_videos(self, videos, **kwargs):
+        frames, lengths = _flat(videos), [len(video) for video in videos]
+        if len(set(lengths)) != 1:
+            raise ValueError(f"videos: expected as many frames in each, got {lengths}; sample them alike")
+        known = self.image_processor.valid_kwargs.__annotations__
+        options = {name: value for name, value in kwargs.items() if name in known} | {"return_tensors": "np"}
+        if tiled := hasattr(self.image_processor, "image_grid_pinpoints"):
+            # The base tile of a picture that is cut once: the whole frame, resized.
+            options["image_grid_pinpoints"] = [[self.image_processor.size["height"]] * 2]
+        with _refusing(frames, "videos"):
+            pixels = self.image_processor(frames, **options)["pixel_values"]
+        pixels = pixels[:, 0] if tiled else pixels
+        processed = {"pixel_values_videos": pixels.reshape(len(videos), lengths[0], *pixels.shape[1:])}
+        return processed, [self.replace_video_token(processed, index) for index in range(len(videos))]
+
+    def validate_inputs(self, images=None, text=None, videos=None, **kwargs):
+        """ValueError unless the placeholders, or the expanded tokens, are as many as the images and videos need."""
+        if text is None and images is None and videos is None:
+            raise ValueError("images, text: expected at least one of them, got neither")
+        shared = self.video_token == self.image_token
+        if shared and images is not None and videos is not None:
+            raise ValueError(
+                f"videos: expected images or videos, which share the placeholder {self.image_token}, got both; add "
+                "'<video>' to the tokenizer"
+            )
+        if not shared or videos is None:
+            images = images if isinstance(images, list) else [] if images is None else [images]
+            self._check_count("image", text, _flat(images), **kwargs)
+        if self.video_token is not None and (not shared or videos is not None):
+            self._check_count("video", text, videos or [], **kwargs)
+
+    def _check_count(self, kind: str, text: list[str] | None, given: list, where: str = "", **kwargs) -> None:
+        """`text` has a placeholder for each of the images or lists of frames `given`, or all their tokens."""
+        token = getattr(self, f"{kind}_token")
+        found = sum(sample.count(token) for sample in text or [])
+        if text is None or found == len(given):
+            return
+        needed = sum(self._counts(kind, given, **kwargs)) if given else 0
+        if found != needed:
+            raise ValueError(
+                f"The total number of {token} tokens in the prompts should be the same as the number of {kind}s "
+                f"passed. text: found {found} {token} tokens{where} for {len(given)} {kind}(s); expected "
+                f"{len(given)}, one per {kind}, or {needed} where this processor has expanded them already"
+            )
+
+    def _counts(self, kind: str, given: list, **kwargs) -> list[int]:
+        if kind == "image":
+            sizes = [get_image_size(to_numpy_array(image)) for image in given]
+            return self._get_num_multimodal_tokens(image_sizes=sizes, **kwargs).num_image_tokens
+        sizes = [(len(video), *get_image_size(to_numpy_array(video[0]))) for video in given]
+        return self._get_num_multimodal_tokens(video_sizes=sizes, **kwargs).num_video_tokens
+
+    def get_text_with_replacements(self, text, images_replacements=(), videos_replacements=(), *args, **kwargs):
+        """Leave prompts alone whose tokens are expanded already."""
+        left = []
+        for token, replacements in ((self.image_token, images_replacements), (self.video_token, videos_replacements)):
+            found = sum(sample.count(token) for sample in text) if token else 0
+            left.append([] if found != len(replacements) else list(replacements))
+        return super().get_text_with_replacements(text, *left, *args, **kwargs)
+
+
+class LlavaStfProcessor(CompactProcessor, LlavaProcessor):
     r"""Image processor and tokenizer of LLaVA-STF in one.
 
     Args:
@@ -49,10 +205,8 @@ class LlavaStfProcessor(LlavaProcessor):
         video_token=None,
         **kwargs,
     ):
-        for name, value in (("patch_size", patch_size), ("spatial_merge_size", spatial_merge_size)):
-            if type(value) is not int or value < 1:
-                hint = "; set it to model.config.vision_config.patch_size" if name == "patch_size" else ""
-                raise ValueError(f"{name}: expected a positive int, got {value!r}{hint}")
+        _check_size("patch_size", patch_size)
+        _check_size("spatial_merge_size", spatial_merge_size)
         for name, part in (("tokenizer", tokenizer), ("image_processor", image_processor)):
             if part is None:
                 raise ValueError(f"{name}: expected one, got None")
@@ -77,139 +231,30 @@ class LlavaStfProcessor(LlavaProcessor):
             **kwargs,
         )
 
-    @classmethod
-    def from_llava(cls, processor: LlavaProcessor, *, merge_size: int | None = None) -> "LlavaStfProcessor":
-        """The processor to go with `llava_integration.from_llava(model, merge_size=merge_size)`."""
-        if not isinstance(processor, LlavaProcessor):
-            raise TypeError(f"processor: expected a LlavaProcessor, got {type(processor).__name__}")
-        made = cls(
-            processor.image_processor,
-            processor.tokenizer,
-            patch_size=processor.patch_size,
-            chat_template=processor.chat_template,
-            image_token=processor.image_token,
-            spatial_merge_size=1 if merge_size is None else merge_size,
-        )
-        if merge_size is None:
-            made.spatial_merge_size = smallest_window(math.isqrt(made._per_image()))
-        return made
+    @staticmethod
+    def windows(processor: ProcessorMixin, r: int) -> dict[str, int]:
+        return {"spatial_merge_size": r}
 
     @staticmethod
     def sizes(config: PreTrainedConfig) -> dict[str, int]:
-        """The arguments that a model's configuration decides."""
         return {"patch_size": config.vision_config.patch_size, "spatial_merge_size": config.spatial_merge_size}
 
-    def __call__(
-        self,
-        images: ImageInput | None = None,
-        text: TextInput | list[TextInput] | None = None,
-        videos: VideoInput | None = None,
-        **kwargs: Unpack[ProcessingKwargs],
-    ) -> BatchFeature:
-        """As ProcessorMixin.__call__; -> input_ids, attention_mask [B, S], pixel_values [N, 3, h, w].
-
-        `text` holds one placeholder per image and per video, or the expanded tokens of all of them. `images` may be
-        nested by prompt; None and empty lists are no images. `videos`: one or a list of them, each [T, h, w, 3],
-        [T, 3, h, w] or a list of T frames, prepared as images are -> pixel_values_videos [V, T, 3, h, w].
-
-        Raises ValueError or TypeError for counts that do not match and for what is no image.
-        """
-        return super().__call__(images=_given(images), text=text, videos=_given(videos), **kwargs)
-
-    def prepare_inputs_layout(self, images=None, text=None, videos=None, **kwargs):
-        """Text as a list, images fetched and flat, videos as lists of frames; errors say which argument it was."""
-        samples = [] if text is None else [text] if isinstance(text, str) else text
-        if not isinstance(samples, (list, tuple)) or not all(isinstance(sample, str) for sample in samples):
-            raise ValueError(f"text: expected a string or a list of strings, got {text!r}")
-        images = None if images is None else pictures(images, image_processor=self.image_processor, **kwargs)
-        if isinstance(images, list) and all(isinstance(own, list) for own in images):
-            if len(images) == len(samples):  # nested by prompt: each has to fit its own
-                for index, (own, prompt) in enumerate(zip(images, samples, strict=True)):
-                    count = len(self._flat(own)) if own else 0
-                    self._check_count("image", [prompt], [1] * count, f" in prompt {index}", **kwargs)
-            images = [image for own in images for image in own]
-        if videos is not None:
-            videos = _videos(videos)
-            with _refusing(videos, "videos"):
-                videos = pictures(videos, image_processor=self.image_processor, **kwargs)
-        with _refusing(images):
-            return super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
-
-    def _process_images(self, images, **kwargs):
-        with _refusing(images):
-            return super()._process_images(images, **kwargs)
-
-    @property
-    def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "pixel_values_videos"]
-
-    @property
-    def video_processor(self):
-        """Frames are prepared as images are; transformers' own video processors need torchvision."""
-        return self.image_processor
-
-    def _process_videos(self, videos, **kwargs):
-        frames, lengths = [frame for video in videos for frame in video], [len(video) for video in videos]
-        if len(set(lengths)) != 1:
-            raise ValueError(f"videos: expected as many frames in each, got {lengths}; sample them alike")
-        known = self.image_processor.valid_kwargs.__annotations__
-        with _refusing(frames, "videos"):
-            options = {name: value for name, value in kwargs.items() if name in known} | {"return_tensors": "np"}
-            pixels = self.image_processor(frames, **options)["pixel_values"]
-        processed = {"pixel_values_videos": pixels.reshape(len(videos), lengths[0], *pixels.shape[1:])}
-        return processed, [self.replace_video_token(processed, index) for index in range(len(videos))]
-
-    def validate_inputs(self, images=None, text=None, videos=None, **kwargs):
-        """ValueError unless the placeholders, or the expanded tokens, are as many as the images and videos need."""
-        if text is None and images is None and videos is None:
-            raise ValueError("images, text: expected at least one of them, got neither")
-        shared = self.video_token == self.image_token
-        if shared and images is not None and videos is not None:
-            raise ValueError(
-                f"videos: expected images or videos, which share the placeholder {self.image_token}, got both; add "
-                "'<video>' to the tokenizer"
-            )
-        if not shared or videos is None:
-            self._check_count("image", text, [] if images is None else [1] * len(self._flat(images)), **kwargs)
-        if not shared or videos is not None:
-            self._check_count("video", text, [len(video) for video in videos or []], **kwargs)
-
-    def _check_count(self, kind: str, text: list[str] | None, frames: list[int], where: str = "", **kwargs) -> None:
-        """`frames` of every image or video; `text` has a placeholder for each, or all their tokens."""
-        if text is None:
-            return
-        token = getattr(self, f"{kind}_token")
-        found = sum(sample.count(token) for sample in text)
-        needed = sum(frames) * self._per_image(**kwargs) if frames else 0
-        if found not in (len(frames), needed):
-            raise ValueError(
-                f"The total number of {token} tokens in the prompts should be the same as the number of {kind}s "
-                f"passed. text: found {found} {token} tokens{where} for {len(frames)} {kind}(s); expected "
-                f"{len(frames)}, one per {kind}, or {needed} where this processor has expanded them already"
-            )
-
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
-        return self.image_token * self._tokens(height, width)
+        return self.image_token * self._tokens(*image_inputs["pixel_values"][image_idx].shape[-2:])
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
         video = video_inputs["pixel_values_videos"][video_idx]
         return self.video_token * (len(video) * self._tokens(*video[0].shape[-2:]))
 
-    def get_text_with_replacements(self, text, images_replacements=(), videos_replacements=(), *args, **kwargs):
-        """Leave prompts alone whose tokens are expanded already."""
-        left = []
-        for token, replacements in ((self.image_token, images_replacements), (self.video_token, videos_replacements)):
-            found = sum(sample.count(token) for sample in text)
-            left.append([] if found != len(replacements) else list(replacements))
-        return super().get_text_with_replacements(text, *left, *args, **kwargs)
-
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        """Token counts for images of `image_sizes` [(height, width)]: resizing makes them all equal."""
-        if image_sizes is None:
-            return MultiModalData()
-        tokens = [self._per_image(**kwargs)] * len(image_sizes)
-        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs):
+        """Token counts for images [(height, width)] and videos [(frames, ...)]: resizing makes all images equal."""
+        counts = MultiModalData()
+        if image_sizes is not None:
+            counts.num_image_tokens = [self._per_image(**kwargs)] * len(image_sizes)
+            counts.num_image_patches = [1] * len(image_sizes)
+        if video_sizes is not None:
+            counts.num_video_tokens = [frames * self._per_image(**kwargs) for frames, *_ in video_sizes]
+        return counts
 
     def _tokens(self, height: int, width: int) -> int:
         return math.prod(side // self.patch_size // self.spatial_merge_size for side in (height, width))
@@ -225,13 +270,16 @@ class LlavaStfProcessor(LlavaProcessor):
                 return self._tokens(dict(size)["height"], dict(size)["width"])
         raise ValueError("image_processor: expected a crop_size or size with height and width, got neither")
 
-    @staticmethod
-    def _flat(images) -> list:
-        with _refusing(images):
-            flat = make_flat_list_of_images(images)
-        if empty := [image for image in flat if 0 in _shape(image)]:
-            raise ValueError(f"images: expected at least one pixel in each, got {_describe(empty[0])}")
-        return flat
+
+def _check_size(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        hint = "; set it to model.config.vision_config.patch_size" if name == "patch_size" else ""
+        raise ValueError(f"{name}: expected a positive int, got {value!r}{hint}")
+
+
+def _flat(items: list) -> list:
+    """[[a, b], [c]] or [a, b, c] -> [a, b, c]"""
+    return [one for item in items for one in (item if isinstance(item, (list, tuple)) else [item])]
 
 
 def _given(value):
@@ -245,9 +293,9 @@ def _given(value):
 
 def _videos(value) -> list[list]:
     """The frames of every video in `value`, which may be nested by prompt; TypeError for what is no frame."""
-    shape = _shape(value)
+    shape = shape_of(value)
     if shape and 0 in shape[:-3]:
-        raise ValueError(f"videos: expected at least one frame in each, got {_describe(value)}")
+        raise ValueError(f"videos: expected at least one frame in each, got {said(value)}")
     if len(shape) == 5:
         return [list(video) for video in value]
     if len(shape) == 4:
@@ -255,35 +303,18 @@ def _videos(value) -> list[list]:
     if len(shape) in (2, 3):
         return [[value]]
     if not isinstance(value, (list, tuple)):
-        got = "a path; read the frames first" if isinstance(value, str) else _describe(value)
+        got = "a path; read the frames first" if isinstance(value, str) else said(value)
         raise TypeError(f"videos: expected frames, got {got}")
-    if value and all(len(_shape(frame)) in (2, 3) for frame in value):
+    if value and all(len(shape_of(frame)) in (2, 3) for frame in value):
         return [list(value)]
     return [video for item in value for video in _videos(item)]
 
 
-def _shape(value) -> tuple[int, ...]:
-    """Of an array or a PIL image; () for anything else."""
-    return value.size if isinstance(value, Image.Image) else tuple(getattr(value, "shape", ()))
-
-
 @contextlib.contextmanager
 def _refusing(images, name: str = "images") -> Iterator[None]:
-    """Whatever is raised inside, be it by a file that is missing or is no image, or by a URL's client."""
+    """Whatever an image processor raises, about one of these."""
     try:
         yield
     except Exception as error:
-        raise ValueError(
-            f"{name}: expected PIL images, arrays, paths or lists of them, got {_describe(images)}"
-            f" ({type(error).__name__}: {_one_line(error)})"
-        ) from error
-
-
-def _describe(value) -> str:
-    shape = _shape(value)
-    return f"{type(value).__name__} of shape {list(shape)}" if shape else _one_line(repr(value))
-
-
-def _one_line(value) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 200 else text[:200] + "..."
+        got = f"{said(images)} ({type(error).__name__}: {short(error)})"
+        raise ValueError(f"{name}: expected PIL images, arrays, paths or lists of them, got {got}") from error

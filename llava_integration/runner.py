@@ -205,7 +205,7 @@ class PrefillRunner:
             check_pixels(config.vision_config, pixel_values)
         if input_ids.device.type == "cpu" and isinstance(self.model.model, CompactModel) and not self._tiled:
             token, images = config.image_token_id, 0 if pixel_values is None else len(pixel_values)
-            check_token_count(input_ids == token, images, config.image_seq_length, token)
+            check_token_count(input_ids == token, images * config.image_seq_length, token)
 
 
 @contextlib.contextmanager

@@ -20,51 +20,8 @@ MODULE = "llava_stf_auto"
 KERNELS = "from stf_kernels import CompactTokenProjector"
 PLAIN = "from .plain_projector import hub_or_plain as CompactTokenProjector"
 
-# Of LLaVA-STF; another family's has its names.
-LOADER = '''"""LLaVA-STF for trust_remote_code=True: from the stf-kernels package if installed, else in plain torch."""
-
-import os
-import sys
-
-from transformers import AutoProcessor
-from transformers.utils import logging
-
-try:
-    import llava_integration as stf
-except ImportError:
-    from .FILE import LlavaStfConfig
-
-    stf = sys.modules[LlavaStfConfig.__module__]
-    if "STF_KERNELS_HUB" not in os.environ:
-        logging.get_logger(__name__).warning("LLaVA-STF: stf-kernels is not installed, so its projector is not fused")
-
-
-class LlavaStfConfig(stf.LlavaStfConfig):
-    pass
-
-
-class LlavaStfModel(stf.LlavaStfModel):
-    config: LlavaStfConfig
-    config_class = LlavaStfConfig
-
-
-class LlavaStfForConditionalGeneration(stf.LlavaStfForConditionalGeneration):
-    config: LlavaStfConfig
-    config_class = LlavaStfConfig
-
-
-class LlavaStfProcessor(stf.LlavaStfProcessor):
-    _auto_class = "AutoProcessor"
-
-    def to_dict(self, *args, **kwargs):
-        """transformers writes no auto_map of a processor."""
-        return super().to_dict(*args, **kwargs) | {"auto_map": {"AutoProcessor": "llava_stf_auto.LlavaStfProcessor"}}
-
-
-# Once a model is loaded the package's processor is known by its name, and would be taken instead.
-AutoProcessor.register(stf.LlavaStfConfig, LlavaStfProcessor, exist_ok=True)
-'''
-
+# The code of LLaVA-STF's; another family's has its names.
+LOADER = Path(__file__).with_name("loader.txt")
 GENERATOR = "ForConditionalGeneration"
 MODEL_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForImageTextToText": GENERATOR}
 
@@ -72,7 +29,7 @@ MODEL_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForImag
 def write_auto_map(folder: Path, family: Family) -> None:
     """Add the code to `folder` and name it in config.json and, where there is a processor, processor_config.json."""
     own, prefix = Path(inspect.getfile(family.generator)), family.generator.__name__.removesuffix(GENERATOR)
-    loader = LOADER.replace("LlavaStf", prefix).replace("FILE", _flat_name(own.stem))
+    loader = LOADER.read_text(encoding="utf-8").replace("LlavaStf", prefix).replace("FILE", _flat_name(own.stem))
     (folder / f"{MODULE}.py").write_text(loader, encoding="utf-8")
     for name, source in _sources(own).items():
         (folder / f"{name}.py").write_text(source, encoding="utf-8")

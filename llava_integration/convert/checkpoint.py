@@ -108,21 +108,16 @@ def _open_safetensors(path: Path) -> Entries:
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise ConversionError(f"{path}: truncated or not safetensors ({error}); get the file again") from error
-    return {
-        name: Entry(
-            name=name,
-            shape=tuple(view.get_shape()),
-            dtype=SAFETENSORS_DTYPES.get(view.get_dtype()),
-            read=partial(handle.get_tensor, name),
-            origin=path.name,
-        )
-        for name, view in slices.items()
-    }
+    entries = {}
+    for name, view in slices.items():
+        dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
+        entries[name] = Entry(name, tuple(view.get_shape()), dtype, partial(handle.get_tensor, name), path.name)
+    return entries
 
 
 def _open_torch(path: Path) -> Entries:
     try:
-        content = _load(path)
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConversionError(
             f"{path}: expected tensors only, got a pickle with other objects or code in it, which was not executed; "
@@ -130,30 +125,15 @@ def _open_torch(path: Path) -> Entries:
         ) from error
     except Exception as error:  # what a damaged pickle raises depends on where it is damaged
         raise ConversionError(f"{path}: truncated or not a torch checkpoint; get the file again") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        got = type(content).__name__
-        if isinstance(content, dict):
-            got = "a dict with " + ", ".join(sorted({type(value).__name__ for value in content.values()}))
+    values = content.values() if isinstance(content, dict) else [content]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in values):
+        got = ", ".join(sorted({type(value).__name__ for value in values}))
         raise ConversionError(f"{path}: expected a dict of tensors, got {got}")
-    return {
-        str(name): Entry(
-            name=str(name),
-            shape=tuple(tensor.shape),
-            dtype=tensor.dtype if tensor.is_floating_point() else None,
-            read=tensor.detach,
-            origin=path.name,
-        )
-        for name, tensor in content.items()
-    }
-
-
-def _load(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except RuntimeError as error:
-        if "mmap can only be used" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6: cannot be mapped
+    entries = {}
+    for name, tensor in content.items():
+        dtype = tensor.dtype if tensor.is_floating_point() else None
+        entries[str(name)] = Entry(str(name), tuple(tensor.shape), dtype, tensor.detach, path.name)
+    return entries
 
 
 def rename(entries: Entries, name_of: Callable[[str], str | None]) -> Entries:
@@ -213,13 +193,16 @@ def match(model: PreTrainedModel, entries: Entries, report: Report) -> Entries:
         )
     for name, shape in wanted.items():
         entry = entries[name]
-        problem = None
+        where = f"SRC: {entry.name} in {entry.origin}"
         if entry.shape != shape:
-            problem = f"shape {list(shape)} by the configuration, got {list(entry.shape)}"
-        elif entry.dtype is None:
-            problem = "float32, float16 or bfloat16, got another dtype; convert a checkpoint that is not quantized"
-        if problem:
-            raise ConversionError(f"SRC: {entry.name} in {entry.origin}: expected {problem}")
+            raise ConversionError(
+                f"{where}: expected shape {list(shape)} by the configuration, got {list(entry.shape)}"
+            )
+        if entry.dtype is None:
+            raise ConversionError(
+                f"{where}: expected float32, float16 or bfloat16, got another dtype; convert a checkpoint that is not "
+                "quantized"
+            )
         report.tensors[entry.how].append(f"{name} <- {entry.name}")
     report.tensors["left over"] += [f"{entries[name].name}: computed by the model" for name in left]
     return {name: entries[name] for name in wanted}

@@ -74,24 +74,24 @@ def convert_official(
     parts = read_parts(src, base, projector_name)
     tower = find_tower(parts.config.get("mm_vision_tower"), src, tower_folder)
     report = Report("official", src, parts.form, tower.name)
-    _check_config(parts.config, tower.config)
+    _check_config(parts.config)
 
     entries = rename(parts.entries, _model_name)
     # First: a foreign checkpoint is told before its tower is missed.
-    count, width, geometry = derive(entries, tower.config.hidden_size)
+    count, geometry = derive(entries, tower.config.hidden_size)
     if not any(name.startswith(TOWER) for name in entries):
         entries |= tower.weights()
     tied = settle_head(entries, bool(parts.config.get("tie_word_embeddings")), report)
     tokenizer = read_tokenizer(parts.folders, report)
-    vocabulary = settle_vocabulary(tokenizer, _rows(entries))
+    embeddings = _shape(entries, EMBEDDINGS)
+    if embeddings is None:
+        raise ConversionError(
+            f"SRC: {EMBEDDINGS}: expected a matrix [tokens, width], got none; complete the checkpoint"
+        )
+    vocabulary = settle_vocabulary(tokenizer, embeddings[0])
     text = _text_config(parts.config, vocabulary, tied)
     if tower.config.model_type == "siglip_vision_model":  # its pooling head is not in every checkpoint; nobody reads it
         tower.config.vision_use_head = any(name.startswith(TOWER + "head.") for name in entries)
-    if width != text.hidden_size:
-        raise ConversionError(
-            f"SRC: mm_projector.2.weight: expected {text.hidden_size} rows, the language model's width, "
-            f"got {width}; it belongs to another language model"
-        )
     selected, grid = parts.config.get("mm_vision_select_layer"), vision_grid(tower.config)
     layers = block_layers(count, tower.config.num_hidden_layers, selected, blocks)
     with passed_on("SRC: "):
@@ -109,7 +109,7 @@ def convert_official(
         report.notes.append(f"the last rows and columns of the {grid} grid are dropped, as there")
 
     for name in (EMBEDDINGS, HEAD):
-        if name in entries and entries[name].shape:
+        if name in entries:
             entries[name] = _resized(entries[name], vocabulary.rows)
     if config.spatial_merge_size > 1:  # in a window of one token both orders are the same
         order = entries[CHANNEL_MAJOR]
@@ -139,7 +139,7 @@ def _model_name(name: str) -> str | None:
     return projector_name(name) or (LANGUAGE.sub("model.language_model.", name) if LANGUAGE.match(name) else None)
 
 
-def _check_config(content: dict, vision: PreTrainedConfig) -> None:
+def _check_config(content: dict) -> None:
     for name, value in EXPECTED.items():
         if content.get(name, value) != value:
             raise ConversionError(f"{CONFIG}: {name}: expected {value!r}, got {content[name]!r}, another model")
@@ -148,52 +148,40 @@ def _check_config(content: dict, vision: PreTrainedConfig) -> None:
             f"{CONFIG}: image_aspect_ratio: expected 'pad' or 'square', got {content['image_aspect_ratio']!r}; "
             "images cut in tiles are another model"
         )
-    if content.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
-        raise ConversionError(
-            f"{CONFIG}: mm_hidden_size: expected {vision.hidden_size} of the vision tower, got "
-            f"{content['mm_hidden_size']}; name the right one with --vision-tower DIR"
-        )
 
 
-def derive(entries: Entries, channels: int) -> tuple[int, int, dict]:
-    """Blocks, output width and fields of LlavaStfConfig by the projector in `entries`; `channels`: of the tower."""
-    stf_1, stf_2 = (_matrix(entries, f"stf.linear_{i}.weight") for i in (1, 2))
-    mbtf_1, mbtf_2 = (_matrix(entries, f"mbtf.linear_{i}.weight") for i in (1, 2))
-    if stf_1 is None or stf_2 is None:
+def derive(entries: Entries, channels: int) -> tuple[int, dict]:
+    """Blocks and fields of LlavaStfConfig by the projector in `entries`; `channels`: of the tower."""
+    stf, mbtf = (_shape(entries, f"{child}.linear_1.weight") for child in ("stf", "mbtf"))
+    if stf is None:
         raise ConversionError(
             "SRC: expected an official LLaVA-STF checkpoint with mm_projector.{0,2}.weight and "
             f"mm_projector_crosslayer.{{0,2}}.weight, got tensors such as {', '.join(list(entries)[:3])}; a LLaVA-1.5 "
             "folder of transformers is converted with `llava`"
         )
-    if (mbtf_1 is None) != (mbtf_2 is None):
-        raise ConversionError("SRC: expected both of mm_projector_crosslayer.{0,2}.weight, got one; it is truncated")
-    if mbtf_1 is None and stf_1[1] == channels:
+    if mbtf is None and stf[1] == channels:
         raise ConversionError(
             "SRC: mm_projector reads single tokens and there is no mm_projector_crosslayer, so this is LLaVA-1.5, not "
             "LLaVA-STF; convert its transformers version with `llava`"
         )
-    area = _multiple(stf_1[1], channels, "mm_projector.0.weight")
+    area = _multiple(stf[1], channels, "mm_projector.0.weight")
     merge_size = math.isqrt(area)
     if merge_size**2 != area:
         raise ConversionError(f"SRC: mm_projector.0.weight: expected a square window of tokens, got {area} tokens")
-    blocks = 1 if mbtf_1 is None else _multiple(mbtf_1[1], channels, "mm_projector_crosslayer.0.weight")
-    return (
-        blocks,
-        stf_2[0],
-        {
-            "spatial_merge_size": merge_size,
-            "use_mbtf": mbtf_1 is not None,
-            "mbtf_hidden_size": mbtf_1 and mbtf_1[0],
-            "stf_hidden_size": stf_1[0],
-            "multimodal_projector_bias": any(name.startswith(PROJECTOR) and name.endswith(".bias") for name in entries),
-        },
-    )
+    fields = {
+        "spatial_merge_size": merge_size,
+        "use_mbtf": mbtf is not None,
+        "mbtf_hidden_size": mbtf and mbtf[0],
+        "stf_hidden_size": stf[0],
+        "multimodal_projector_bias": any(name.startswith(PROJECTOR) and name.endswith(".bias") for name in entries),
+    }
+    return 1 if mbtf is None else _multiple(mbtf[1], channels, "mm_projector_crosslayer.0.weight"), fields
 
 
-def _matrix(entries: Entries, name: str) -> tuple[int, ...] | None:
-    entry = entries.get(PROJECTOR + name)
+def _shape(entries: Entries, name: str) -> tuple[int, ...] | None:
+    entry = entries.get(name if name in entries else PROJECTOR + name)
     if entry is not None and len(entry.shape) != 2:
-        raise ConversionError(f"SRC: {PROJECTOR + name}: expected a matrix, got shape {list(entry.shape)}")
+        raise ConversionError(f"SRC: {name}: expected a matrix, got shape {list(entry.shape)}")
     return None if entry is None else entry.shape
 
 
@@ -230,15 +218,6 @@ def block_layers(count: int, layers: int, selected: object, given: list[int] | N
         f"rule of the published model, {published} behind layer {PUBLISHED_SELECT}, does not give them; name them, "
         "e.g. --blocks 5,3,1 with the first of the concatenation first"
     )
-
-
-def _rows(entries: Entries) -> int:
-    if EMBEDDINGS not in entries or len(entries[EMBEDDINGS].shape) != 2:
-        got = f"shape {list(entries[EMBEDDINGS].shape)}" if EMBEDDINGS in entries else "none"
-        raise ConversionError(
-            f"SRC: model.embed_tokens.weight: expected a matrix [tokens, width], got {got}; complete the checkpoint"
-        )
-    return entries[EMBEDDINGS].shape[0]
 
 
 def _text_config(content: dict, vocabulary: Vocabulary, tied: bool) -> PreTrainedConfig:

@@ -33,28 +33,8 @@ SIGLIP_NORMALIZATION = [0.5, 0.5, 0.5]
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 ROWS_MULTIPLE = 64  # 32000 rows of embeddings become 32064, as in transformers' LLaVA checkpoints
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-# The prompt that LLaVA-1.5 and LLaVA-STF were trained on; images of a message go in front of its text, one per line:
-#     SYSTEM USER: <image>\nquestion ASSISTANT: answer</s>USER: question ASSISTANT:
-VICUNA_V1 = (
-    "{%- macro words(content) -%}"
-    "{%- if content is string -%}{{- content -}}{%- else -%}"
-    "{%- for part in content if part['type'] in ('image', 'video') -%}{{- '<image>\\n' -}}{%- endfor -%}"
-    "{%- for part in content if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"
-    "{%- endif -%}{%- endmacro -%}"
-    "{%- if messages[0]['role'] != 'system' -%}{{- " + repr(SYSTEM) + " + ' ' -}}{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}{{- words(message['content']) + ' ' -}}"
-    "{%- elif message['role'] == 'user' -%}{{- 'USER: ' + words(message['content']) + ' ' -}}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{- 'ASSISTANT: ' + words(message['content']) + (eos_token or '</s>') -}}"
-    "{%- else -%}{{- raise_exception('roles are system, user and assistant, got ' + message['role']) -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
-)
+# The prompt that LLaVA-1.5 and LLaVA-STF were trained on.
+VICUNA_V1 = Path(__file__).with_name("vicuna_v1.jinja").read_text(encoding="utf-8")
 
 
 def read_tokenizer(folders: Sequence[Path], report: Report) -> PreTrainedTokenizerBase | None:

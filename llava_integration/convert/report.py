@@ -68,47 +68,7 @@ class Report:
         return counts + self.notes + [f"warning: {warning}" for warning in self.warnings]
 
 
-CARD = """---
-license: {licence}
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags:
-- llava
-- {kind}
----
-
-# LLaVA-STF from {name}
-
-{tokens} image tokens per {what}: Learning Compact Vision Tokens for Efficient Large Multimodal Models
-(arXiv 2506.07138).
-
-## Source
-
-`{name}`, {form}; converted with `python -m llava_integration.convert {command}`.
-{origin}
-
-## Licences
-
-{licences}
-
-## Layout
-
-* blocks of the vision tower, in concatenation order: {layers}
-* window of {window}x{window} patches per token
-* element order of the merged axis: **{order}**, `(dy * {window} + dx) * C + c`
-* projector: `model.multi_modal_projector.mbtf` and `.stf`, each `linear_1`, `linear_2`
-* `conversion.json` says of every tensor where it comes from:
-
-{counts}
-## Use
-
-```python
-import llava_integration  # from the stf-kernels package; registers the model
-from transformers import AutoModelForImageTextToText{imported}
-
-model = AutoModelForImageTextToText.from_pretrained("this folder"){made}
-```
-"""
+CARD = Path(__file__).with_name("card.md")
 PROCESSOR = '\nprocessor = AutoProcessor.from_pretrained("this folder")'
 REMOTE = """
 Or, without that import, with `trust_remote_code=True` in both calls: the code beside the weights takes the package
@@ -119,7 +79,7 @@ where it is installed, and plain torch where it is not.
 def model_card(config: PreTrainedConfig, report: Report, *, processor: bool, auto_map: bool) -> str:
     """README.md; folders appear by their names, never with a path. `processor`, `auto_map`: what is there."""
     counts = [f"* {kind}: {len(lines)}\n" for kind, lines in report.tensors.items() if lines]
-    card = CARD.format(
+    card = CARD.read_text(encoding="utf-8").format(
         **(_official if report.command == "official" else _warm_started)(report),
         name=_name(report.src),
         kind=config.model_type,

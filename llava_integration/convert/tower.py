@@ -4,20 +4,12 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, LlavaConfig, PreTrainedConfig, SiglipVisionConfig
 
 from .checkpoint import Entries, open_weights, read_json, weights_file
 from .report import CONFIG, ConversionError, blamed_on
 
 CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
-CLIP_LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
 KNOWN = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224}  # pixels a side
 PREFIX = "model.vision_tower."
 
@@ -70,7 +62,9 @@ def find_tower(named: str | None, src: Path, option: Path | None) -> Tower:
             f"SRC: mm_vision_tower in config.json is {named!r}, neither a local folder nor one of "
             f"{', '.join(KNOWN)}; name a local folder with --vision-tower DIR"
         )
-    return Tower(CLIPVisionConfig(image_size=KNOWN[name], **CLIP_LARGE), None, name)
+    config = LlavaConfig().vision_config  # CLIP-L
+    config.image_size = KNOWN[name]
+    return Tower(config, None, name)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

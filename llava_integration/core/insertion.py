@@ -22,21 +22,33 @@ def image_rows(mask: Tensor, count: int) -> Tensor:
     return mask.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:count]
 
 
-def check_token_count(mask: Tensor, images: float, tokens_per_image: int, image_token_id: int) -> None:
-    """ValueError unless mask [B, S] marks exactly images * tokens_per_image positions. Not checked under capture.
-
-    `images`: a whole number, except for a chunk of a prompt, which may end within an image.
-    """
+def check_token_count(mask: Tensor, needed: int, image_token_id: int) -> None:
+    """ValueError unless mask [B, S] marks as many positions as the images have tokens. Not checked under capture."""
     if is_captured():
         return
-    needed, found = round(images * tokens_per_image), mask.sum()
+    found = mask.sum()
 
     def message() -> str:
         return (
             f"Image features and image tokens do not match, tokens: {int(found)}, features: {needed}. input_ids: found "
             f"{int(found)} image tokens (id {image_token_id}; {mask.sum(-1).tolist()} in the rows), but {needed} are "
-            f"needed for {images:g} image(s) or frame(s), {tokens_per_image} each; prepare prompts with the "
-            "processor of this model, not with that of the stock LLaVA"
+            "needed for these images or frames; prepare prompts with the processor of this model, not with that of the "
+            "stock one"
         )
 
     torch_compilable_check(found == needed, message)
+
+
+def images_in_parts(tokens: list[int], counts: list[int]) -> list[int]:
+    """How many of the images that have counts[i] tokens stand in each part of a prompt that has tokens[j] of them.
+
+    In order; what is left over in a part are tokens that sampling has made, fewer than an image has.
+    """
+    found, image = [], 0
+    for room in tokens:
+        first = image
+        while image < len(counts) and counts[image] <= room:
+            room -= counts[image]
+            image += 1
+        found.append(image - first)
+    return found

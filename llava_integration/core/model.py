@@ -19,7 +19,7 @@ from transformers.utils import output_capturing
 from transformers.utils.generic import can_return_tuple
 
 from .config import CompactConfig, resolve_layers, vision_grid
-from .insertion import check_token_count, image_rows, is_captured
+from .insertion import check_token_count, image_rows, images_in_parts, is_captured
 from .projector import build_projector
 from .tower import check_pixels, image_chunks, to_device_of, tower_hidden_states
 
@@ -32,6 +32,7 @@ BUILT_BY = (  # a weight's axis, the field that says how long it is, and what it
     (".stf.linear_1.weight", 1, "spatial_merge_size", "windows of {} tokens"),
     (".stf.linear_1.weight", 0, "stf_hidden_size", "{} units"),
 )
+PER_IMAGE = {"image_sizes", "batch_num_images"}  # besides the pixels
 SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # of transformers' quantizers
 
 
@@ -230,62 +231,68 @@ class CompactModel(_Saved):
         if (input_ids is None) == (inputs_embeds is None):
             got = "none" if input_ids is None else "both"
             raise ValueError(f"input_ids, inputs_embeds: expected exactly one of them, got {got}")
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and encoded is not None:
+        encoded = dict(mm_encoder_outputs or {})
+        if pixel_values is not None and encoded.get("image") is not None:
             raise ValueError("pixel_values, mm_encoder_outputs: expected at most one of them, got both")
         options = {name: kwargs.pop(name) for name in self.feature_options if name in kwargs}
+        videos = kwargs.pop("pixel_values_videos", None)
+        kwargs.pop("image_sizes_videos", None)  # frames have the size of the tower's images
+        if videos is not None and not hasattr(self, "get_video_features"):
+            raise ValueError(
+                f"pixel_values_videos: expected none, {type(self).__name__} takes images alone; give the frames as "
+                "images, each with a placeholder of its own"
+            )
         if pixel_values is not None:
             self.check_options(**options)
             self.check_pixels(pixel_values)
             self.check_prompt(input_ids, pixel_values, **options)
             pixel_values = pixel_values if len(pixel_values) else None
-        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        tokens = None
+        embeds, placed = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds, {}
         if pixel_values is not None and input_ids is not None and self._writes_in_place(embeds):
-            tokens = self._write_images(input_ids, embeds, pixel_values, options.get("vision_feature_layer"))
+            placed["image"] = self._write_images(input_ids, embeds, pixel_values, options.get("vision_feature_layer"))
         elif pixel_values is not None:
-            encoded = self.tokens_of(pixel_values=pixel_values, **options)
-        if encoded is not None:
-            pooled = encoded.pooler_output
-            tokens = pooled.flatten(0, 1) if isinstance(pooled, Tensor) else torch.cat(list(pooled))
-            tokens = tokens.to(embeds.device, embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, embeds, tokens)
-            embeds = embeds.masked_scatter(mask[0] if isinstance(mask, tuple) else mask, tokens)
-        embeds, kwargs = self.insert_videos(input_ids, embeds, mm_encoder_outputs or {}, kwargs)
+            encoded["image"] = self.tokens_of(pixel_values=pixel_values, **options)
+        if videos is not None:
+            encoded["video"] = self.get_video_features(videos, whole_tower=False, return_dict=True)
+        for kind in ("image", "video"):
+            if encoded.get(kind) is not None:
+                pooled = encoded[kind].pooler_output
+                tokens = pooled.flatten(0, 1) if isinstance(pooled, Tensor) else torch.cat(list(pooled))
+                placed[kind] = tokens.to(embeds.device, embeds.dtype)
+                embeds = embeds.masked_scatter(self.placeholders(kind, input_ids, embeds, placed[kind]), placed[kind])
         outputs = stock.forward(self, inputs_embeds=embeds, return_dict=True, **kwargs)
-        if tokens is None:
-            return outputs
-        if hasattr(outputs, "image_outputs"):  # since transformers 5.24
-            per_image = tokens.unflatten(0, (-1, self.config.image_seq_length)) if encoded is None else None
-            outputs["image_outputs"] = encoded or BaseModelOutputWithPooling(pooler_output=per_image)
-        else:
-            outputs["image_hidden_states"] = tokens
+        for kind, tokens in placed.items():
+            if hasattr(outputs, f"{kind}_outputs"):  # since transformers 5.24
+                per_image = tokens if kind in encoded else tokens.unflatten(0, (-1, self.config.image_seq_length))
+                outputs[f"{kind}_outputs"] = encoded.get(kind) or BaseModelOutputWithPooling(pooler_output=per_image)
+            elif hasattr(outputs, f"{kind}_hidden_states"):
+                outputs[f"{kind}_hidden_states"] = tokens
         return outputs
 
-    def insert_videos(self, input_ids: Tensor | None, inputs_embeds: Tensor, encoded: dict, options: dict) -> tuple:
-        """inputs_embeds with the videos of a family that takes them, and `options` of forward without those."""
-        if options.pop("pixel_values_videos", None) is not None:
-            raise ValueError(
-                f"pixel_values_videos: expected none, {type(self).__name__} takes images alone; give the frames as "
-                "images, each with a placeholder of its own"
-            )
-        return inputs_embeds, options
+    def video_outputs(
+        self, videos: Tensor, layers: int | list[int] | None, strategy: str | None, whole_tower: bool, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """As `image_outputs` for all frames of videos [V, T, 3, S, S], with the tokens [V, T*(H//r)*(W//r), D]."""
+        if not isinstance(videos, Tensor) or videos.ndim != 5:
+            got = list(getattr(videos, "shape", [])) or type(videos).__name__
+            raise ValueError(f"pixel_values_videos: expected [videos, frames, channels, height, width], got {got}")
+        self.check_options(strategy, **kwargs)
+        outputs = self.image_outputs(videos.flatten(0, 1), layers, whole_tower, **kwargs)
+        outputs.pooler_output = outputs.pooler_output.unflatten(0, videos.shape[:2]).flatten(1, 2)
+        return outputs
 
-    def get_placeholder_mask(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor, token_id: int | None = None
-    ) -> Tensor:
-        """bool [B, S, 1], True at image tokens; ValueError unless they are as many as the rows of `image_features`.
+    def placeholders(self, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor) -> Tensor:
+        """bool [B, S, 1], True at the tokens of "image" or "video"; ValueError unless as many as `features` [rows, D].
 
         A prompt that is prefilled in chunks has parts of images in them.
         """
-        token = self.config.image_token_id if token_id is None else token_id
+        token = getattr(self.config, f"{kind}_token_id")
         if input_ids is not None:
             mask = input_ids == token
         else:
             token_ids = torch.full((), token, dtype=torch.long, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token_ids)).all(-1)
-        rows = image_features.numel() // image_features.shape[-1]
-        check_token_count(mask, rows / self.config.image_seq_length, self.config.image_seq_length, token)
+        check_token_count(mask, len(features), token)
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
     def check_prompt(self, input_ids: Tensor | None, pixel_values: Tensor, **options) -> None:
@@ -294,36 +301,42 @@ class CompactModel(_Saved):
         Counting on a GPU would wait for it; there the same check comes with the insertion.
         """
         if input_ids is not None and input_ids.device.type == "cpu" and not is_captured():
-            self._check_count(input_ids == self.config.image_token_id, len(pixel_values))
+            self._check_count(input_ids, sum(self.image_token_counts(pixel_values, **options)))
 
-    def images_in_rows(self, input_ids: Tensor, **options) -> list[int]:
+    def image_token_counts(self, pixel_values: Tensor, **options) -> list[int]:
+        """Tokens of every image; `options`: those of `feature_options`."""
+        return [self.config.image_seq_length] * len(pixel_values)
+
+    def images_in_rows(self, input_ids: Tensor, pixel_values: Tensor, **options) -> list[int]:
         """How many images stand in each row of input_ids [B, S]."""
-        return ((input_ids == self.config.image_token_id).sum(1) // self.config.image_seq_length).tolist()
+        tokens = (input_ids == self.config.image_token_id).sum(1).tolist()
+        return images_in_parts(tokens, self.image_token_counts(pixel_values, **options))
 
-    def uncached_images(self, input_ids: Tensor, pixel_values: Tensor, cached: int) -> Tensor:
-        """pixel_values [N, ...] without the images that stand in the first `cached` of input_ids [B, S].
+    def uncached_images(self, input_ids: Tensor, cached: int, pixel_values: Tensor, **options) -> Tensor | None:
+        """[N] bool, False for images that stand in the first `cached` of input_ids [B, S].
 
-        As it is where it does not hold the images of the whole conversation.
+        None where pixel_values does not hold the images of the whole conversation one by one.
         """
-        mask, per_image = input_ids == self.config.image_token_id, self.config.image_seq_length
-        old, new = (part.sum(1) // per_image for part in (mask[:, :cached], mask[:, cached:]))
-        if len(pixel_values) != int((old + new).sum()):
-            return pixel_values
-        is_new = [torch.arange(a + b) >= a for a, b in zip(old.tolist(), new.tolist(), strict=True)]
-        return pixel_values[torch.cat(is_new).to(pixel_values.device)]
+        mask = input_ids == self.config.image_token_id
+        tokens = [int(part.sum()) for row in mask for part in (row[:cached], row[cached:])]
+        counts = self.image_token_counts(pixel_values, **options)
+        found = images_in_parts(tokens, counts)
+        grouped = max(map(int, options.get("batch_num_images", ())), default=1) > 1
+        if grouped or len(pixel_values) != sum(found) or sum(tokens) - sum(counts) >= min(counts, default=0):
+            return None
+        return torch.tensor([False, True] * len(mask)).repeat_interleave(torch.tensor(found))
 
-    def _check_count(self, mask: Tensor, images: float) -> None:
-        check_token_count(mask, images, self.config.image_seq_length, self.config.image_token_id)
+    def _check_count(self, input_ids: Tensor, needed: int) -> None:
+        check_token_count(input_ids == self.config.image_token_id, needed, self.config.image_token_id)
 
     def _write_images(
         self, input_ids: Tensor, inputs_embeds: Tensor, pixel_values: Tensor, layers: int | list[int] | None
     ) -> Tensor:
         """The projector's last product writes its rows into inputs_embeds; returns a copy of those rows [rows, D]."""
-        per_image = self.config.image_seq_length
-        mask = input_ids == self.config.image_token_id
+        count = len(pixel_values) * self.config.image_seq_length
         if input_ids.device.type != "cpu":
-            self._check_count(mask, len(pixel_values))
-        rows = image_rows(mask, len(pixel_values) * per_image)
+            self._check_count(input_ids, count)
+        rows = image_rows(input_ids == self.config.image_token_id, count)
         flat = inputs_embeds.view(-1, inputs_embeds.shape[-1])
         self.multi_modal_projector(self._encode_all(pixel_values, layers), self.vision_grid, out=flat, rows=rows)
         return flat[rows]
@@ -369,11 +382,14 @@ class CompactGeneration(_Saved):
         pixel_values, cache = kwargs.pop("pixel_values", None), kwargs.get("past_key_values", kwargs.get("cache"))
         if pixel_values is not None:
             self.model.check_pixels(pixel_values)
+            options = {name: kwargs[name] for name in self.model.feature_options if name in kwargs}
             if cache is None:
-                names = self.model.feature_options
-                self.model.check_prompt(input_ids, pixel_values, **{n: kwargs[n] for n in names if n in kwargs})
+                self.model.check_prompt(input_ids, pixel_values, **options)
             elif input_ids is not None:
-                pixel_values = self.model.uncached_images(input_ids, pixel_values, int(cache.get_seq_length()))
+                new = self.model.uncached_images(input_ids, int(cache.get_seq_length()), pixel_values, **options)
+                if new is not None:
+                    pixel_values = pixel_values[new.to(pixel_values.device)]
+                    kwargs |= {name: torch.as_tensor(options[name])[new] for name in PER_IMAGE & options.keys()}
             if len(pixel_values):
                 kwargs["pixel_values"] = pixel_values
         if self.generation_config.suppress_tokens is None:
@@ -406,7 +422,7 @@ class CompactGeneration(_Saved):
         images = {}
         if expand_size > 1 and input_ids is not None and model_kwargs.get("pixel_values") is not None:
             options = {name: model_kwargs[name] for name in self.model.feature_options if name in model_kwargs}
-            counts = self.model.images_in_rows(input_ids, **options)
+            counts = self.model.images_in_rows(input_ids, model_kwargs["pixel_values"], **options)
             images = {name: model_kwargs.pop(name) for name in ("pixel_values", "image_sizes") if name in model_kwargs}
             for name, value in images.items():
                 groups = [group.repeat(expand_size, *[1] * (value.ndim - 1)) for group in value.split(counts)]

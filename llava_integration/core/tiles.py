@@ -10,20 +10,17 @@ order of tokens and tiles, the padding that is cut off, the newline behind each 
 import copy
 import inspect
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .config import prefix_tokens, smallest_window
-from .insertion import is_captured
 from .model import CompactModel
 
 
@@ -87,9 +84,9 @@ class TiledModel(CompactModel):
 
     own_image_features = get_image_features
 
-    def get_placeholder_mask(self, *args, **kwargs):
-        """The stock model's: how many tokens an image has is in its features alone."""
-        return super(CompactModel, self).get_placeholder_mask(*args, **kwargs)
+    def placeholders(self, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor) -> Tensor:
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, **{f"{kind}_features": features})
+        return mask[kind == "video"] if isinstance(mask, tuple) else mask
 
     def check_pixels(self, pixel_values: Tensor) -> None:
         five = isinstance(pixel_values, Tensor) and pixel_values.ndim == 5
@@ -97,26 +94,10 @@ class TiledModel(CompactModel):
 
     def check_prompt(self, input_ids: Tensor | None, pixel_values: Tensor, image_sizes=None, **options) -> None:
         flat_tiles(self.config, pixel_values, image_sizes, options.get("batch_num_images"))
-        if input_ids is not None and input_ids.device.type == "cpu" and not is_captured():
-            needed, mask = sum(self._counts(image_sizes, **options)), input_ids == self.config.image_token_id
-            if needed != int(mask.sum()):
-                raise ValueError(
-                    f"Image features and image tokens do not match, tokens: {int(mask.sum())}, features: {needed}. "
-                    f"input_ids: expected {self._counts(image_sizes, **options)} image tokens for the images of these "
-                    f"sizes, found {mask.sum(-1).tolist()} in the rows; prepare prompts with the processor of this "
-                    "model, not of the stock one"
-                )
+        super().check_prompt(input_ids, pixel_values, image_sizes=image_sizes, **options)
 
-    def _counts(self, image_sizes, batch_num_images=None, vision_aspect_ratio=None, **_) -> list[int]:
+    def image_token_counts(self, pixel_values, image_sizes=None, batch_num_images=None, vision_aspect_ratio=None, **_):
         return self.token_counts(image_sizes, batch_num_images, vision_aspect_ratio=vision_aspect_ratio)
-
-    def images_in_rows(self, input_ids: Tensor, image_sizes=None, **options) -> list[int]:
-        ends = torch.tensor(self._counts(image_sizes, **options)).cumsum(0)
-        rows = (input_ids == self.config.image_token_id).sum(1).cumsum(0).cpu()
-        return torch.searchsorted(ends, rows, right=True).diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
-
-    def uncached_images(self, input_ids: Tensor, pixel_values: Tensor, cached: int) -> Tensor:
-        return pixel_values  # those of the new turn are expected
 
     def _writes_in_place(self, inputs_embeds: Tensor) -> bool:
         return False  # the projector's rows are packed before they go into a prompt
@@ -168,49 +149,3 @@ def pack_tiles(model, tokens: Tensor, newline: Tensor, image_sizes, batch_num_im
     options = {name: packing.get(name) or getattr(model.config, name) for name in names}
     with _OnHost():
         return model.pack_image_features(list(tokens.split(counts)), sizes, image_newline=newline, **options)[0]
-
-
-class TiledProcessor:
-    """In front of a stock processor that counts tokens by tiles."""
-
-    @classmethod
-    def from_llava(cls, processor: ProcessorMixin, *, merge_size: int | None = None):
-        """The processor to go with `llava_integration.from_llava(model, merge_size=merge_size)`."""
-        stock = cls.__mro__[2]
-        if not isinstance(processor, stock) or isinstance(processor, TiledProcessor):
-            raise TypeError(f"processor: expected a {stock.__name__}, got {type(processor).__name__}")
-        names = inspect.signature(stock).parameters
-        parts = {name: getattr(processor, name) for name in names if hasattr(processor, name)}
-        side = cls.tile_side(processor)
-        r = smallest_window(side) if merge_size is None else merge_size
-        if type(r) is not int or not 1 <= r <= side:
-            raise ValueError(f"merge_size: expected an int from 1 to {side}, the side of a tile, got {merge_size!r}")
-        return cls(**parts | cls.windows(processor, r))
-
-    def __call__(self, images=None, text=None, videos=None, **kwargs):
-        """As ProcessorMixin.__call__; none are None or []. ValueError for videos where there is no video processor."""
-        images, videos = (None if isinstance(given, list) and not given else given for given in (images, videos))
-        if videos is not None and getattr(self, "video_processor", None) is None:
-            raise ValueError(
-                f"videos: expected none, this {type(self).__name__} has no video processor; give the frames as images, "
-                "each with a placeholder of its own"
-            )
-        return super().__call__(images=images, text=text, videos=videos, **kwargs)
-
-    @staticmethod
-    def tile_side(processor: ProcessorMixin) -> int:
-        """Patches along the side of a tile."""
-        crop, size = processor.image_processor.crop_size, processor.image_processor.size
-        pixels = (crop and crop["height"]) or size.get("height") or size["shortest_edge"]
-        return pixels // processor.patch_size
-
-    @staticmethod
-    def windows(processor: ProcessorMixin, r: int) -> dict[str, int]:
-        """The arguments that make windows of r x r patches out of patches."""
-        return {"patch_size": r * processor.patch_size}
-
-    @staticmethod
-    def sizes(config: PreTrainedConfig) -> dict[str, Any]:
-        """The arguments that a model's configuration decides."""
-        patch = config.vision_config.patch_size * config.spatial_merge_size
-        return {"patch_size": patch, "num_additional_image_tokens": prefix_tokens(config.vision_config)}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, SiglipVisionModel
 
+import llava_integration as li
 from tests.llava import build
 from tests.llava.build import randomize
 
@@ -152,6 +153,13 @@ def make_stock(folder: Path, tokenizer: bool = True, text: dict | None = None, *
         make_tokenizer(words).save_pretrained(folder)
         write_json(folder / "chat_template.json", {"chat_template": "{{ messages[0]['content'] }}"})
     return model
+
+
+def in_memory(model, **options):
+    """What `from_llava` makes, with the seed of a conversion."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return li.from_llava(model, **options)
 
 
 def linked(folder: Path, copy: Path) -> Path:

@@ -11,7 +11,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_integration.convert import convert_llava, convert_official
 from llava_integration.convert.folder import whole_folder
-from llava_integration.convert.processor import SYSTEM
 from tests.convert import checkpoints as ck
 from tests.llava import build
 from tests.support.processes import python
@@ -35,7 +34,10 @@ if len(sys.argv) > 3:
     model.save_pretrained(sys.argv[3])
     processor.save_pretrained(sys.argv[3] + "-processor")
 """
-
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions."
+)
 
 # None in sys.modules: the import fails as that of a package that is not there.
 HIDE = "import sys; sys.modules |= dict.fromkeys(('llava_integration', 'stf_kernels', 'reference')); "
@@ -152,10 +154,6 @@ class TestTemplate:
         content = [{"type": "text", "text": "what is in the picture"}, {"type": "image"}]
         expected = f"{SYSTEM} USER: <image>\nwhat is in the picture ASSISTANT:"
         assert render([{"role": "user", "content": content}]) == expected
-        assert SYSTEM == (
-            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the user's questions."
-        )
 
     def test_several_turns_and_a_system_message(self, render):
         messages = [

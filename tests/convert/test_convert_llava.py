@@ -19,12 +19,6 @@ from tests.convert import checkpoints as ck
 from tests.llava import build
 
 
-def in_memory(model, **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return li.from_llava(model, **options)
-
-
 def convert(src, dst, **options):
     convert_llava(src, dst, **options)
     return build.load(dst)
@@ -42,7 +36,7 @@ def without_dtypes(config):
 def test_equals_from_llava_in_memory(stock, dst, options):
     folder, model = stock
     before = ck.snapshot(folder)
-    converted, expected = convert(folder, dst, **options), in_memory(model, **options)
+    converted, expected = convert(folder, dst, **options), ck.in_memory(model, **options)
     assert build.same_state(converted, expected)
     assert without_dtypes(converted.config) == without_dtypes(expected.config)
     assert len(json.loads((dst / "conversion.json").read_text())["tensors"]["created"]) == 8
@@ -67,13 +61,13 @@ def test_every_layout_that_the_stock_model_loads(stock, tmp_path, dst, layout, f
     model.config.save_pretrained(src)
     if form == "safetensors":
         assert build.same_state(build.load(src, LlavaForConditionalGeneration), model), "the stock model loads it"
-    assert build.same_state(convert(src, dst), in_memory(model))
+    assert build.same_state(convert(src, dst), ck.in_memory(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dtype(stock, dst, dtype):
     model = LlavaForConditionalGeneration.from_pretrained(stock[0], dtype=dtype)
-    assert build.same_state(convert(stock[0], dst, dtype=dtype), in_memory(model))
+    assert build.same_state(convert(stock[0], dst, dtype=dtype), ck.in_memory(model))
 
 
 @pytest.mark.parametrize("held", ["embeddings alone", "head alone", "both, equal", "both, different"])
@@ -90,7 +84,7 @@ def test_a_tied_head_as_the_stock_model_reads_it(tmp_path, dst, held):
         del tensors[embeddings]
     save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})
     converted = convert(src, dst)
-    assert build.same_state(converted, in_memory(LlavaForConditionalGeneration.from_pretrained(src)))
+    assert build.same_state(converted, ck.in_memory(LlavaForConditionalGeneration.from_pretrained(src)))
     tied = held != "both, different"
     assert (converted.lm_head.weight is converted.get_input_embeddings().weight) == tied
     assert converted.config.tie_word_embeddings == tied
@@ -102,7 +96,7 @@ def test_a_projector_of_another_width(tmp_path, dst):
     model = ck.make_stock(tmp_path / "llava", text={"hidden_size": 64})
     converted = convert(tmp_path / "llava", dst)
     assert converted.config.stf_hidden_size == 4 * 64
-    assert build.same_state(converted, in_memory(model))
+    assert build.same_state(converted, ck.in_memory(model))
 
 
 def test_processor_comes_along(stock, dst):

@@ -82,10 +82,9 @@ class TestFiles:
             torch.save(content, file)
         else:
             file.write_bytes(pickle.dumps(content))
-        match = "code in it, which was not executed"
+        match = {"torch.save": "code in it, which was not executed"}.get(kind, "truncated or not")
         if kind == "safetensors name":
             file.rename(src / "model.safetensors")
-            match = "truncated or not safetensors"
         refused(match, src, dst)
         assert not mark.exists()
 
@@ -110,7 +109,7 @@ class TestTensors:
             (without(UP), r"^SRC: 1 tensors are missing: model\..*complete the checkpoint"),
             (without("mm_projector_crosslayer.2.bias"), r"^SRC: 1 tensors are missing: model\..*complete the"),
             (without("encoder.layers.3.mlp.fc1.weight"), r"^SRC: 1 tensors are missing: model\..*complete the"),
-            (without("mm_projector_crosslayer.2.weight"), r"expected both of mm_projector_crosslayer"),
+            (without("mm_projector_crosslayer.2.weight"), r"^SRC: 1 tensors are missing: model\..*complete the"),
             (without("vision_tower"), r"weights of the vision tower tower in it, found none.*--vision-tower DIR"),
             (
                 without("mm_projector", "vision_tower"),
@@ -126,7 +125,7 @@ class TestTensors:
             (plus(FIRST, torch.ones(9)), r"linear_1\.weight: expected a matrix, got shape \[9\]"),
             (plus(FIRST, torch.ones(9, 100)), r"expected columns in multiples of .* got 100"),
             (plus(FIRST, torch.ones(9, 96)), r"expected a square window of tokens, got 3"),
-            (plus(LAST, torch.ones(9, 512)), r"expected 48 rows, the language model's width"),
+            (plus(LAST, torch.ones(9, 512)), r"mm_projector\.2\.weight in .*expected shape \[48, 512\]"),
             (stock_projector, r"so this is LLaVA-1\.5, not LLaVA-STF"),
         ],
     )
@@ -158,7 +157,6 @@ class TestConfiguration:
             ({"mm_projector_type": "linear"}, "mm_projector_type: expected 'mlp2x_gelu', got 'linear'"),
             ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature"),
             ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio: expected 'pad' or 'square'"),
-            ({"mm_hidden_size": 64}, "mm_hidden_size: expected 32"),
             ({"model_type": "llava_mpt"}, "expected model_type llava_llama, got 'llava_mpt'"),
             ({"mm_vision_tower": None}, "mm_vision_tower: expected a name, got None.*--vision-tower DIR"),
             ({"mm_vision_tower": "google/siglip"}, "neither a local folder nor one of.*--vision-tower DIR"),

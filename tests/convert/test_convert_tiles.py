@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-import llava_integration as li
 from llava_integration.convert import convert_llava
 from tests.convert import checkpoints as ck
 from tests.convert.test_convert_folder import load
@@ -44,15 +43,9 @@ def both(request, tmp_path_factory):
     return folder / "stock", model, folder / "stf"
 
 
-def in_memory(model, **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return li.from_llava(model, **options)
-
-
 def test_equals_from_llava_in_memory(both):
     _, model, dst = both
-    expected = in_memory(model)
+    expected = ck.in_memory(model)
     converted = build.load(dst)
     assert type(converted) is type(expected)
     assert build.same_state(converted, expected)
@@ -65,7 +58,7 @@ def test_equals_from_llava_in_memory(both):
 def test_truncated(both, dst):
     src, model, _ = both
     convert_llava(src, dst, merge_size=2, truncate=True)
-    expected = in_memory(model, merge_size=2, truncate=True)
+    expected = ck.in_memory(model, merge_size=2, truncate=True)
     assert build.same_state(build.load(dst), expected)
     processor = AutoProcessor.from_pretrained(dst)
     if hasattr(expected.model, "token_counts"):

@@ -126,8 +126,12 @@ def pixels(images, dtype=torch.float64, size=PIXELS):
 
 
 def prompt(images, per_image=4):
-    """ids [B, S] and attention mask, `images[b]` images in prompt b, left-padded, text around every image."""
+    """ids [B, S] and attention mask, `images[b]` images in prompt b, left-padded, text around every image.
+
+    `per_image`: tokens of each, or a list of those of every image.
+    """
     generator, prompts = torch.Generator().manual_seed(2), []
+    counts = iter(per_image if isinstance(per_image, list) else [per_image] * sum(images))
 
     def text(count):
         return torch.randint(len(SPECIAL), VOCAB, (count,), generator=generator).tolist()
@@ -135,7 +139,7 @@ def prompt(images, per_image=4):
     for count in images:
         prompts.append([2, *text(2)])
         for _ in range(count):
-            prompts[-1] += [IMAGE_TOKEN] * per_image + text(3)
+            prompts[-1] += [IMAGE_TOKEN] * next(counts) + text(3)
     length = max(map(len, prompts))
     ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
     return ids, (ids != 0).long()

@@ -1,6 +1,5 @@
 """Broken if this fails: some mode of generate gives other tokens, or an image reaches another prompt or beam."""
 
-import copy
 import functools
 import inspect
 
@@ -71,18 +70,6 @@ class TestGenerate:
         second = build.generate(stf, both, mask, own, past_key_values=first.past_key_values)
         assert torch.equal(second, build.generate(stf, both, mask, pixels))
 
-    @pytest.mark.parametrize("images", [1, 0])
-    def test_images_that_the_cache_holds_may_be_passed_again(self, stf, images):
-        (ids, mask), pixels = build.prompt([2, 1]), build.pixels(3 + 2 * images)
-        first = build.generate(stf, ids, mask, pixels[:3], return_dict_in_generate=True)
-        both = torch.cat([first.sequences, build.prompt([images, images])[0]], dim=1)
-        both[0, ids.shape[1]] = build.IMAGE_TOKEN  # sampled, in spite of all
-        order = [0, 1, 3, 2, 4] if images else [0, 1, 2]
-        mask, cache = torch.ones_like(both), copy.deepcopy(first.past_key_values)
-        again = build.generate(stf, both, mask, pixels[order], past_key_values=first.past_key_values)
-        own = pixels[3:] if images else None
-        assert torch.equal(again, build.generate(stf, both, mask, own, past_key_values=cache))
-
     @pytest.mark.parametrize("options", [{"do_sample": True, "temperature": 5.0}, {"prompt_lookup_num_tokens": 3}, {}])
     def test_no_image_token_is_generated(self, stf, options):
         (ids, mask), pixels = build.prompt([2]), build.pixels(2)
@@ -115,7 +102,7 @@ class TestGenerate:
         if "mm_encoder_outputs" in inspect.signature(LlavaModel.forward).parameters or size >= ids.shape[1]:
             assert torch.equal(chunked(), expected)
         else:
-            with pytest.raises(ValueError, match=r"image tokens .* 8 are needed for 2 image\(s\)"):
+            with pytest.raises(ValueError, match=r"image tokens .* 8 are needed"):
                 chunked()
 
     def test_the_cache_changes_nothing(self, stf):

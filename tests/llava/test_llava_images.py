@@ -17,7 +17,7 @@ import llava_integration as li
 from llava_integration import chat
 from llava_integration import images as module
 from llava_integration.images import pictures
-from tests.llava import build
+from tests.llava import build, tiled
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 
@@ -123,21 +123,29 @@ def test_arrays(what):
     assert np.array_equal(np.asarray(pictures(given)), expected)
 
 
-def test_through_the_processor(processor, tmp_path):
-    """Image, batch, frames of a video and chat template."""
-    data, upright = rotated()
+@pytest.mark.parametrize("family", tiled.ALL)
+def test_through_the_processor(family, tmp_path):
+    """Image, batch and frames of a video."""
+    processor, (data, upright) = tiled.stf_processor(tiled.ALL[family]()), rotated()
     (path := tmp_path / "a.jpg").write_bytes(data)
-    expected = processor(images=Image.fromarray(upright), text="<image>", return_tensors="pt")["pixel_values"]
+
+    def pixels(images, **options):
+        text = "<image>" * (len(images) if isinstance(images, list) else 1)
+        return processor(images=images, text=text, return_tensors="pt", **options)["pixel_values"]
+
+    expected = pixels(Image.fromarray(upright))
     ways = [path, opened(data), upright, torch.from_numpy(upright.copy()).permute(2, 0, 1), upright / 255.0]
-    for given in ways:
-        assert torch.equal(processor(images=given, text="<image>", return_tensors="pt")["pixel_values"], expected)
-    batch = processor(images=ways, text="<image>" * len(ways), return_tensors="pt")["pixel_values"]
+    assert all(torch.equal(pixels(given), expected) for given in ways)
+    batch = pixels(ways)
     assert torch.equal(batch, expected.expand_as(batch))
-    frames = processor(videos=[opened(data), upright], text="<image>", return_tensors="pt")["pixel_values_videos"][0]
-    assert torch.equal(frames, expected.expand_as(frames))
-    floats = torch.rand(1, 3, 56, 56)
-    own = processor(images=floats, text="<image>", return_tensors="pt", do_rescale=False, do_normalize=False)
-    torch.testing.assert_close(own["pixel_values"], floats, rtol=0, atol=1 / 255)  # PIL resizes in 8 bit
+    if processor.video_token is not None:
+        frames = processor(videos=[opened(data), upright], text=processor.video_token, return_tensors="pt")
+        base = expected if family == "llava" else expected[:, 0]
+        assert torch.equal(frames["pixel_values_videos"][0], base.expand(2, -1, -1, -1))
+    if family == "llava":
+        floats = torch.rand(1, 3, 56, 56)
+        own = pixels(floats, do_rescale=False, do_normalize=False)
+        torch.testing.assert_close(own, floats, rtol=0, atol=1 / 255)  # PIL resizes in 8 bit
 
 
 def broken_png():

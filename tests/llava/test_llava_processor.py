@@ -2,13 +2,7 @@
 
 import pytest
 import torch
-from transformers import (
-    AutoProcessor,
-    CLIPImageProcessorPil,
-    LlavaImageProcessorPil,
-    LlavaProcessor,
-    SiglipImageProcessorPil,
-)
+from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor, SiglipImageProcessorPil
 
 import llava_integration as li
 from tests.llava import build
@@ -204,15 +198,6 @@ class TestNoImages:
         assert torch.equal(build.generate(stf, ids, mask, build.pixels(0)), plain)
 
 
-def test_saved_and_loaded_by_auto_processor(processor, tmp_path):
-    processor.save_pretrained(tmp_path)
-    loaded = AutoProcessor.from_pretrained(tmp_path)
-    assert type(loaded) is li.LlavaStfProcessor
-    assert (loaded.patch_size, loaded.spatial_merge_size) == (14, 2)
-    one, other = (process(each, images=build.image())[1] for each in (processor, loaded))
-    assert all(torch.equal(one[name], other[name]) for name in ("input_ids", "pixel_values"))
-
-
 def test_from_the_stock_processor(processor):
     options = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     stock = LlavaProcessor(processor.image_processor, processor.tokenizer, patch_size=14, **options)
@@ -295,11 +280,6 @@ class TestBadInput:
         parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
         with pytest.raises(ValueError, match=message):
             li.LlavaStfProcessor(**parts | options)
-
-    def test_images_of_any_size(self, processor):
-        processor.image_processor.crop_size = None
-        with pytest.raises(ValueError, match="image_processor: expected a crop_size or size with height and width"):
-            processor(images=build.image(), videos=None, text="<image>")
 
     def test_neither_text_nor_images(self, processor):
         with pytest.raises(ValueError, match="images, text: expected at least one"):

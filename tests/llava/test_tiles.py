@@ -57,8 +57,7 @@ def test_counts(family):
     stock = tiled.MODELS[family]()
     for r, truncate in [(None, False), (2, True), (3, True)]:
         stf = li.from_llava(stock, merge_size=r, truncate=truncate)
-        processor = type(stf).__name__.replace("ForConditionalGeneration", "Processor")
-        processor = getattr(li, processor).from_llava(tiled.processor(stock), merge_size=r)
+        processor = tiled.stf_processor(stock, r)
         draw = torch.Generator().manual_seed(0)
         sizes = [tuple(size) for size in (torch.randint(2, 60, (80, 2), generator=draw) ** 1.6).long().tolist()]
         made = stf.model.token_counts(sizes)

@@ -1,10 +1,12 @@
-"""Small random LLaVA-NeXT, LLaVA-OneVision and their processors, and what packs their tiles, written from its rules."""
+"""Small random models and processors of every family, and what packs tiles, written from its rules."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 from transformers import (
+    CLIPImageProcessorPil,
+    LlavaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
@@ -13,9 +15,11 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionProcessor,
+    LlavaProcessor,
     Qwen2Config,
 )
 
+import llava_integration as li
 from tests.llava import build
 
 VIDEO_TOKEN = 1
@@ -46,31 +50,40 @@ def onevision_model(dtype=torch.float64, **changes):
 
 
 MODELS = {"next": next_model, "onevision": onevision_model}
+ALL = {"llava": build.stock, **MODELS}
 
 
 class OnevisionProcessor(LlavaOnevisionProcessor):
     """The stock one, which is not to be had where torchvision is not: it insists on a video processor."""
 
-    def check_argument_for_proper_class(self, argument_name, argument):
-        if argument is not None:
-            super().check_argument_for_proper_class(argument_name, argument)
+    @classmethod
+    def get_attributes(cls):
+        return ["image_processor", "tokenizer"]
 
 
 def processor(model):
     """The stock processor of a stock model."""
     vision, side = model.config.vision_config, model.config.vision_config.image_size
-    square = {"height": side, "width": side}
-    options = {"size": square, "crop_size": square, "image_grid_pinpoints": model.config.image_grid_pinpoints}
-    tokenizer = build.tokenizer(padding_side="left")
+    square, tokenizer = {"height": side, "width": side}, build.tokenizer(padding_side="left")
     strategy = model.config.vision_feature_select_strategy
-    if not isinstance(model.config, LlavaOnevisionConfig):
-        return LlavaNextProcessor(
-            LlavaNextImageProcessorPil(**options), tokenizer, vision.patch_size, strategy, num_additional_image_tokens=1
-        )
+    if isinstance(model.config, LlavaConfig):
+        images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
+        return LlavaProcessor(images, tokenizer, vision.patch_size, strategy, num_additional_image_tokens=1)
+    options = {"size": square, "crop_size": square, "image_grid_pinpoints": model.config.image_grid_pinpoints}
+    if isinstance(model.config, LlavaNextConfig):
+        images = LlavaNextImageProcessorPil(**options)
+        return LlavaNextProcessor(images, tokenizer, vision.patch_size, strategy, num_additional_image_tokens=1)
     images = LlavaOnevisionImageProcessorPil(**options)
     options = {"num_image_tokens": (side // vision.patch_size) ** 2, "vision_feature_select_strategy": strategy}
     ratio = model.config.vision_aspect_ratio
     return OnevisionProcessor(images, tokenizer, video_token="<unk>", vision_aspect_ratio=ratio, **options)
+
+
+def stf_processor(stock, merge_size=None):
+    """What goes with `from_llava(stock, merge_size=merge_size)`."""
+    made = processor(stock)
+    name = type(stock).__name__.replace("ForConditionalGeneration", "StfProcessor")
+    return getattr(li, name).from_llava(made, merge_size=merge_size)
 
 
 def inputs(model, sizes, together=False, dtype=torch.float64):
@@ -78,6 +91,12 @@ def inputs(model, sizes, together=False, dtype=torch.float64):
     images = [build.image(seed, size[::-1]) for seed, size in enumerate(sizes)]
     made = processor(model).image_processor([images] if together else images, return_tensors="pt")
     return {name: value.to(dtype) if name == "pixel_values" else value for name, value in made.items()}
+
+
+def prompts(stf, made, groups):
+    """Padded prompts with `groups[b]` images each, and all that the model gets."""
+    ids, mask = build.prompt(groups, stf.model.image_token_counts(**made))
+    return {"input_ids": ids, "attention_mask": mask, **made}
 
 
 def stock_tokens(model, pixel_values):
@@ -141,6 +160,8 @@ def best_grid(config, size):
 
 def expected(model, made, sizes, r):
     """What the features of `model` with windows of r x r have to be, one [tokens, D] an image."""
+    if "image_sizes" not in made:
+        return list(pooled(stock_tokens(model, made["pixel_values"]), r).flatten(1, 2))
     found = []
     for tiles, size in zip(made["pixel_values"], sizes, strict=True):
         alone = made.get("batch_num_images", torch.ones(len(sizes))).max() == 1
