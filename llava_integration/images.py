@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-ASPECT = 8  # a longer strip is cut to what the crop keeps before it is resized
+LARGE = 2**20  # pixels: a strip that would become so many is cut to what the crop keeps before it is resized
 MARGIN = 4  # of its pixels on either side, or of the result's where that is smaller: more than a filter's reach
 REPORTED = 8  # broken images of one call
 
@@ -139,13 +139,13 @@ def _without_ends(image: Image.Image, processor: Any, options: dict[str, Any]) -
     size, crop = option("size"), option("crop_size")
     short, long = sorted(image.size)
     cropped = option("do_resize") and option("do_center_crop") and not hasattr(processor, "image_grid_pinpoints")
-    if long <= ASPECT * short or not (cropped and size and crop):
+    if not (cropped and size and crop):
         return image
     edge = dict(size).get("shortest_edge") if not isinstance(size, int) else size
-    if edge is None:
+    whole = int((edge or 0) * long / short)  # the longer edge of the result, as transformers has it
+    if edge is None or edge * whole <= LARGE:
         return image
     kept = crop if isinstance(crop, int) else max(dict(crop).values())
-    whole = int(edge * long / short)  # the longer edge of the result, as transformers has it
     scale = whole / long
     spare = math.ceil(MARGIN * max(scale, 1.0))
     first = (whole - kept) // 2 - spare

@@ -40,6 +40,7 @@ class LlavaOnevisionStfModel(TiledModel, LlavaOnevisionModel):
     """Vision tower, compact projector and language model, without the language modeling head."""
 
     config: LlavaOnevisionStfConfig
+    has_videos = True
     forward = forward_of(LlavaOnevisionModel)
 
     @can_return_tuple

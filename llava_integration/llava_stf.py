@@ -29,6 +29,7 @@ class LlavaStfModel(CompactModel, LlavaModel):
     """Vision tower, compact projector and language model, without the language modeling head."""
 
     config: LlavaStfConfig
+    has_videos = True
     input_modalities = ("image", "video", "text")
     forward = takes_videos(forward_of(LlavaModel))
 

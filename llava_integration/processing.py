@@ -26,7 +26,6 @@ class CompactProcessor(ProcessorMixin):
     A family with videos has a `video_token` and `replace_video_token`, and counts them for `video_sizes`.
     """
 
-    video_token: str | None = None
     groups_images = False  # whether an image is cut otherwise where others stand in its prompt
 
     @classmethod
@@ -91,7 +90,7 @@ class CompactProcessor(ProcessorMixin):
                     self._check_count("image", [prompt], own, f" in prompt {index}", **kwargs)
             images = images if self.groups_images else _flat(images)
         if videos is not None:
-            if self.video_token is None:
+            if not hasattr(self, "video_token"):
                 raise ValueError(
                     f"videos: expected none, {type(self).__name__} takes images alone; give the frames as images, each "
                     "with a placeholder of its own"
@@ -105,14 +104,13 @@ class CompactProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, *(["pixel_values_videos"] if self.video_token is not None else [])]
+        return super().model_input_names + ["pixel_values_videos"] * hasattr(self, "video_token")
 
-    @property
-    def video_processor(self):
-        """Frames are prepared as images are; transformers' own video processors need torchvision."""
-        if self.video_token is None:
-            raise AttributeError(f"{type(self).__name__} has no video_processor")
-        return self.image_processor
+    def __getattr__(self, name: str):
+        """Frames are prepared as images are: transformers' own video processors need torchvision."""
+        if name == "video_processor" and hasattr(self, "video_token"):
+            return self.image_processor
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _process_videos(self, videos, **kwargs):
         frames, lengths = _flat(videos), [len(video) for video in videos]
@@ -133,7 +131,8 @@ class CompactProcessor(ProcessorMixin):
         """ValueError unless the placeholders, or the expanded tokens, are as many as the images and videos need."""
         if text is None and images is None and videos is None:
             raise ValueError("images, text: expected at least one of them, got neither")
-        shared = self.video_token == self.image_token
+        video_token = getattr(self, "video_token", None)
+        shared = video_token == self.image_token
         if shared and images is not None and videos is not None:
             raise ValueError(
                 f"videos: expected images or videos, which share the placeholder {self.image_token}, got both; add "
@@ -142,7 +141,7 @@ class CompactProcessor(ProcessorMixin):
         if not shared or videos is None:
             images = images if isinstance(images, list) else [] if images is None else [images]
             self._check_count("image", text, _flat(images), **kwargs)
-        if self.video_token is not None and (not shared or videos is not None):
+        if video_token and (not shared or videos is not None):
             self._check_count("video", text, videos or [], **kwargs)
 
     def _check_count(self, kind: str, text: list[str] | None, given: list, where: str = "", **kwargs) -> None:
@@ -168,9 +167,9 @@ class CompactProcessor(ProcessorMixin):
 
     def get_text_with_replacements(self, text, images_replacements=(), videos_replacements=(), *args, **kwargs):
         """Leave prompts alone whose tokens are expanded already."""
-        left = []
-        for token, replacements in ((self.image_token, images_replacements), (self.video_token, videos_replacements)):
-            found = sum(sample.count(token) for sample in text) if token else 0
+        left, tokens = [], (self.image_token, getattr(self, "video_token", self.image_token))
+        for token, replacements in zip(tokens, (images_replacements, videos_replacements), strict=True):
+            found = sum(sample.count(token) for sample in text)
             left.append([] if found != len(replacements) else list(replacements))
         return super().get_text_with_replacements(text, *left, *args, **kwargs)
 

@@ -123,6 +123,7 @@ class CompactModel(_Saved):
 
     multi_modal_projector: nn.Module
     own_image_features: Callable
+    has_videos = False  # whether the family gives `get_video_features`, by `video_outputs`
     # What `get_image_features` takes besides the pixels, of what `forward` does.
     feature_options: tuple[str, ...] = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
@@ -237,7 +238,7 @@ class CompactModel(_Saved):
         options = {name: kwargs.pop(name) for name in self.feature_options if name in kwargs}
         videos = kwargs.pop("pixel_values_videos", None)
         kwargs.pop("image_sizes_videos", None)  # frames have the size of the tower's images
-        if videos is not None and not hasattr(self, "get_video_features"):
+        if videos is not None and not self.has_videos:
             raise ValueError(
                 f"pixel_values_videos: expected none, {type(self).__name__} takes images alone; give the frames as "
                 "images, each with a placeholder of its own"

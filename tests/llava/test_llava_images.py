@@ -138,7 +138,7 @@ def test_through_the_processor(family, tmp_path):
     assert all(torch.equal(pixels(given), expected) for given in ways)
     batch = pixels(ways)
     assert torch.equal(batch, expected.expand_as(batch))
-    if processor.video_token is not None:
+    if hasattr(processor, "video_token"):
         frames = processor(videos=[opened(data), upright], text=processor.video_token, return_tensors="pt")
         base = expected if family == "llava" else expected[:, 0]
         assert torch.equal(frames["pixel_values_videos"][0], base.expand(2, -1, -1, -1))
@@ -207,7 +207,7 @@ def test_all_that_are_broken_are_named():
         pictures(["nowhere.png"] * 20)
 
 
-@pytest.mark.parametrize("size", [(1, 1000), (5000, 2), (3, 700), (400, 9000)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1000), (5000, 2), (3, 1500), (20000, 40)], ids=str)
 def test_a_strip_costs_what_its_result_needs(size, monkeypatch):
     """And has the pixels that it has when it is resized whole. Not too much contrast: PIL cuts off what overshoots
     between its two passes, whose order depends on the size."""
@@ -224,5 +224,5 @@ def test_a_strip_costs_what_its_result_needs(size, monkeypatch):
     found = run()
     assert tracemalloc.get_traced_memory()[1] < 40e6
     tracemalloc.stop()
-    monkeypatch.setattr(module, "ASPECT", 10**9)
+    monkeypatch.setattr(module, "LARGE", 10**12)
     assert (found - run()).abs().max() < 0.04  # a level of 8 bit is 0.015

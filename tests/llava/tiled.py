@@ -70,7 +70,7 @@ def processor(model):
         images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
         return LlavaProcessor(images, tokenizer, vision.patch_size, strategy, num_additional_image_tokens=1)
     options = {"size": square, "crop_size": square, "image_grid_pinpoints": model.config.image_grid_pinpoints}
-    if isinstance(model.config, LlavaNextConfig):
+    if not isinstance(model.config, LlavaOnevisionConfig):  # LLaVA-NeXT and what packs like it
         images = LlavaNextImageProcessorPil(**options)
         return LlavaNextProcessor(images, tokenizer, vision.patch_size, strategy, num_additional_image_tokens=1)
     images = LlavaOnevisionImageProcessorPil(**options)

@@ -37,7 +37,7 @@ def test_the_next_one_takes_a_file_and_nothing_else(tmp_path, monkeypatch):
     """LLaVA-NeXT-Video by the names of LLaVA-NeXT's file: its images, exactly."""
     monkeypatch.setattr(register, "_FAMILIES", dict(register._FAMILIES))  # known for this test alone
     source = NEXT.read_text().replace("LlavaNext", "LlavaNextVideo").replace("llava_next", "llava_next_video")
-    (tmp_path / "llava_next_video_stf.py").write_text(source.replace("from .core", "from llava_integration.core"))
+    (tmp_path / "llava_next_video_stf.py").write_text(source.replace("from .", "from llava_integration."))
     spec = importlib.util.spec_from_file_location("llava_next_video_stf", tmp_path / "llava_next_video_stf.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     torch.manual_seed(0)
