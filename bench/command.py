@@ -5,12 +5,12 @@ import io
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stf_kernels.command import run
 
-__all__ = ["Progress", "bad_input", "number", "positive_float", "positive_int", "run", "table", "writable_file"]
+__all__ = ["Progress", "bad_input", "model_folder", "number", "positive", "run", "table", "writable_file"]
 
 
 def bad_input(command: str, message: str) -> int:
@@ -18,20 +18,19 @@ def bad_input(command: str, message: str) -> int:
     return 2
 
 
-def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+def positive(kind: type) -> Callable[[str], float]:
+    """The type of an option: a finite int or float above 0."""
 
+    def convert(text: str) -> float:
+        try:
+            if 0 < (value := kind(text)) < float("inf"):
+                return value
+        except ValueError:
+            pass
+        what = "whole number of at least 1" if kind is int else "number above 0"
+        raise argparse.ArgumentTypeError(f"expected a {what}, got {text!r}")
 
-def positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
+    return convert
 
 
 def writable_file(text: str) -> Path:
@@ -39,8 +38,6 @@ def writable_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file inside it")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder of {text!r} does not exist; make it first")
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent):
             return path
@@ -48,18 +45,22 @@ def writable_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written ({error.strerror})") from None
 
 
+def model_folder(text: str) -> Path:
+    if not (Path(text) / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} has no config.json; give the folder of a checkpoint")
+    return Path(text)
+
+
 class Progress:
     """On stderr: rich's bar in a terminal, a line per step elsewhere. Drawn between measurements, by no thread."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress
 
-        console, now = Console(stderr=True), TextColumn("{task.fields[now]}")
-        columns = (TextColumn("{task.percentage:3.0f}%"), BarColumn(24), TimeElapsedColumn(), now)
-        self.bar = Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal)
-        self.task = self.bar.add_task("", total=total, now="")
-        self.start = time.monotonic()
+        console = Console(stderr=True)
+        self.bar = Progress(console=console, auto_refresh=False, disable=not console.is_terminal)
+        self.task, self.start = self.bar.add_task("", total=total), time.monotonic()
 
     def __enter__(self) -> "Progress":
         self.bar.start()
@@ -72,7 +73,7 @@ class Progress:
         """Say what begins: one of `total`."""
         if self.bar.disable:
             print(f"[{time.monotonic() - self.start:4.0f} s] {text}", file=sys.stderr, flush=True)
-        self.bar.update(self.task, advance=1, now=text, refresh=True)
+        self.bar.update(self.task, advance=1, description=text, refresh=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

@@ -5,8 +5,8 @@
     prefill.json   python -m bench.prefill --preset 7b, eager and captured
     selection/     what both selected before they timed anything (stf_kernels.prepare)
 
-The files go to bench/results/<device-slug>/, or to $OUT/<device-slug>/; a part that fails or hangs does not take the
-others with it. Exit codes: 0 every part passed, 1 a part did not, 2 no GPU. The commit is STF_COMMIT without a .git.
+The files go to bench/results/<device-slug>/, or to $OUT/<device-slug>/. Exit codes: 0 every part passed, 1 a part did
+not, 2 no GPU. The commit is STF_COMMIT without a .git.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from .results import ROOT
 NAME = "bench.gpu"
 PYTHON = [sys.executable, "-m"]
 # Tests first, because a number from a wrong kernel is worth nothing.
-SECONDS = {"tests": 150.0, "kernels": 230.0, "prefill": 165.0}
+SECONDS = {"tests": 150.0, "kernels": 230.0, "prefill": 165.0, "sanitizer": 300.0}
 MEASURED = {
     "kernels": ["--batch", "1", "8", "--dtype", "bfloat16"],
     "prefill": ["--preset", "7b", "--full", "--modes", "eager", "graph"],
@@ -39,19 +40,15 @@ ELSEWHERE = ["tests/interpreter", "tests/aot", "tests/bench", "tests/browser", "
 OPTIONAL = ("hypothesis", "peft", "accelerate", "sentencepiece")  # a GPU machine may lack them
 WORKER_BYTES = 12 << 30  # of GPU memory that a process of tests/gpu takes: a 7B projector thrice, in float64 at last
 COMPILING = 420.0  # core-seconds: tests/gpu compiles some 700 kernels
-SANITIZER = 300.0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Tests and measurements on this GPU.")
-    parser.add_argument(
-        "--only", nargs="+", choices=[*SECONDS, "sanitizer"], default=SECONDS, help="parts; default: all but sanitizer"
-    )
+    usual = [name for name in SECONDS if name != "sanitizer"]
+    parser.add_argument("--only", nargs="+", choices=list(SECONDS), default=usual, help="default: all but sanitizer")
     args = parser.parse_args(argv)
-    try:
-        import torch
-    except ImportError:
-        return command.bad_input(NAME, "it needs a GPU: torch is not installed for this python")
+    import torch
+
     if not torch.cuda.is_available():
         without = "without one, `make test` and `make prefill` run here"
         return command.bad_input(NAME, f"it needs a GPU: torch {torch.__version__} sees none; {without}")
@@ -60,21 +57,18 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("STF_KERNELS_CACHE", str(folder / "selection"))  # the times that decided what ran
     if results.commit() == "unknown":
         print("set STF_COMMIT: without it and a .git the files do not say what was measured", file=sys.stderr)
-    ended = []
-    for name in [name for name in (*SECONDS, "sanitizer") if name in args.only]:
+    parts = {"tests": tests, **{name: partial(measured, name) for name in MEASURED}, "sanitizer": sanitized}
+    every, lines = True, []
+    for name in [name for name in parts if name in args.only]:
         began = time.monotonic()
         try:
-            if name == "sanitizer":
-                passed, said = sanitized(folder)
-            else:
-                passed, said = tests(folder) if name == "tests" else measured(name, folder, SECONDS[name])
+            passed, said = parts[name](folder)
         except Exception as error:  # a mistake in this program must not cost the parts behind it
             passed, said = False, f"{type(error).__name__}: {error}"
-        ended.append((passed, f"{name:8} {time.monotonic() - began:4.0f} s  {said}"))
-    print(f"\n{results.device_name('cuda')}, results in {folder}")
-    for passed, said in ended:
-        print(f"  {'passed' if passed else 'FAILED'}  {said}")
-    return 0 if all(passed for passed, _ in ended) else 1
+        every &= passed
+        lines.append(f"  {'passed' if passed else 'FAILED'}  {name:8} {time.monotonic() - began:4.0f} s  {said}")
+    print(f"\n{results.device_name('cuda')}, results in {folder}", *lines, sep="\n")
+    return 0 if every else 1
 
 
 def run_limited(arguments: Sequence[str], seconds: float) -> int | None:
@@ -98,18 +92,17 @@ def workers() -> int:
     room for."""
     from .meters import available_bytes
 
-    return max(1, min(os.cpu_count() or 1, (available_bytes("cuda") or 0) // WORKER_BYTES))
+    return max(1, min(os.cpu_count() or 1, available_bytes("cuda") // WORKER_BYTES))
 
 
 def tests(folder: Path) -> tuple[bool, str]:
     """tests/gpu first, in processes of its own: a GPU fault in one must not count against the rest. Few cores make
     the compiler take longer than is meant for all."""
-    seconds, began = SECONDS["tests"], time.monotonic()
+    seconds, began, count = SECONDS["tests"], time.monotonic(), workers()
     unavailable = tests_that_need([p for p in OPTIONAL if not importlib.util.find_spec(p)])
-    ignored = [f"--ignore={path}" for path in (*ELSEWHERE, *unavailable, "tests/gpu")]
-    count = workers()
     device = run_pytest(["tests/gpu"], folder, max(0.6 * seconds, COMPILING / count), count)
     left = max(0.4 * seconds, seconds - time.monotonic() + began)
+    ignored = [f"--ignore={path}" for path in (*ELSEWHERE, *unavailable, "tests/gpu")]
     rest = run_pytest([*ignored, "--maxfail=20", "tests"], folder, left, count)
     found: dict[str, Any] = {key: device[key] + rest[key] for key in ("passed", "failed", "skipped", "failures")}
     said = "{passed} passed, {failed} failed, {skipped} skipped".format(**found)
@@ -128,16 +121,17 @@ def run_pytest(arguments: Sequence[str], folder: Path, seconds: float, count: in
     # A test that hangs leaves its stack in the output before the limit ends the run.
     options = ["-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=40", f"--junitxml={report}", *shared]
     status = run_limited([*PYTHON, "pytest", *options, *arguments], seconds)
+    found: dict[str, list[str]] = {"passed": [], "failure": [], "error": [], "skipped": []}
     try:
-        cases = list(ElementTree.parse(report).iter("testcase"))
+        for case in ElementTree.parse(report).iter("testcase"):
+            ended = next((kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None), "passed")
+            found[ended].append(f"{case.get('classname')}::{case.get('name')}")
     except (OSError, ElementTree.ParseError):
         return {"passed": 0, "failed": 0, "skipped": 0, "failures": ["no report was left"], "status": status}
     report.unlink()
-    failures = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    counts = {"passed": len(cases) - len(failures) - skipped, "failed": len(failures), "skipped": skipped}
-    names = [f"{case.get('classname')}::{case.get('name')}" for case in failures]
-    return counts | {"failures": names, "status": status}
+    failures = found["failure"] + found["error"]
+    counts = {"passed": len(found["passed"]), "failed": len(failures), "skipped": len(found["skipped"])}
+    return counts | {"failures": failures, "status": status}
 
 
 def sanitized(folder: Path) -> tuple[bool, str]:
@@ -145,10 +139,9 @@ def sanitized(folder: Path) -> tuple[bool, str]:
     calls return is no error here: Triton and torch ask what they may be refused, such as whose memory a pointer is."""
     if (tool := shutil.which("compute-sanitizer")) is None:
         return False, "compute-sanitizer is not installed: it comes with CUDA's toolkit"
+    quiet = [tool, "--report-api-errors", "no", "--error-exitcode", "99"]
     small = ["--small", "--no-compile", "--batch", "1", "--json", str(folder / "small.json")]
-    status = run_limited(
-        [tool, "--report-api-errors", "no", "--error-exitcode", "99", *PYTHON, "bench.kernels", *small], SANITIZER
-    )
+    status = run_limited([*quiet, *PYTHON, "bench.kernels", *small], SECONDS["sanitizer"])
     (folder / "small.json").unlink(missing_ok=True)
     said = {0: "nothing out of bounds", 99: "memory errors, see its output", None: "stopped at the time limit"}
     return status == 0, said.get(status, f"the program failed, exit status {status}")
@@ -161,8 +154,8 @@ def tests_that_need(packages: list[str]) -> list[str]:
     return [str(file.relative_to(ROOT)) for file in files if wanted.search(file.read_text(encoding="utf-8"))]
 
 
-def measured(name: str, folder: Path, seconds: float) -> tuple[bool, str]:
-    path = folder / f"{name}.json"
+def measured(name: str, folder: Path) -> tuple[bool, str]:
+    path, seconds = folder / f"{name}.json", SECONDS[name]
     path.unlink(missing_ok=True)  # an older file must not pass for this run's
     # A budget inside the limit: the program stops by itself before it is stopped.
     arguments = [*MEASURED[name], "--json", str(path), "--budget", f"{0.8 * seconds:.0f}"]

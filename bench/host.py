@@ -1,9 +1,8 @@
 """What the operators cost beside plain PyTorch: host time of an eager call, and a CPU's time and memory at real sizes.
 
-host   Of tensors so small that what is left is the way to the launch, in processor time of one thread: what else runs
-       on the machine doubles a wall time, and moves this by a few percent. On a GPU both sides run there.
-       Without one ours are launched on a driver that only records (tests/launch); the reference's operators compute on
-       the CPU, a microsecond or two each in place of a launch: torch's own for CUDA cannot be had there.
+host   Of tensors so small that what is left is the way to the launch, in processor time of one thread. On a GPU both
+       sides run there. Without one ours are launched on a driver that only records (tests/launch), and the reference's
+       operators compute on the CPU, a microsecond or two each in place of a launch.
 cpu    The projector of LLaVA-1.5-7B in fp32 on one thread, forward and training step, where there is no GPU. In wall
        time, which is what a user waits; `cpu_ratio` is the ratio of the same calls' processor times.
 
@@ -20,10 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,9 +28,9 @@ from typing import Any
 from . import command, results
 
 NAME, ARCH, TURNS = "bench.host", "sm_90", 15
-BATCHES, ROUNDS = (1, 8), {(1, False): 9, (1, True): 7, (8, False): 4, (8, True): 4}  # (batch, trains): turns
+ROUNDS = {(1, False): 9, (1, True): 7, (8, False): 4, (8, True): 4}  # (batch, trains): turns
 SIZES, TOKENS = (8, 1024, 4096), 577  # blocks, channels, width of the language model; tokens of a block
-Pair = tuple[Callable[[], Any], Callable[[], Any]]
+Pair = Sequence[Any]  # ours and the reference's
 
 
 def cases(device: str) -> Iterator[tuple[str, bool, Pair]]:
@@ -62,27 +59,26 @@ def modules(*sizes: int, device: str) -> tuple[Any, Any]:
     import reference
     import stf_kernels
 
-    ours, theirs = (
-        package.CompactTokenProjector(*sizes, skip_tokens=1, device=device) for package in (stf_kernels, reference)
-    )
+    packages = stf_kernels, reference
+    ours, theirs = (package.CompactTokenProjector(*sizes, skip_tokens=1, device=device) for package in packages)
     theirs.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
     return ours, theirs
 
 
-def row(what: str, turns: list[tuple[float, float]]) -> dict[str, Any]:
-    """Of (ours, the reference's) in seconds, turn by turn."""
+def row(what: str, turns: list[Pair]) -> dict[str, Any]:
+    """Of seconds, turn by turn."""
     ours, theirs = (1e6 * median(times) for times in zip(*turns, strict=True))
     ratios = [other / own for own, other in turns]
     spread = {"ratio": median(ratios), "min": min(ratios), "max": max(ratios)}
     return {"what": what, "us": ours, "reference_us": theirs, **spread}
 
 
-def in_turns(time_of: Callable[[Any], Any], pair: Pair | tuple[Any, Any], turns: int) -> list[tuple[Any, Any]]:
+def in_turns(time_of: Callable[[Any], Any], pair: Pair, turns: int) -> list[Pair]:
     """A B, B A, A B, ...: a machine that is busier for a while slows both."""
     found = []
     for turn in range(turns):
-        times = [time_of(side) for side in (pair if turn % 2 == 0 else reversed(pair))]
-        found.append((times[0], times[1]) if turn % 2 == 0 else (times[1], times[0]))
+        order = 1 if turn % 2 == 0 else -1
+        found.append(tuple([time_of(side) for side in pair[::order]][::order]))
     return found
 
 
@@ -91,21 +87,19 @@ def host_times(device: str) -> dict[str, Any]:
     import torch
     from torch.utils.benchmark import Timer
 
-    def timer(call: Callable[[], Any]) -> Any:
-        return Timer("call()", globals={"call": call}, num_threads=1, timer=time.process_time)
+    def compared(what: str, pair: Pair, loops: int) -> dict[str, Any]:
+        timers = [Timer("call()", globals={"call": call}, num_threads=1, timer=time.process_time) for call in pair]
+        loops = loops or max(10, int(2e-3 / timers[0].timeit(20).median))
+        return row(what, in_turns(lambda timer: timer.timeit(loops).median, timers, TURNS))
 
-    rows = []
+    found: dict[str, Any] = {"rows": []}
     for what, trains, pair in cases(device):
         with torch.set_grad_enabled(trains):
-            timers = timer(pair[0]), timer(pair[1])
-            loops = max(10, int(2e-3 / timers[0].timeit(20).median))
-            rows.append(row(what, in_turns(lambda side, n=loops: side.timeit(n).median, timers, TURNS)))
-    found: dict[str, Any] = {"rows": rows}
+            found["rows"].append(compared(what, pair, 0))
     with torch.no_grad():
         if stage := repeated_stage(device):
-            times = in_turns(lambda side: timer(side).timeit(200).median, stage, TURNS)
-            ours, bare = (1e6 * median(side) for side in zip(*times, strict=True))
-            found["stage"] = {"us": ours, "driver_us": bare}
+            times = compared("stage", stage, 200)
+            found["stage"] = {"us": times["us"], "driver_us": times["reference_us"]}
     return found
 
 
@@ -133,22 +127,16 @@ def repeated_stage(device: str) -> Pair | None:
     return lambda: launch.run_stage(blocks, weight, None, stage, forced=True), bare
 
 
-def recording_driver() -> Any:
-    """The module of tests/launch."""
-    if (folder := str(Path(__file__).parent.parent / "tests" / "launch")) not in sys.path:
-        sys.path.append(folder)
-    return import_module("recording_driver")
-
-
 def recorded() -> dict[str, Any] | None:
     """`host_times` of a process whose CUDA driver records; None where there is no C compiler, or no Triton."""
-    driver = recording_driver()
-    if driver.COMPILER is None or not find_spec("triton"):
+    from tests.launch import recording_driver
+
+    if recording_driver.COMPILER is None or not find_spec("triton"):
         return None
     with tempfile.TemporaryDirectory() as folder:
         # Nothing can be timed there, so nothing is selected: the kernels of the model.
         ours = {"STF_KERNELS_SELECT": "off", "STF_KERNELS_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-        environment = {**os.environ, **driver.build(Path(folder)), **ours}
+        environment = {**os.environ, **recording_driver.build(Path(folder)), **ours}
         answer, code = Path(folder) / "host.json", "import sys; from bench import host; host.record(sys.argv[1])"
         subprocess.run([sys.executable, "-c", code, str(answer)], cwd=results.ROOT, env=environment, check=True)
         return json.loads(answer.read_text(encoding="utf-8"))
@@ -156,7 +144,9 @@ def recorded() -> dict[str, Any] | None:
 
 def record(path: str) -> None:
     """In that process; also how many launches a call of the chain is."""
-    recorder = recording_driver().install(ARCH)
+    from tests.launch import recording_driver
+
+    recorder = recording_driver.install(ARCH)
     found = host_times("cpu")
     recorder.take()
     {what: pair for what, _, pair in cases("cpu")}["chain"][0]()
@@ -182,28 +172,25 @@ def cpu_times() -> Iterator[dict[str, Any]]:
     keep_freed_memory()
     pair = modules(*SIZES, device="cpu")
 
-    def step(projector: Any) -> None:
-        with torch.set_grad_enabled(trains):
-            y = projector(blocks)
-        if trains:
-            y.sum().backward()
-
     def seconds(projector: Any) -> tuple[float, float]:
         """Of the wall's clock and of the processor's, of one call."""
-        projector.zero_grad()
         began = time.perf_counter(), time.process_time()
-        step(projector)
-        return time.perf_counter() - began[0], time.process_time() - began[1]
+        with torch.set_grad_enabled(trains):
+            y = projector(blocks)
+            if trains:
+                y.sum().backward()
+        taken = time.perf_counter() - began[0], time.process_time() - began[1]
+        projector.zero_grad()
+        return taken
 
-    for batch, trains in product(BATCHES, (False, True)):
+    for (batch, trains), turns in ROUNDS.items():
         blocks = [torch.randn(batch, TOKENS, SIZES[1]) for _ in range(SIZES[0])]
         peaks = []
-        for side in pair:  # which warms up, too
-            side.zero_grad()
-            peaks.append(peak_bytes(lambda projector=side: step(projector), "cpu")[1] / MB)
-            seconds(side)
+        for side in pair:
+            peaks.append(peak_bytes(lambda side=side: seconds(side), "cpu")[1] / MB)
+            seconds(side)  # warms up
         what = f"projector {'training step' if trains else 'forward'}, batch {batch}"
-        times = in_turns(seconds, pair, ROUNDS[batch, trains])
+        times = in_turns(seconds, pair, turns)
         wall, processor = ([(ours[clock], theirs[clock]) for ours, theirs in times] for clock in (0, 1))
         found = {**row(what, wall), "cpu_ratio": row(what, processor)["ratio"]}
         yield {**found, "peak_mb": peaks[0], "reference_peak_mb": peaks[1]}

@@ -4,12 +4,14 @@ Memory on a CPU is the highest running sum of all that torch's allocator reports
 operator included; oneDNN's own buffers are not torch's and are not seen.
 """
 
+import itertools
 import json
 import math
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,13 @@ class Stopwatch:
     """Named boundaries of one run. Of one that is met again, as tile after tile meets the tower, the first counts."""
 
     def __init__(self, device: str) -> None:
-        self.on_gpu = device.startswith("cuda")
-        self.marks: dict[str, Any] = {}
+        self.on_gpu, self.marks = device.startswith("cuda"), {}
 
-    def mark(self, name: str) -> None:
-        if name in self.marks:
-            return
-        if self.on_gpu:
-            self.marks[name] = torch.cuda.Event(enable_timing=True)
-            self.marks[name].record()
-        else:
-            self.marks[name] = time.perf_counter()
+    def mark(self, name: str, _: object = None) -> None:
+        if name not in self.marks:
+            self.marks[name] = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
+            if self.on_gpu:
+                self.marks[name].record()
 
     def between(self, begin: str, end: str) -> float:
         """Milliseconds."""
@@ -68,42 +66,38 @@ def peak_bytes(call: Callable[[], Any], device: str) -> tuple[Any, int]:
         return result, torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        profiler.export_chrome_trace(trace.name)
+        events = json.loads(Path(trace.name).read_text(encoding="utf-8"))["traceEvents"]
     return result, highest_sum([(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"])
 
 
 def highest_sum(events: list[tuple[float, int]]) -> int:
     """The peak of a running sum over (time, bytes) events; bytes are negative where memory is given back."""
-    total = peak = 0
-    for _, size in sorted(events, key=lambda event: event[0]):
-        total += size
-        peak = max(peak, total)
-    return peak
+    return max(itertools.accumulate((size for _, size in sorted(events, key=itemgetter(0))), initial=0))
 
 
-def available_bytes(device: str) -> int | None:
-    """Memory that a run may take now; None where the system does not say."""
+def available_bytes(device: str) -> int:
+    """Memory that a run may take now."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info()[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    from psutil import virtual_memory
+
+    return virtual_memory().available
+
+
+def shortage(need: int, device: str) -> str | None:
+    """What is needed and free, where the first is more."""
+    free = available_bytes(device)
+    return f"about {need / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free" if need > free else None
 
 
 def compare(name: str, ours: Tensor, theirs: Tensor, bounds: dict[torch.dtype, float]) -> dict[str, Any]:
     """A check of prefill.json; different shapes and values that are not finite never agree."""
-    bound, error = bounds[theirs.dtype], math.nan
-    if ours.shape == theirs.shape:
-        error = relative_error(ours, theirs)
-    else:
-        name = f"{name} (shapes {list(ours.shape)} and {list(theirs.shape)})"
-    finite = error if math.isfinite(error) else None
-    return {"name": name, "error": finite, "bound": bound, "agrees": error <= bound}
+    bound, same = bounds[theirs.dtype], ours.shape == theirs.shape
+    error = relative_error(ours, theirs) if same else math.nan
+    name += "" if same else f" (shapes {list(ours.shape)} and {list(theirs.shape)})"
+    return {"name": name, "error": error if math.isfinite(error) else None, "bound": bound, "agrees": error <= bound}
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

@@ -24,6 +24,10 @@ class ResultError(ValueError):
     """A result file that cannot be used; the message names the file and the field."""
 
 
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
+
+
 def write(path: Path, result: dict[str, Any]) -> None:
     """The whole result of an earlier run stays, as NAME.previous.json, until this one is whole, too."""
     # allow_nan=False: NaN is not JSON, and a NaN that reaches a table is a bug here, not in the reader.
@@ -60,17 +64,13 @@ def write_text(path: Path, text: str) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The checked content of a result file."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # refuses NaN
     except OSError as error:
         raise ResultError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # also of integers with thousands of digits
         raise ResultError(f"{path}: not JSON, perhaps cut short ({error}); measure again") from None
     check(result, str(path))
     return result
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def check(result: Any, name: str) -> None:
@@ -96,14 +96,23 @@ def commit() -> str:
     """STF_COMMIT where there is no .git; else the checkout's commit, with "+dirty" when tracked files differ."""
     if given := os.environ.get("STF_COMMIT"):
         return given
-    try:
-        return _said_by("git", "rev-parse", "HEAD") + "+dirty" * bool(_said_by("git", "status", "--porcelain", "-uno"))
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+    head, changed = _said_by("git", "rev-parse", "HEAD"), _said_by("git", "status", "--porcelain", "-uno")
+    return head + "+dirty" * bool(changed) if head else "unknown"
+
+
+def clock_mhz() -> float | None:
+    """The SM clock of GPU 0 right now, or None where it cannot be asked."""
+    said = _said_by("nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0")
+    with contextlib.suppress(ValueError):
+        return float(said)
+    return None
 
 
 def _said_by(*command: str) -> str:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    """What it writes; "" where it does not run."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return ""
 
 
 def device_name(device: str) -> str:
@@ -129,14 +138,6 @@ def folder_name(device: str) -> str:
 def results_folder(device: str) -> Path:
     """Where a run's files go unless it is told: into the ignored `.work/`, so that no run dirties the checkout."""
     return ROOT / ".work" / "results" / folder_name(device)
-
-
-def clock_mhz() -> float | None:
-    """The SM clock of GPU 0 right now, or None where it cannot be asked."""
-    try:
-        return float(_said_by("nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"))
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
 
 
 def describe(kind: str, device: str) -> dict[str, Any]:

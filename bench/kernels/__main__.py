@@ -10,7 +10,6 @@ from itertools import product, starmap
 from typing import NamedTuple
 
 from .. import command
-from ..command import positive_float, positive_int
 
 STAGES = ("chain", "concat", "linear_merge", "linear", "linear_scatter")
 BATCHES, DTYPES = [1, 8, 2, 32, 4, 64, 16], ("bfloat16", "float16", "float32")  # in this order
@@ -27,17 +26,21 @@ class Step(NamedTuple):
     stage: str
     run: str
 
+    @property
+    def trains(self) -> bool:
+        return self.run == TRAINING
+
     def __str__(self) -> str:
         return f"{self.stage} {self.run}, batch {self.batch}, {self.dtype}" + ", torch.compile" * self.slow
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Time the projector on a GPU.")
-    parser.add_argument("--batch", type=positive_int, nargs="+", default=BATCHES, metavar="N")
+    parser.add_argument("--batch", type=command.positive(int), nargs="+", default=BATCHES, metavar="N")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES[:2])
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--json", type=command.writable_file, metavar="FILE", help="default: .work/results/<device>/")
-    parser.add_argument("--budget", type=positive_float, default=900.0, metavar="SECONDS")
+    parser.add_argument("--budget", type=command.positive(float), default=900.0, metavar="SECONDS")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
     parser.add_argument("--small", action="store_true", help="a toy, on any device; times mean nothing")
     return parser.parse_args(argv)
@@ -47,7 +50,7 @@ def steps(args: argparse.Namespace) -> list[Step]:
     """Forward + backward is of the chain alone: that is what trains."""
     slow = (False,) if args.no_compile else (False, True)
     every = starmap(Step, product(slow, args.dtype, args.batch, args.stage, ("forward", TRAINING)))
-    return [step for step in every if step.stage == "chain" or step.run != TRAINING]
+    return [step for step in every if step.stage == "chain" or not step.trains]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,11 +11,12 @@ The blocks carry a CLS token that no product reads: their rows are strided, as t
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import stf_kernels
 
@@ -51,24 +52,6 @@ LLAVA = Sizes()
 SMALL = Sizes(dim=40, out_dim=72, blocks=3, side=6)
 
 
-def random_blocks(sizes: Sizes, batch: int, *, device: str, dtype: torch.dtype) -> list[Tensor]:
-    """M hidden states [B, 1 + tokens, C] of unit variance."""
-    shape, generator = (batch, 1 + sizes.side**2, sizes.dim), torch.Generator(device).manual_seed(2)
-    return [torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(sizes.blocks)]
-
-
-@torch.no_grad()
-def build_projector(sizes: Sizes, module: Callable[..., nn.Module], *, device: str, dtype: torch.dtype) -> nn.Module:
-    """A CompactTokenProjector of `module` whose weights keep the variance of their input near one."""
-    widths, factory = (sizes.blocks, sizes.dim, sizes.out_dim), {"device": device, "dtype": dtype}
-    projector = module(*widths, merge_size=sizes.merge, skip_tokens=1, **factory).requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(1)
-    for parameter in projector.parameters():
-        scale = parameter.shape[1] ** -0.5 if parameter.ndim == 2 else 0.1
-        parameter.copy_(torch.randn(parameter.shape, device=device, generator=generator) * scale)
-    return projector
-
-
 def merge(x: Tensor, sizes: Sizes) -> Tensor:
     """[B, H*W, C] -> [B, (H/r)*(W/r), r*r*C], patch-major: the copy that the eager form pays for."""
     side, r = sizes.side // sizes.merge, sizes.merge
@@ -77,12 +60,21 @@ def merge(x: Tensor, sizes: Sizes) -> Tensor:
 
 
 class Operands:
-    """Parameters, and inputs of every product at one batch size: each reads the eager output of the one before."""
+    """Parameters, and inputs of every product at one batch size: each reads the eager output of the one before.
+
+    Hidden states of unit variance, and weights that keep the variance of their input near one.
+    """
 
     @torch.no_grad()
-    def __init__(self, sizes: Sizes, batch: int, **factory: Any) -> None:
-        self.sizes, self.projector = sizes, build_projector(sizes, stf_kernels.CompactTokenProjector, **factory)
-        self.blocks = x = random_blocks(sizes, batch, **factory)
+    def __init__(self, sizes: Sizes, batch: int, *, device: str, dtype: torch.dtype) -> None:
+        draw = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(1))
+        self.sizes, (m, c, d) = sizes, (sizes.blocks, sizes.dim, sizes.out_dim)
+        self.projector = stf_kernels.CompactTokenProjector(
+            m, c, d, merge_size=sizes.merge, skip_tokens=1, device=device, dtype=dtype
+        ).requires_grad_(False)
+        for parameter in self.projector.parameters():
+            parameter.copy_(draw(parameter.shape) * (parameter.shape[1] ** -0.5 if parameter.ndim == 2 else 0.1))
+        self.blocks = x = [draw(batch, 1 + sizes.side**2, c).to(dtype) for _ in range(m)]
         layers = [layer for child in self.projector.children() for layer in (child.linear_1, child.linear_2)]
         self.parameters = {name: (layer.weight, layer.bias) for name, layer in zip(PRODUCTS, layers, strict=True)}
         self.inputs: dict[str, Any] = {"chain": x}

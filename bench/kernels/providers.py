@@ -5,7 +5,7 @@ products take the places of the eager ones; a function that is registered for "c
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -32,16 +32,9 @@ class Provider(NamedTuple):
     extra_error: float = 0.0
 
     def call(self, operands: Operands, stage: str) -> Callable[[], Tensor]:
-        x, parts = operands.inputs[stage], (stage,) if stage in self.stages else PRODUCTS
+        parts = (stage,) if stage in self.stages else PRODUCTS
         products = [(self.build if part in self.stages else eager)(operands, part) for part in parts]
-
-        def run() -> Tensor:
-            y = x
-            for product in products:
-                y = product(y)
-            return y
-
-        return run
+        return lambda: reduce(lambda y, product: product(y), products, operands.inputs[stage])
 
 
 PROVIDERS: dict[str, Provider] = {}
@@ -57,12 +50,12 @@ def provider(name: str, *stages: str, **kinds: Any) -> Callable[[Callable], Call
 
 def of_stage(stage: str, *, slow: bool = False, trains: bool = False, gpu: bool = False) -> dict[str, Provider]:
     """`eager` first. Own paths are no rivals: in a chain they do not stand beside eager products."""
-
-    def fits(name: str, p: Provider) -> bool:
+    found = {}
+    for name, p in PROVIDERS.items():
         there = stage in p.stages or (stage == "chain" and not name.startswith("stf"))
-        return there and p.slow == slow and p.trains >= trains and p.gpu <= gpu
-
-    return {name: p for name, p in PROVIDERS.items() if fits(name, p)}
+        if there and p.slow == slow and p.trains >= trains and p.gpu <= gpu:
+            found[name] = p
+    return found
 
 
 @provider("eager", "chain", *PRODUCTS)
@@ -77,12 +70,12 @@ def stf(operands: Operands, stage: str, **options: Any) -> Product:
     if stage == "chain":
         return operands.projector
     (w, b), sizes, x = operands.parameters[stage], operands.sizes, operands.inputs[stage]
-    blocks, geometry = {
-        "concat": lambda: ([block[:, 1:] for block in x], Stage("gelu")),
-        "linear_merge": lambda: ([x], Stage(merge_out=sizes.merge, grid=(sizes.side, sizes.side))),
-        "linear": lambda: ([merge(x, sizes)], Stage("gelu")),
-        "linear_scatter": lambda: ([x], Stage()),
-    }[stage]()
+    if stage == "concat":
+        blocks, geometry = [block[:, 1:] for block in x], Stage("gelu")
+    elif stage == "linear_merge":
+        blocks, geometry = [x], Stage(merge_out=sizes.merge, grid=(sizes.side, sizes.side))
+    else:
+        blocks, geometry = ([merge(x, sizes)], Stage("gelu")) if stage == "linear" else ([x], Stage())
     if blocks[0].is_cuda:
         return lambda _: launch.run_stage(blocks, w, b, geometry, **options)[0]
     return lambda _: torch_path.run_stage(blocks, w, b, geometry, False)[0]

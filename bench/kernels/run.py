@@ -20,6 +20,7 @@ from stf_kernels.ops.timing import Flush, in_turns
 from .. import results, roofline
 from ..command import Progress
 from ..meters import MB, Stopwatch, peak_bytes, relative_error, synchronize
+from ..results import first_line
 from ..stats import spread_percent
 from .problems import LLAVA, PRODUCTS, SMALL, Operands, merge
 from .providers import PROVIDERS, Provider, of_stage
@@ -45,13 +46,12 @@ class Run:
         left, notes = self.result["not_measured"], self.result["notes"]
         with Progress(len(self.steps)) as bar:
             for step in self.steps:
-                if time.monotonic() > self.until:
-                    left.append(str(step))
-                    continue
                 bar.step(str(step))
                 try:
-                    with torch.set_grad_enabled(step.run != "forward"):
-                        left += self.rows_of(step)
+                    with torch.set_grad_enabled(step.trains):
+                        self.take(step)
+                except TimeoutError as late:
+                    left.append(str(late))
                 except torch.OutOfMemoryError:
                     notes.append(f"does not fit into memory: {step}")
                 if self.device == "cuda":
@@ -61,12 +61,13 @@ class Run:
             notes.append(f"out of time: {len(left)} not measured, first: {left[0]}; --budget SECONDS raises it")
         self.result["complete"] = not notes
 
-    def rows_of(self, step: Any) -> list[str]:
-        """Append the rows of a step; what the budget did not reach is returned."""
-        trains = step.run != "forward"
+    def take(self, step: Any) -> None:
+        """Append the rows of a step; TimeoutError names the first that the budget did not reach."""
+        grid, trains, item = (self.sizes.side, self.sizes.side), step.trains, 4 if step.dtype == "float32" else 2
+        if time.monotonic() > self.until:
+            raise TimeoutError(step)
         operands = Operands(self.sizes, step.batch, device=self.device, dtype=getattr(torch, step.dtype))
         operands.projector.requires_grad_(trains)
-        grid = self.sizes.side, self.sizes.side
         stf_kernels.prepare(operands.projector, batch_sizes=(step.batch,), training=trains, grid=grid)
         exact = operands.exact(step.stage, gradients=trains)
 
@@ -77,12 +78,16 @@ class Run:
         # In fp32 no less than one long sum rounds to: a library that shares it out over K is more exact.
         least = 2.5e-6 if step.dtype == "float32" else 0.0
         allowed = 2 * max(self.error(call_of(PROVIDERS["eager"]), exact), least) + 1e-6
-        place = {"stage": step.stage, "pass": step.run, "batch": step.batch, "dtype": step.dtype}
-        place["floor_us"] = self.floor_us(**place)
+        floor = 0.0
+        for part in PRODUCTS if step.stage == "chain" else (step.stage,):
+            # Backward adds dW of every product, and dX of all but the first: the tower is frozen.
+            count = 1 if not trains else 2 if part == "concat" else 3
+            floor += 1e6 * count * self.ceilings.seconds(self.sizes.work(part, step.batch, item))
+        place = {"stage": step.stage, "pass": step.run, "batch": step.batch, "dtype": step.dtype, "floor_us": floor}
         for name, provider in of_stage(step.stage, slow=step.slow, trains=trains, gpu=self.device == "cuda").items():
             # Kernels are compiled at their first call: one provider may take many times what the next one does.
             if time.monotonic() > self.until:
-                return [f"{step}: {name} and what follows"]
+                raise TimeoutError(f"{step}: {name} and what follows")
             merged = name.startswith("stf") and step.stage == "linear_merge"
             bound = allowed + provider.extra_error * (2 if step.stage == "chain" else 1)
             row = {**place, "provider": name, "failed": None, "rel_error": None, "allowed_error": bound}
@@ -90,9 +95,8 @@ class Run:
             try:
                 self.fill(row, call_of(provider), merge(exact, self.sizes) if merged else exact)
             except Exception as failure:  # one provider that does not run here must not cost the others' rows
-                row["failed"] = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"
+                row["failed"] = first_line(failure)
             self.result["rows"].append(row)
-        return []
 
     def fill(self, row: dict[str, Any], call: Callable[[], Tensor], exact: Tensor) -> None:
         error = self.error(call, exact)
@@ -108,15 +112,6 @@ class Run:
         for dtype in (torch.float32, torch.bfloat16):
             torch.full((exact.numel(),), float("nan"), dtype=dtype, device=self.device)
         return relative_error(call(), exact)
-
-    def floor_us(self, stage: str, batch: int, dtype: str, **run: str) -> float:
-        """Backward adds dW of every product, and dX of all but the first: the tower is frozen."""
-        total = 0.0
-        for part in PRODUCTS if stage == "chain" else (stage,):
-            count = 1 if run["pass"] == "forward" else 2 if part == "concat" else 3
-            work = self.sizes.work(part, batch, 4 if dtype == "float32" else 2)
-            total += 1e6 * count * self.ceilings.seconds(work)
-        return total
 
 
 def capture(call: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
@@ -136,26 +131,24 @@ def time_call(call: Callable[[], Any], device: str, flush: Flush, *, seconds: fl
     """Microseconds, 5 to 100 repeats each way within about `seconds`; what cannot be captured says why."""
     for _ in range(3):
         call()
-    times, repeats = {"us": None, "samples": [], "not_captured": None}, 10
+    times, repeats, eager = {"us": None, "samples": [], "not_captured": None}, 10, []
     if device.startswith("cuda"):
         try:
             graph = capture(call)
         except RuntimeError as error:
-            times["not_captured"] = f"not captured: {(str(error).splitlines() or [''])[0][:200]}"
+            times["not_captured"] = f"not captured: {first_line(error)}"
         else:
             begin = time.perf_counter()
             in_turns([graph.replay], flush, 5)
             repeats = min(100, max(5, int(5 * seconds / 2 / (time.perf_counter() - begin))))
             [samples] = in_turns([graph.replay], flush, repeats)
             times |= {"us": median(samples), "samples": samples, "spread_percent": spread_percent(samples)}
-    return {**times, "us_eager": median(_eager(call, device, flush) for _ in range(repeats))}
-
-
-def _eager(call: Callable[[], Any], device: str, flush: Flush) -> float:
-    watch = Stopwatch(device)
-    flush()
-    synchronize(device)
-    watch.mark("start")
-    call()
-    watch.mark("end")
-    return 1e3 * watch.between("start", "end")
+    for _ in range(repeats):
+        watch = Stopwatch(device)
+        flush()
+        synchronize(device)
+        watch.mark("start")
+        call()
+        watch.mark("end")
+        eager.append(1e3 * watch.between("start", "end"))
+    return {**times, "us_eager": median(eager)}

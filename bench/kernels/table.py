@@ -24,8 +24,8 @@ def cells(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     for row, own, ratio in ratios(rows):
         said = {name: str(row[name]) for name in ("stage", "provider", "pass", "dtype", "batch")}
         said |= {"us": number(row["us"]), "us eager": number(row["us_eager"]), "floor us": number(row["floor_us"])}
-        said |= {"us / floor": number(own / row["floor_us"], 2) if own else "-"}
-        said |= {"vs eager": "-" if ratio is None else f"{ratio:.2f}x", "peak MB": number(row["peak_mb"])}
+        said |= {"us / floor": number(own and own / row["floor_us"], 2), "vs eager": f"{ratio:.2f}x" if ratio else "-"}
+        said |= {"peak MB": number(row["peak_mb"])}
         said |= {"error": "-" if row["rel_error"] is None else f"{row['rel_error']:.1e}"}
         found.append(said | {"remark": row["failed"] or row.get("not_captured") or ""})
     return found
@@ -33,15 +33,18 @@ def cells(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 def standing(rows: list[dict[str, Any]]) -> list[str]:
     """How the default path of the chain stands against eager and against the best of its rivals."""
-    said, timed = [], [(row, own) for row, own, _ in ratios(rows) if own and row["stage"] == "chain"]
-    for row, own in timed:
-        here = [(r["provider"], t) for r, t in timed if all(r[k] == row[k] for k in ("pass", "batch", "dtype"))]
-        rivals = {provider: time / own for provider, time in here if not provider.startswith("stf")}
-        if row["provider"] == "stf" and rivals:
+    chains: dict[tuple, dict[str, float]] = {}
+    for row, own, _ in ratios(rows):
+        if own and row["stage"] == "chain":
+            chains.setdefault((row["pass"], row["batch"], row["dtype"]), {})[row["provider"]] = own
+    said = []
+    for (run, batch, dtype), times in chains.items():
+        rivals = {name: time / times["stf"] for name, time in times.items() if "stf" in times and name[:3] != "stf"}
+        if rivals:
             best = min(rivals, key=rivals.__getitem__)
             eager = f"{rivals['eager']:.2f}x over eager, " if "eager" in rivals else ""
-            where = f"chain {row['pass']}, batch {row['batch']}, {row['dtype']}"
-            said.append(f"{where}: {own:.1f} us, {eager}{rivals[best]:.2f}x over the best rival, {best}")
+            figures = f"{times['stf']:.1f} us, {eager}{rivals[best]:.2f}x over the best rival, {best}"
+            said.append(f"chain {run}, batch {batch}, {dtype}: {figures}")
     return said
 
 

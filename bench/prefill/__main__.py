@@ -7,8 +7,6 @@ printed) or a row ended in an error, 2 bad input, 130 interrupted (the file keep
 """
 
 import argparse
-import json
-import logging
 import os
 import sys
 import time
@@ -16,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import command
-from ..command import positive_float, positive_int
-from .presets import FAMILIES, SIZES, CheckpointError, points, preset, preset_of, shortage
+from .presets import FAMILIES, SIZES, CheckpointError, points, preset, preset_of
 
 PHOTOGRAPH = Path(__file__).parent.parent / "assets" / "raccoon.jpg"
 FLAGS = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages for torch's CPU tensors; see METHOD.md
-NOISY = ("torchao", "torch.utils._pytree")  # transformers imports torchao where it is, which warns of what it lacks
 NAME = "bench.prefill"
 
 
@@ -32,35 +28,17 @@ def photograph(text: str) -> Any:
     try:
         with Image.open(text) as file:
             return file.convert("RGB")
-    except FileNotFoundError:
-        raise argparse.ArgumentTypeError(f"{text!r} does not exist") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be read as an image ({error})") from None
 
 
-def llava_folder(text: str) -> Path:
-    """A local checkpoint of LLaVA-1.5 in transformers' format."""
-    path = Path(text)
-    try:
-        model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except OSError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder with a readable config.json") from None
-    except (ValueError, AttributeError):
-        raise argparse.ArgumentTypeError(f"the config.json of {text!r} is not a JSON object") from None
-    if model_type != "llava":
-        raise argparse.ArgumentTypeError(f"expected a checkpoint of model_type 'llava', {text!r} has {model_type!r}")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise argparse.ArgumentTypeError(f"{text!r} holds no weights (*.safetensors or *.bin)")
-    return path
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="LLaVA-1.5 against LLaVA-STF, by stages.")
-    add, many = parser.add_argument, {"type": positive_int, "nargs": "+", "metavar": "N"}
+    add, many = parser.add_argument, {"type": command.positive(int), "nargs": "+", "metavar": "N"}
     add("--preset", choices=sorted(SIZES), help="default: 7b with a GPU, else cpu: 2 of its layers; tiny: a toy")
     add("--family", choices=list(FAMILIES), default="llava-1.5", help="default: llava-1.5")
-    add("--model", type=llava_folder, metavar="FOLDER", help="a LLaVA-1.5 checkpoint instead of a preset")
-    add("--image", type=photograph, metavar="FILE", help="default: the photograph in bench/assets")
+    add("--model", type=command.model_folder, metavar="FOLDER", help="a LLaVA-1.5 checkpoint instead of a preset")
+    add("--image", type=photograph, default=str(PHOTOGRAPH), metavar="FILE", help="default: one in bench/assets")
     add("--batch", help="batch sizes", **many)
     add("--text", help="text tokens around the images", **many)
     add("--images", help="images, or frames, of a sequence", **many)
@@ -68,8 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--full", action="store_true", help="every row and column, and on a GPU all modes")
     add("--modes", nargs="+", choices=("eager", "graph", "compile"), help="default: eager; on a GPU also graph")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--rounds", type=positive_int, metavar="N", help="exactly N rounds instead of as many as fit")
-    add("--budget", type=positive_float, metavar="SECONDS", help="no round begins that would end later")
+    add("--rounds", type=command.positive(int), metavar="N", help="exactly N rounds instead of as many as fit")
+    add("--budget", type=command.positive(float), metavar="SECONDS", help="no round begins that would end later")
     args = parser.parse_args(argv)
     if args.model and args.preset:
         parser.error("argument --model: give either --model or --preset, not both")
@@ -78,7 +56,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if given or args.preset not in (None, *FAMILIES[args.family][1]):
             known = f"expected a preset of {list(FAMILIES[args.family][1])} and none of --model, --images, --full"
             parser.error(f"argument --family: {args.family}: {known}, got {given or args.preset!r}")
-    args.image = args.image or photograph(str(PHOTOGRAPH))
     return args
 
 
@@ -90,16 +67,15 @@ def main(argv: list[str] | None = None) -> int:
     print("importing torch and transformers", file=sys.stderr)
     import torch
 
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    from ..meters import shortage
+
     has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:
         return command.bad_input(NAME, "--device: 'cuda' was asked for and torch sees no GPU; use --device cpu")
+    default = "7b" if has_gpu and args.device != "cpu" else "cpu"
     try:
-        default = "7b" if has_gpu and args.device != "cpu" else "cpu"
-        args.preset = (
-            preset_of(args.model) if args.model else preset(args.preset or default, args.family, args.image.size[::-1])
-        )
+        size = args.image.size[::-1]
+        args.preset = preset_of(args.model) if args.model else preset(args.preset or default, args.family, size)
         device = args.device if args.device != "auto" else "cuda" if has_gpu and args.preset.name != "cpu" else "cpu"
         if "graph" in (args.modes or ()) and device == "cpu":
             return command.bad_input(NAME, "--modes: 'graph' needs a GPU; on a CPU use eager or compile")

@@ -10,6 +10,7 @@ Of llava-next and llava-onevision two rows: the model as transformers runs it, m
 """
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from llava_integration.core.tower import tower_hidden_states
 from llava_integration.llava_stf import LlavaStfModel
 
-from .presets import FAMILIES, CheckpointError, Point, Preset, first_line
+from ..results import first_line
+from .presets import CheckpointError, Point, Preset
 
 STD = 0.02
 SKIP = "llava-1.5-skip"
@@ -43,15 +45,11 @@ class Row(NamedTuple):
 
 def build_stock(preset: Preset, *, device: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
     """The stock model at the preset's sizes with random weights."""
+    from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with no_init_weights(), torch.device(device):
-            model = preset.stock_class(preset.config)
-    finally:
-        torch.set_default_dtype(before)
+    with no_init_weights(), torch.device(device):
+        model = AutoModelForImageTextToText.from_config(preset.config, dtype=dtype)
     randomise(model, seed)
     return model.eval().requires_grad_(False)
 
@@ -87,12 +85,8 @@ def randomise(module: nn.Module, seed: int) -> None:
 class AsStock(LlavaStfModel):
     """The tower with every layer, all images in one piece, their tokens inserted by a copy: as the stock model does."""
 
-    def encode_blocks(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> list[Tensor]:
-        layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        return tower_hidden_states(self.vision_tower, pixel_values, layers, run_all=True)
-
-    def project_images(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> Tensor:
-        return self.multi_modal_projector(self.encode_blocks(pixel_values, vision_feature_layer), self.vision_grid)
+    def _encode_all(self, pixel_values: Tensor, layers: int | list[int] | None) -> list[Tensor]:
+        return tower_hidden_states(self.vision_tower, pixel_values, self._layers(layers), run_all=True)
 
     def _writes_in_place(self, inputs_embeds: Tensor) -> bool:
         return False
@@ -103,23 +97,23 @@ def reference_projector(fused: nn.Module, dim: int) -> nn.Module:
     import reference
 
     mbtf, stf = fused.mbtf, fused.stf
-    widths = {"mbtf_hidden_dim": mbtf.linear_1.out_features, "stf_hidden_dim": stf.linear_1.out_features}
     sizes = mbtf.linear_1.in_features // dim, dim, stf.linear_2.out_features
-    options = {"skip_tokens": fused.skip_tokens, "merge_size": stf.merge_size, **widths}
-    module = reference.CompactTokenProjector(*sizes, **options, device="meta")
+    widths = {"mbtf_hidden_dim": mbtf.linear_1.out_features, "stf_hidden_dim": stf.linear_1.out_features}
+    options = {"skip_tokens": fused.skip_tokens, "merge_size": stf.merge_size, "device": "meta"}
+    module = reference.CompactTokenProjector(*sizes, **widths, **options)
     module.load_state_dict(dict(fused.named_parameters()), assign=True)
     return module.eval().requires_grad_(False)
 
 
 class Pool(nn.Module):
-    """The mean of every r x r neighbourhood: [B, grid*grid, D] -> [B, grid*grid/r*r, D]"""
+    """The mean of every r x r neighbourhood of a square grid: [B, H*W, D] -> [B, H*W/r*r, D]"""
 
-    def __init__(self, grid: int, merge_size: int = 2) -> None:
+    def __init__(self, merge_size: int) -> None:
         super().__init__()
-        self.grid, self.merge_size = grid, merge_size
+        self.merge_size = merge_size
 
     def forward(self, tokens: Tensor) -> Tensor:
-        image = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        image = tokens.transpose(1, 2).unflatten(2, [math.isqrt(tokens.shape[1])] * 2)
         return F.avg_pool2d(image, self.merge_size).flatten(2).transpose(1, 2)
 
 
@@ -131,13 +125,11 @@ def share(model: nn.Module) -> nn.Module:
 def without_last_layer(model: nn.Module) -> nn.Module:
     """The stock model reading hidden_states[-2], as its own output of a tower that is one layer shorter."""
     shorter = share(model)
-    encoder = shorter.model.vision_tower.encoder
-    kept = len(encoder.layers) - 1
-    encoder.layers = encoder.layers[:kept]
-    # Negative indices would count from the new end and silently read another layer.
-    shorter.config.vision_feature_layer = kept
-    shorter.config.vision_config.num_hidden_layers = kept
-    shorter.model.vision_tower.config.num_hidden_layers = kept
+    tower, config = shorter.model.vision_tower, shorter.config
+    tower.encoder.layers = tower.encoder.layers[:-1]
+    # Counted from the front: -2 would silently read another layer.
+    config.vision_feature_layer = len(tower.encoder.layers)
+    config.vision_config.num_hidden_layers = tower.config.num_hidden_layers = len(tower.encoder.layers)
     return shorter
 
 
@@ -146,34 +138,30 @@ def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
     from llava_integration import from_llava
 
     many, few = preset.image_tokens(1), preset.image_tokens(preset.merge_size)
+    fused, family, rows = from_llava(stock).eval().requires_grad_(False), preset.family, []
     if preset.size:
-        fused, family = from_llava(stock).eval().requires_grad_(False), preset.family
         return [Row(family, "mlp2x", stock, many), Row(f"{family}-stf", "fused", fused, few)]
-    rows = [Row("llava-1.5", "mlp2x", stock, many)]
     if full:
         pooled = share(stock)
-        pooled.model.multi_modal_projector = nn.Sequential(pooled.model.multi_modal_projector, Pool(preset.grid))
-        rows += [Row(SKIP, "mlp2x", without_last_layer(stock), many), Row("llava-1.5-pool", "mlp2x", pooled, few)]
-    fused = from_llava(stock).eval().requires_grad_(False)
+        pooled.model.multi_modal_projector = nn.Sequential(pooled.model.multi_modal_projector, Pool(2))
+        rows = [Row(SKIP, "mlp2x", without_last_layer(stock), many), Row("llava-1.5-pool", "mlp2x", pooled, few)]
     fused.model.__class__ = AsStock
     plain, dim = share(fused), preset.config.vision_config.hidden_size
     plain.model.multi_modal_projector = reference_projector(fused.model.multi_modal_projector, dim)
-    return [*rows, Row("llava-stf", "reference", plain, few), Row("llava-stf", "fused", fused, few)]
+    rows += [Row("llava-stf", "reference", plain, few), Row("llava-stf", "fused", fused, few)]
+    return [Row("llava-1.5", "mlp2x", stock, many), *rows]
 
 
 def image_processor(preset: Preset) -> Callable[[Any, int], Tensor]:
     """(photograph, count) -> pixel values, through the family's processor: resize, crop or cut, normalise."""
-    import transformers
+    from transformers import CLIPImageProcessorPil
 
-    square, kind, options = (
-        {"height": preset.side, "width": preset.side},
-        "CLIP",
-        {"size": {"shortest_edge": preset.side}},
-    )
+    square = {"height": preset.side, "width": preset.side}
     if preset.size:
-        kind = FAMILIES[preset.family][0]
-        options = {"size": square, "image_grid_pinpoints": preset.config.image_grid_pinpoints}
-    processor = getattr(transformers, f"{kind}ImageProcessorPil")(crop_size=square, **options)
+        cut = {"size": square, "image_grid_pinpoints": preset.config.image_grid_pinpoints}
+        processor = preset.kind("ImageProcessorPil")(crop_size=square, **cut)
+    else:
+        processor = CLIPImageProcessorPil(crop_size=square, size={"shortest_edge": preset.side})
     return lambda image, count: processor(images=[image] * count, return_tensors="pt")["pixel_values"]
 
 

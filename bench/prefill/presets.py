@@ -12,6 +12,8 @@ import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..results import first_line
+
 BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)  # LLaVA-STF's, of a tower of 24 layers, deepest first
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336}
 CLIP_SMALL = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "image_size": 336}
@@ -27,7 +29,6 @@ SIZES = {
 SIGLIP_SO = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "image_size": 384}
 SIGLIP_SO |= {"num_hidden_layers": 26, "vision_use_head": False}
 SIGLIP_TINY = CLIP_TINY | {"image_size": 130, "num_hidden_layers": 26, "vision_use_head": False}
-QWEN_7B = {"num_key_value_heads": 4}
 # The same with Qwen2-7B's widths; LLaVA-NeXT has LLaVA-1.5's.
 ONEVISION_SIZES = {
     "cpu": ((3584, 18944, 2, 28, 32064), SIGLIP_SO, (1,), 40),
@@ -69,6 +70,14 @@ class Preset(NamedTuple):
         return FAMILIES[self.family][2]
 
     @property
+    def side(self) -> int:
+        return self.config.vision_config.image_size
+
+    @property
+    def grid(self) -> int:
+        return self.side // self.config.vision_config.patch_size
+
+    @property
     def tiles(self) -> int:
         """Images that the tower sees for a photograph."""
         if self.size is None:
@@ -77,23 +86,18 @@ class Preset(NamedTuple):
 
         return image_size_to_num_patches(self.size, self.config.image_grid_pinpoints, self.side)
 
-    @property
-    def side(self) -> int:
-        return self.config.vision_config.image_size
+    def kind(self, what: str) -> Any:
+        """The family's own class of transformers, such as its Processor."""
+        import transformers
 
-    @property
-    def grid(self) -> int:
-        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+        return getattr(transformers, FAMILIES[self.family][0] + what)
 
     def image_tokens(self, merge_size: int) -> int:
         tokens = (self.grid // merge_size) ** 2
         if self.size is None:
             return tokens
-        import transformers
-
-        # A processor of nothing but what it counts by.
-        kind = getattr(transformers, f"{FAMILIES[self.family][0]}Processor")
-        counter, patch = object.__new__(kind), self.config.vision_config.patch_size * merge_size
+        counter = object.__new__(self.kind("Processor"))  # of nothing but what it counts by
+        patch = self.config.vision_config.patch_size * merge_size
         vars(counter).update(patch_size=patch, num_additional_image_tokens=0, num_image_tokens=tokens)
         vars(counter).update(image_processor=self.config, vision_aspect_ratio="anyres_max_9")
         return counter._get_number_of_features(*self.size, self.side, self.side)
@@ -108,17 +112,12 @@ class Preset(NamedTuple):
     def weight_bytes(self, item: int) -> int:
         """Of all rows, which share tower and language model; LLaVA-STF's projector as the exact warm start needs it."""
         import torch
+        from transformers import AutoModelForImageTextToText
 
         with torch.device("meta"):
-            stock = sum(p.numel() for p in self.stock_class(self.config).parameters())
+            stock = sum(p.numel() for p in AutoModelForImageTextToText.from_config(self.config).parameters())
         c, d, windows = self.config.vision_config.hidden_size, self.config.text_config.hidden_size, self.merge_size**2
         return item * (stock + 4 * len(BLOCKS) * c * c + 4 * c * c + windows * (windows * c * d + d * d))
-
-    @property
-    def stock_class(self) -> Any:
-        import transformers
-
-        return getattr(transformers, f"{FAMILIES[self.family][0]}ForConditionalGeneration")
 
     def activation_bytes(self, point: Point, item: int) -> int:
         """What a prompt adds to the weights: its cache, and a few buffers as wide as the widest that live at once."""
@@ -134,10 +133,6 @@ class CheckpointError(ValueError):
     """A folder that is no checkpoint of LLaVA-1.5, or half of one."""
 
 
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
-
-
 def preset(name: str, family: str = "llava-1.5", size: tuple[int, int] | None = None, **text_options: int) -> Preset:
     """`size`: (height, width) of the photograph."""
     import transformers
@@ -145,16 +140,16 @@ def preset(name: str, family: str = "llava-1.5", size: tuple[int, int] | None = 
     prefix, sizes, _, grids = FAMILIES[family]
     text, tower, batches, text_tokens = sizes[name]
     side, fields = tower["image_size"], dict(zip(TEXT_FIELDS, text, strict=True))
-    options = {"image_grid_pinpoints": [[h * side, w * side] for h, w in grids]} if grids else {}
+    options: dict[str, Any] = {"image_seq_length": (side // 14) ** 2}
+    vision, language = transformers.CLIPVisionConfig, transformers.LlamaConfig
     if family == "llava-onevision":
-        vision, language = transformers.SiglipVisionConfig, transformers.Qwen2Config
-        text_options = QWEN_7B | text_options
-    else:
-        vision, language = transformers.CLIPVisionConfig, transformers.LlamaConfig
-        options["image_seq_length"] = (side // 14) ** 2
+        vision, language, options = transformers.SiglipVisionConfig, transformers.Qwen2Config, {}
+        fields["num_key_value_heads"] = 4
+    if grids:
+        options["image_grid_pinpoints"] = [[h * side, w * side] for h, w in grids]
     config = getattr(transformers, f"{prefix}Config")(
         vision_config=vision(**{"num_hidden_layers": 24, "patch_size": 14} | tower),
-        text_config=language(**fields, **text_options),
+        text_config=language(**fields | text_options),
         image_token_id=text[-1] - 8,
         attn_implementation="sdpa",
         **options,
@@ -164,34 +159,23 @@ def preset(name: str, family: str = "llava-1.5", size: tuple[int, int] | None = 
 
 def preset_of(folder: Path) -> Preset:
     """The sizes of a LLaVA-1.5 checkpoint, from its config.json."""
-    from transformers import LlavaConfig
+    from transformers import AutoConfig
 
-    name = f"the config.json of {str(folder)!r}"
     try:
-        config = LlavaConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type != "llava":
+            raise ValueError(f"expected a checkpoint of model_type 'llava', got {config.model_type!r}")
+        layers, found = config.vision_config.num_hidden_layers, Preset(folder.name, config)
+        layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+        if layer not in (-2, layers - 1) or strategy != "default" or found.grid % 2:
+            expected = "expected vision_feature_layer -2, vision_feature_select_strategy 'default' and an even grid"
+            raise ValueError(f"{expected}, got {layer}, {strategy!r} and {found.grid}x{found.grid} patches")
+        return found
     except Exception as error:
-        raise CheckpointError(f"{name} cannot be used: {first_line(error)}") from error
-    vision, layer, strategy = config.vision_config, config.vision_feature_layer, config.vision_feature_select_strategy
-    if layer not in (-2, vision.num_hidden_layers - 1) or strategy != "default":
-        expected = "expected vision_feature_layer -2 and vision_feature_select_strategy 'default'"
-        raise CheckpointError(f"{name}: {expected}, got {layer} and {strategy!r}")
-    if vision.image_size // vision.patch_size % 2:
-        got = f"got an image of {vision.image_size} in patches of {vision.patch_size}"
-        raise CheckpointError(f"{name}: expected a grid that 2x2 windows divide, {got}")
-    return Preset(folder.name, config)
+        raise CheckpointError(f"the config.json of {str(folder)!r} cannot be used: {first_line(error)}") from error
 
 
 def points(args: argparse.Namespace, preset: Preset) -> list[Point]:
     """Every value of one option with every value of the others, in the order they are measured."""
     values = args.batch or preset.batches, args.text or [preset.text_tokens], args.images or [1]
     return list(itertools.starmap(Point, itertools.product(*values)))
-
-
-def shortage(need: int, device: str) -> str | None:
-    """What is needed and free, where the first is more."""
-    from ..meters import available_bytes
-
-    available = available_bytes(device)
-    if available is None or need <= available:
-        return None
-    return f"about {need / 2**30:.1f} GiB needed, {available / 2**30:.1f} GiB free"

@@ -17,11 +17,12 @@ import stf_kernels
 
 from .. import meters, results
 from ..command import Progress
+from ..results import first_line
 from ..roofline import measure_ceilings
 from . import models
 from .floors import cost_on_a_gpu, with_floor
 from .modes import MODES, Eager
-from .presets import Point, first_line, points, shortage
+from .presets import Point, points
 from .speedup import compare_rows, refusal, speedup_field
 
 # row -> the row whose outputs it must repeat
@@ -61,15 +62,13 @@ class Run:
         self.gpu = device == "cuda"
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         self.plan = [(mode, point) for point in points(args, args.preset) for mode in args.modes]
-        self.fewest, self.most = (args.rounds, args.rounds) if args.rounds else (2, 20 if self.gpu else 6)
-        if self.preset.size and not args.rounds:
-            self.fewest, self.most = 3, 20 if self.gpu else 4
+        tiled, tf32 = bool(self.preset.size), torch.backends.cuda.matmul.fp32_precision == "tf32"
+        self.fewest, self.most = args.rounds or 3, args.rounds or (20 if self.gpu else 4 if tiled else 6)
         self.process = models.image_processor(self.preset)
         self.cells: list[Eager] = []
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
         self.result = results.describe("prefill", device) | {
             "dtype": str(self.dtype).removeprefix("torch."),
-            "preset": self.preset.name + f", {self.preset.tiles} tiles" * bool(self.preset.size),
+            "preset": self.preset.name + f", {self.preset.tiles} tiles" * tiled,
             "attention": "sdpa",
             "weights": f"{args.model.name}, LLaVA-STF's projector random" if args.model else "random",
             "output_tokens": 1,
@@ -84,11 +83,8 @@ class Run:
         results.write(self.path, self.result)
 
     def measure(self) -> None:
-        self.bar, complete = (
-            Progress(2 + len(self.plan) * ((5 if self.args.full else 2 if self.preset.size else 3) + self.most)),
-            True,
-        )
-        with self.bar, torch.no_grad():
+        rows, complete = 5 if self.args.full else 2 if self.preset.size else 3, True
+        with Progress(2 + len(self.plan) * (rows + self.most)) as self.bar, torch.no_grad():
             self.bar.step("measuring the ceilings of this device")
             self.ceilings = measure_ceilings(self.device, self.dtype)
             self.build()
@@ -116,20 +112,18 @@ class Run:
         self.rows = models.build_rows(stock, self.preset, full=args.full)
         pixels, fresh = self.process(args.image, 1).to(**factory), self.rows[-1].module.model
         # Of one tile where there are many; how they are packed is the stock class's own code.
-        pixels = pixels[:1] if pixels.ndim == 4 else pixels[0, :1]
-        warm, pool = fresh.project_images(pixels), models.Pool(self.preset.grid, self.preset.merge_size)
+        pixels, fused = pixels.flatten(0, -4)[:1], fresh.multi_modal_projector
         layer = self.rows[0].module.config.vision_feature_layer
         hidden = stock.model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer]
-        pooled = pool(stock.model.multi_modal_projector(hidden[:, fresh.multi_modal_projector.skip_tokens :]))
-        name = "warm start against the pooled stock projector"
-        self.result["checks"].append(meters.compare(name, warm, pooled, meters.FEATURES))
+        pooled = models.Pool(self.preset.merge_size)(stock.model.multi_modal_projector(hidden[:, fused.skip_tokens :]))
+        pairs = {"warm start against the pooled stock projector": (fresh.project_images(pixels), pooled)}
         # From here on dense random weights: the warm start's zeros could run faster than a trained projector.
-        models.randomise(fresh.multi_modal_projector, 1)
+        models.randomise(fused, 1)
         if self.preset.size:
-            fused, blocks = fresh.multi_modal_projector, fresh.encode_blocks(pixels)
+            blocks = fresh.encode_blocks(pixels)
             plain = models.reference_projector(fused, self.preset.config.vision_config.hidden_size)
-            ours, theirs = (module(blocks, fresh.vision_grid) for module in (fused, plain))
-            self.result["checks"].append(meters.compare("fused against reference", ours, theirs, meters.FEATURES))
+            pairs["fused against reference"] = [module(blocks, fresh.vision_grid) for module in (fused, plain)]
+        self.result["checks"] += [meters.compare(name, *pair, meters.FEATURES) for name, pair in pairs.items()]
 
     def warm_up(self, mode: str, point: Point) -> list[Eager]:
         pixels = self.process(self.args.image, point.batch * point.images)
@@ -139,7 +133,7 @@ class Run:
             return models.build_inputs(self.preset, pixels, point, image_tokens, device=self.device, dtype=self.dtype)
 
         # Only on a CPU: there running out of memory ends the process.
-        short = None if self.gpu else shortage(self.preset.activation_bytes(point, 4), self.device)
+        short = None if self.gpu else meters.shortage(self.preset.activation_bytes(point, 4), self.device)
         cells = [MODES[mode](row, point, self.device) for row in self.rows]
         for cell in cells:
             self.bar.step(f"{mode}, {point}: warm-up of {cell.row.name}")

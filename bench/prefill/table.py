@@ -12,26 +12,22 @@ FLOORS = ("vision", "projector", "prefill", "total")
 
 def cells(result: dict[str, Any]) -> list[dict[str, str]]:
     """Column -> what it says, for every row."""
-    speedups = same_mode(result["comparisons"])
-    one = None if result["refused"] else {"ratio": 1.0, "low": 1.0, "high": 1.0, "beyond_noise": True}
-    stock = [row for row in result["rows"] if label(row) in BASELINES and row["total_ms"] is not None]
-    speedups |= {(label(row), place(row), row["mode"]): one for row in stock}
-    return [_cells(row, speedups.get((label(row), place(row), row["mode"]))) for row in result["rows"]]
-
-
-def _cells(row: dict[str, Any], speedup: dict[str, Any] | None) -> dict[str, str]:
-    share = row["projector_share"]
-    found = {"model": label(row), "mode": row["mode"], "at": str(place(row)), "image tokens": str(row["image_tokens"])}
-    found |= {"total ms": number(row["total_ms"]), "speed-up": "-", "p10 to p90": ""}
-    if speedup:
-        found["speed-up"] = f"{speedup['ratio']:.2f}x"
-        found["p10 to p90"] = f"{speedup['low']:.2f} to {speedup['high']:.2f}"
-    found |= {name: number(row[stage]) for name, stage in TIMES.items()}
-    found |= {"first": number(row["first_token_ms"]), "projector %": number(None if share is None else 100 * share)}
-    found |= {"spread %": number(row["spread_percent"]), "rounds": str(row["rounds"])}
-    found |= {"peak MB": number(row["peak_mb"], 0), "KV MB": number(row["kv_mb"])}
-    found |= {f"{name} / floor": number(row["floor_ratio"].get(f"{name}_ms"), 2) for name in FLOORS}
-    return found | {"remark": row["failed"] or (speedup and doubt(speedup)) or ""}
+    speedups, said = same_mode(result["comparisons"]), []
+    for row in result["rows"]:
+        speedup, share = speedups.get((label(row), place(row), row["mode"])), row["projector_share"]
+        if label(row) in BASELINES and row["total_ms"] is not None and not result["refused"]:
+            speedup = {"ratio": 1.0, "low": 1.0, "high": 1.0, "beyond_noise": True}
+        found = {"model": label(row), "mode": row["mode"], "at": str(place(row))}
+        found |= {"image tokens": str(row["image_tokens"]), "total ms": number(row["total_ms"])}
+        found["speed-up"] = f"{speedup['ratio']:.2f}x" if speedup else "-"
+        found["p10 to p90"] = f"{speedup['low']:.2f} to {speedup['high']:.2f}" if speedup else ""
+        found |= {name: number(row[stage]) for name, stage in TIMES.items()}
+        found |= {"first": number(row["first_token_ms"]), "projector %": number(None if share is None else 100 * share)}
+        found |= {"spread %": number(row["spread_percent"]), "rounds": str(row["rounds"])}
+        found |= {"peak MB": number(row["peak_mb"], 0), "KV MB": number(row["kv_mb"])}
+        found |= {f"{name} / floor": number(row["floor_ratio"].get(f"{name}_ms"), 2) for name in FLOORS}
+        said.append(found | {"remark": row["failed"] or (speedup and doubt(speedup)) or ""})
+    return said
 
 
 def report(result: dict[str, Any], *, full: bool) -> str:

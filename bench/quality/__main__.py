@@ -22,23 +22,17 @@ CHANCE = 0.1 + 0.2  # of ten digits, and well above it
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Answers against vision tokens.")
-    add = parser.add_argument
+    add, count = parser.add_argument, {"type": command.positive(int), "metavar": "N"}
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     add("--smoke", action="store_true", help="one small seed of three rows, under five minutes on two cores")
-    add(
-        "--work",
-        type=Path,
-        default=WORK,
-        metavar="DIR",
-        help="parts of the study, to go on from; default .work/quality",
-    )
+    add("--work", type=Path, default=WORK, metavar="DIR", help="parts, to go on from; default .work/quality")
     add("--json", type=command.writable_file, metavar="FILE", help="default: quality.json in --work; a .png beside it")
-    add("--checkpoint", type=Path, metavar="DIR", help="score this LLaVA or LLaVA-STF instead; with --questions")
+    add("--checkpoint", type=command.model_folder, metavar="DIR", help="score this instead; with --questions")
     add("--questions", type=Path, metavar="FILE", help="a line: image, text, answer or answers")
     add("--images", type=Path, metavar="DIR", help="where image names start; default: the folder of FILE")
     add("--answers", type=Path, metavar="FILE", help="answers, to go on from; default: beside FILE")
-    add("--batch", type=command.positive_int, default=8, metavar="N", help="questions at once, default 8")
-    add("--tokens", type=command.positive_int, default=16, metavar="N", help="longest answer, default 16")
+    add("--batch", **count, default=8, help="questions at once, default 8")
+    add("--tokens", **count, default=16, help="longest answer, default 16")
     args = parser.parse_args(argv)
     if bool(args.checkpoint) != bool(args.questions):
         parser.error("--checkpoint, --questions: give both or neither")
@@ -50,15 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.checkpoint:
         return score_checkpoint(args)
     try:
-        import easy_vqa
-        import sklearn
+        import easy_vqa  # noqa: F401
+        import sklearn  # noqa: F401
         import transformers
+
+        from . import study
     except ImportError as error:
         return command.bad_input(NAME, f"{error.name} is missing; install it: pip install '.[quality]'")
     transformers.logging.set_verbosity_error()
-    del easy_vqa, sklearn
-    from . import study
-
     try:
         return run(args, study)
     except study.StudyError as error:
@@ -115,31 +108,20 @@ def run(args: argparse.Namespace, study: Any) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    kinds = list(rows[0]["accuracy"])
-    cells = []
+    kinds, cells = list(rows[0]["accuracy"]), []
     for row in rows:
-        accuracy = [
-            f"{100 * row['accuracy'][kind]['mean']:.1f} ± {100 * row['accuracy'][kind]['std']:.1f}" for kind in kinds
-        ]
-        facts = [
-            row["image_tokens"],
-            *accuracy,
-            command.number(row["prefill_ms"]),
-            f"{row['parameters']:,}",
-            row["seeds"],
-        ]
-        cells.append([row["model"], row["start"], *map(str, facts)])
+        shown = [f"{100 * found['mean']:.1f} ± {100 * found['std']:.1f}" for found in row["accuracy"].values()]
+        facts = command.number(row["prefill_ms"]), f"{row['parameters']:,}", str(row["seeds"])
+        cells.append([row["model"], row["start"], str(row["image_tokens"]), *shown, *facts])
     return command.table(["model", "start", "tokens", *kinds, "prefill ms", "projector", "seeds"], cells, left=2)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> Path:
     """Accuracy on the detail and the coarse questions against vision tokens."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, kind in zip(axes, ("detail", "coarse"), strict=True):
         for index, row in enumerate(rows):
             point, marker = row["accuracy"][kind], "osD^v<>PX"[index % 9]
@@ -152,7 +134,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> Path:
     axes[0].set_ylabel("exact match, %")
     axes[1].legend(fontsize=7)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
 
 

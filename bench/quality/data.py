@@ -35,7 +35,7 @@ SCENES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 IGNORED = -100  # a class that is not trained on
 TRAINING_DIGITS = 1297  # of 1,797 in scikit-learn; the others are drawn for the test
 
-Cell = tuple[int, int]
+Cell, Board = tuple[int, int], list[list[int]]
 CELLS = [(row, column) for row in range(SIDE) for column in range(SIDE)]
 Turn = tuple[str, str, str]  # question, answer, kind
 
@@ -44,9 +44,7 @@ def cell(row: int, column: int) -> str:
     return f"{ROWS[row]}{column + 1}"
 
 
-def ask(
-    board: list[list[int]], kind: str, draw: random.Random, at: Cell | None = None, beside: Cell | None = None
-) -> Turn:
+def ask(board: Board, kind: str, draw: random.Random, at: Cell | None = None, beside: Cell | None = None) -> Turn:
     """A question on a board, on the cells `at` and `beside` or any. Nothing is known of a cell that holds -1."""
     row, column = at or draw.choice(CELLS)
     if kind == "digit":
@@ -55,22 +53,22 @@ def ask(
         if beside is None:
             column = draw.randrange(SIDE - 1)
             beside = row, column + 1
-        question = f"Is {cell(row, column)} larger than {cell(*beside)}?"
-        return question, "yes" if board[row][column] > board[beside[0]][beside[1]] else "no", kind
+        larger = board[row][column] > board[beside[0]][beside[1]]
+        return f"Is {cell(row, column)} larger than {cell(*beside)}?", "yes" if larger else "no", kind
     if kind == "read":
         cells = (f"{cell(row, column)} {board[row][column]}" for column in range(SIDE))
         return f"Read row {ROWS[row]}.", " ".join(cells), kind
     return "How many sevens are there?", str(sum(line.count(7) for line in board)), kind
 
 
-def board_record(draw: random.Random, split: str) -> tuple[list[list[int]], str, list[Turn]]:
+def board_record(draw: random.Random, split: str) -> tuple[Board, str, list[Turn]]:
     """A board, a word for each of its patches, such as B3=7, and questions on it."""
     board = [[draw.randrange(10) for _ in range(SIDE)] for _ in range(SIDE)]
     kinds = draw.sample(TRAINED, len(TRAINED)) if split == "train" else DETAIL
     return board, in_words(board, CELLS), [ask(board, kind, draw) for kind in kinds]
 
 
-def in_words(board: list[list[int]], cells: Sequence[tuple[int, int]]) -> str:
+def in_words(board: Board, cells: Sequence[Cell]) -> str:
     return " ".join(f"{cell(row, column)}={board[row][column]}" for row, column in cells)
 
 
@@ -86,7 +84,7 @@ def few_words(draw: random.Random, count: int) -> tuple[str, list[Turn]]:
     return in_words(board, shown), draw.sample(turns, len(turns))
 
 
-def draw_board(board: list[list[int]], digits: dict[int, Any], draw: random.Random) -> Any:
+def draw_board(board: Board, digits: dict[int, Any], draw: random.Random) -> Any:
     """PIL image of a board, every digit by another hand."""
     import numpy
     from PIL import Image
@@ -134,56 +132,47 @@ def conversation(start: str, turns: list[Turn]) -> list[dict[str, str]]:
     return said
 
 
-def make(
-    out: Path, *, boards: int = 4000, easy: int = 4000, scenes: int = 12000, test_boards: int = 500, seed: int = 0
-) -> None:
+def make(out: Path, boards: int = 4000, easy: int = 4000, scenes: int = 12000, test_boards: int = 500) -> None:
     """Write a data set into `out`: so many boards, images of easy-vqa and scenes, 2 * test_boards test images."""
     import numpy
     from sklearn.datasets import load_digits
 
-    draw, (pictures, labels) = random.Random(seed), load_digits(return_X_y=True)
+    draw, (pictures, labels) = random.Random(0), load_digits(return_X_y=True)
     (out / "images").mkdir(parents=True, exist_ok=True)
-    train, words, test, patches = [], [], [], {}
-    for split, count, own in (
-        ("train", boards, slice(TRAINING_DIGITS)),
-        ("test", test_boards, slice(TRAINING_DIGITS, None)),
-    ):
+    asked: dict[str, list[tuple[str, list[Turn]]]] = {"train": [], "test": []}
+    words, patches = [], {}
+    for split, found in asked.items():
+        training = split == "train"
+        count = boards if training else test_boards
+        own = slice(TRAINING_DIGITS) if training else slice(TRAINING_DIGITS, None)
         digits: dict[int, list] = {digit: [] for digit in range(10)}
         for picture, label in zip(pictures[own], labels[own], strict=True):
             digits[int(label)].append(numpy.kron(picture.reshape(8, 8), numpy.ones((PIXELS // 8, PIXELS // 8))))
-        found = []
         for index in range(count):
             name, (board, _, turns) = f"board-{split}-{index}.png", board_record(draw, split)
             draw_board(board, digits, draw).save(out / "images" / name)
             found.append((name, turns))
             patches[name] = [IGNORED, *(digit for row in board for digit in row)]
-        for path, scene, turns in itertools.islice(easy_scenes(split), easy if split == "train" else count):
+        for path, scene, turns in itertools.islice(easy_scenes(split), easy if training else count):
             name = f"easy-{split}-{path.name}"
             shutil.copyfile(path, out / "images" / name)
-            found.append((name, draw.sample(turns, min(len(turns), 5 if split == "train" else 2))))
+            found.append((name, draw.sample(turns, min(len(turns), 5 if training else 2))))
             patches[name] = [SCENES.index(scene) if scene else IGNORED, *[IGNORED] * SIDE**2]
-            if split == "train" and scene:
+            if training and scene:
                 words.append((scene, turns[:5]))
-        if split == "test":
-            asked = [(name, *turn) for name, turns in found for turn in turns]
-            test = [dict(zip(("image", "text", "answer", "kind"), entry, strict=True)) for entry in asked]
-        else:
-            train = [
-                {"id": name, "image": name, "conversations": conversation("<image>", turns)} for name, turns in found
-            ]
     for _ in range(scenes):
         count = draw.choice((1, 2, 4, 8, len(CELLS)))
         words.append(board_record(draw, "train")[1:] if count == len(CELLS) else few_words(draw, count))
-    draw.shuffle(train)
+    draw.shuffle(asked["train"])
     draw.shuffle(words)
+    train = [{"id": name, "image": name, "conversations": conversation("<image>", t)} for name, t in asked["train"]]
     write_text(out / "train.json", json.dumps(train))
-    write_text(
-        out / "scenes.json", json.dumps([{"conversations": conversation(scene, turns)} for scene, turns in words])
-    )
+    records = [{"conversations": conversation(scene, turns)} for scene, turns in words]
+    write_text(out / "scenes.json", json.dumps(records))
     write_text(out / "patches.json", json.dumps(patches))
-    write_text(
-        out / "test.jsonl", "".join(json.dumps({"question_id": i} | entry) + "\n" for i, entry in enumerate(test))
-    )
+    fields, turns = ("image", "text", "answer", "kind"), [(name, *turn) for name, t in asked["test"] for turn in t]
+    test = [{"question_id": i, **dict(zip(fields, turn, strict=True))} for i, turn in enumerate(turns)]
+    write_text(out / "test.jsonl", "".join(json.dumps(question) + "\n" for question in test))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -52,16 +52,15 @@ def read(file: Path, images: Path) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
             answers = entry["answers"] if "answers" in entry else [entry["answer"]]
-            texts = [entry["text"], entry["image"], *answers]
+            text, image = entry["text"], images / entry["image"]
         except (ValueError, TypeError, KeyError) as error:
             raise QuestionError(f"{where}: expected JSON with image, text and answer ({error})") from None
-        if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
-            raise QuestionError(f"{where}: image, text, answer: expected strings, got {texts!r}")
-        if not (images / entry["image"]).is_file():
-            raise QuestionError(f"{where}: image: {images / entry['image']} does not exist")
-        kind = entry.get("kind") or entry.get("category") or "all"
-        known = {"id": entry.get("question_id", number), "kind": kind, "answers": answers, "where": where}
-        questions.append({"text": entry["text"], "image": images / entry["image"], **known})
+        if not answers or not all(isinstance(said, str) for said in (text, *answers)):
+            raise QuestionError(f"{where}: image, text, answer: expected strings, got {[text, *answers]!r}")
+        if not image.is_file():
+            raise QuestionError(f"{where}: image: {image} does not exist")
+        known = {"id": entry.get("question_id", number), "kind": entry.get("kind") or entry.get("category") or "all"}
+        questions.append({"text": text, "image": image, "answers": answers, "where": where, **known})
     return questions
 
 
@@ -84,9 +83,8 @@ def ask(model: Any, processor: Any, questions: Sequence[dict[str, Any]], tokens:
     images, prompts = [], []
     for question in questions:
         content = [{"type": "image"}, {"type": "text", "text": question["text"].replace("<image>", "").strip()}]
-        prompts.append(
-            processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        )
+        turn = [{"role": "user", "content": content}]
+        prompts.append(processor.apply_chat_template(turn, add_generation_prompt=True))
         try:
             images.append(open_image(question["image"]))
         except DataError as error:
@@ -115,12 +113,11 @@ def score(
                 known[question["id"]] = entry | {"kind": question["kind"]}
                 file.write(json.dumps(known[question["id"]]) + "\n")
             file.flush()
+    kinds = sorted({question["kind"] for question in questions})
     result: dict[str, Any] = {"questions": len(questions)}
     for measure in ("exact", "vqa"):
-        by_kind: dict[str, list[float]] = {}
-        for question in questions:
-            by_kind.setdefault(question["kind"], []).append(known[question["id"]][measure])
-        result[measure] = {kind: sum(values) / len(values) for kind, values in sorted(by_kind.items())}
+        grades = {kind: [known[q["id"]][measure] for q in questions if q["kind"] == kind] for kind in kinds}
+        result[measure] = {kind: sum(values) / len(values) for kind, values in grades.items()}
     return result
 
 

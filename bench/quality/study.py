@@ -14,27 +14,17 @@ import math
 import shutil
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments, set_seed
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_integration import LlavaStfConfig, LlavaStfForConditionalGeneration, LlavaStfProcessor, from_llava
@@ -53,14 +43,8 @@ TEMPLATE = (
 )
 CLASSES = 10 + len(data.SCENES), data.SIDE**2  # what a patch or an image shows; where a patch is
 PIXELS = data.SIDE * data.PIXELS
-VISION = CLIPVisionConfig(
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    image_size=PIXELS,
-    patch_size=data.PIXELS,
-)
+_SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
+VISION = transformers.CLIPVisionConfig(**_SIZES, image_size=PIXELS, patch_size=data.PIXELS)
 
 
 class Budget(NamedTuple):
@@ -111,10 +95,8 @@ def compact(merge_size: int, *, mbtf: bool = True, random: bool = False) -> Call
     """LLaVA-STF from a stock model; without MBTF the tokens of the layer that the stock projector reads."""
 
     def build(stock: nn.Module) -> nn.Module:
-        blocks = (
-            None if mbtf else [stock.config.vision_feature_layer % (stock.config.vision_config.num_hidden_layers + 1)]
-        )
-        model = from_llava(stock, blocks=blocks, merge_size=merge_size)
+        layer = stock.config.vision_feature_layer % (stock.config.vision_config.num_hidden_layers + 1)
+        model = from_llava(stock, blocks=None if mbtf else [layer], merge_size=merge_size)
         if not mbtf:
             weights = model.state_dict()
             model = LlavaStfForConditionalGeneration(LlavaStfConfig(**model.config.to_dict() | {"use_mbtf": False}))
@@ -148,12 +130,11 @@ def make_processor(folder: Path) -> LlavaProcessor:
     made.train_from_iterator(["USER: ASSISTANT:", *texts], trainers.WordLevelTrainer(special_tokens=list(SPECIAL)))
     made.add_special_tokens(list(SPECIAL))
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
-    special = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), SPECIAL, strict=False))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, extra_special_tokens={"image_token": "<image>"}, **special
-    )
+    special: Any = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), SPECIAL, strict=False))
+    special["extra_special_tokens"] = {"image_token": "<image>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
     side = {"height": PIXELS, "width": PIXELS}
-    images = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=side)
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=side)
     sizes = {"patch_size": data.PIXELS, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
     return LlavaProcessor(images, tokenizer, chat_template=TEMPLATE, **sizes)
 
@@ -189,22 +170,15 @@ class Study:
         if settings.exists() and json.loads(settings.read_text()) != list(budget):
             raise StudyError(f"--work: {folder} holds a study of another budget; give another folder, or delete it")
         if not (self.data / "test.jsonl").exists():
-            options = {name: getattr(budget, name) for name in ("boards", "easy", "scenes", "test_boards")}
-            data.make(self.data, **options)
+            data.make(self.data, budget.boards, budget.easy, budget.scenes, budget.test_boards)
         write_text(settings, json.dumps(list(budget)))
         self.processor, self.read = make_processor(self.data), {}
 
     def arguments(self, out: Path, steps: int, rate: float, seed: int) -> TrainingArguments:
         shown = {"logging_steps": 50, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
         shape = {"per_device_train_batch_size": self.budget.batch, "max_steps": steps, "learning_rate": rate}
-        schedule = {
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.03,
-            "adam_beta2": 0.98,
-            "seed": seed,
-            "use_cpu": True,
-        }
-        return TrainingArguments(str(out), **shown, **shape, **schedule)
+        schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "adam_beta2": 0.98, "seed": seed}
+        return TrainingArguments(str(out), **shown, **shape, **schedule, use_cpu=True)
 
     def part(self, name: str, make: Callable[[Path], None]) -> Path:
         """Folder `name`, made beside its place first."""
@@ -230,7 +204,7 @@ class Study:
         set_seed(0)
         model, arguments = Seeing(), self.arguments(out, self.budget.tower, 2e-3, 0)
         arguments.remove_unused_columns, arguments.per_device_train_batch_size = False, 32
-        Trainer(model, arguments, collate, train_dataset=sorted(labels)).train()
+        transformers.Trainer(model, arguments, collate, train_dataset=sorted(labels)).train()
         model.tower.save_pretrained(out)
 
     def text(self, out: Path) -> None:
@@ -241,17 +215,14 @@ class Study:
         # Wider than the usual 0.02: at this width the model would not start to look things up within its budget.
         sizes |= {"initializer_range": 0.06, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
         sizes |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "tie_word_embeddings": False}
-        options = {"vision_config": VISION, "text_config": LlamaConfig(**sizes)}
+        options = {"vision_config": VISION, "text_config": transformers.LlamaConfig(**sizes)}
         options |= {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "image_seq_length": data.SIDE**2}
-        model = LlavaForConditionalGeneration(LlavaConfig(**options))
-        with (
-            torch.no_grad()
-        ):  # the word of a cell begins as its name and its digit, or looking up takes far longer to learn
-            embeddings = model.get_input_embeddings().weight
-            for word, index in tokenizer.get_vocab().items():
-                if "=" in word:
-                    name, digit = tokenizer.convert_tokens_to_ids(word.split("="))
-                    embeddings[index] = embeddings[name] + embeddings[digit]
+        model = LlavaForConditionalGeneration(transformers.LlavaConfig(**options))
+        embeddings = model.get_input_embeddings().weight.data
+        for word, index in tokenizer.get_vocab().items():
+            if "=" in word:  # a cell begins as its name and its digit: looking up would take far longer to learn
+                name, digit = tokenizer.convert_tokens_to_ids(word.split("="))
+                embeddings[index] = embeddings[name] + embeddings[digit]
         records = self.conversations("scenes", model)
         train(model, self.processor, records, self.arguments(out, self.budget.text, 2e-3, 0), recipe="finetune")
 
@@ -290,15 +261,13 @@ class Study:
             began = time.monotonic()
             model = row.build(LlavaForConditionalGeneration.from_pretrained(stage1))
             if row.trained:
-                for recipe, rate in (("pretrain", 1e-3), ("finetune", 1e-3)):
+                for recipe in ("pretrain", "finetune"):
                     records = self.conversations("train", model, cache=True)
-                    steps = getattr(self.budget, recipe)
-                    arguments = self.arguments(self.folder / ".training", steps, rate, seed)
+                    arguments = self.arguments(self.folder / ".training", getattr(self.budget, recipe), 1e-3, seed)
                     train(model, self.processor_of(row), records, arguments, recipe=recipe)
-            took = round(time.monotonic() - began)
-            write_text(
-                done, json.dumps(self.measure(row, model.eval(), done.with_suffix(".jsonl")) | {"seconds": took})
-            )
+            found = {"seconds": round(time.monotonic() - began)}
+            found = self.measure(row, model.eval(), done.with_suffix(".jsonl")) | found
+            write_text(done, json.dumps(found))
         return json.loads(done.read_text(encoding="utf-8"))
 
     def processor_of(self, row: Row) -> LlavaStfProcessor:
@@ -312,15 +281,12 @@ class Study:
         accuracy = score.score(model, processor, questions, out, batch=64, tokens=2)["exact"]
         for name, kinds in (("detail", data.DETAIL), ("coarse", data.COARSE)):
             accuracy[name] = statistics.mean(accuracy[kind] for kind in kinds)
-        image, taken = open_image(questions[0]["image"]), []
-        inputs = processor(images=image, text=f"USER: <image>\n{questions[0]['text']} ASSISTANT:", return_tensors="pt")
+        image, text = open_image(questions[0]["image"]), f"USER: <image>\n{questions[0]['text']} ASSISTANT:"
+        inputs = processor(images=image, text=text, return_tensors="pt")
         with torch.inference_mode():
-            for _ in range(25):
-                began = time.perf_counter()
-                model(**inputs, logits_to_keep=1)
-                taken.append(1e3 * (time.perf_counter() - began))
+            taken = timeit.repeat(lambda: model(**inputs, logits_to_keep=1), repeat=25, number=1)
         parameters = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
-        return {"accuracy": accuracy, "prefill_ms": statistics.median(taken), "parameters": parameters}
+        return {"accuracy": accuracy, "prefill_ms": 1e3 * statistics.median(taken), "parameters": parameters}
 
 
 def summary(row: Row, found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ How it looks, in what order, and which columns it has is in page.html.j2.
 """
 
 import base64
+import io
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,26 @@ from ..prefill import table as prefill
 from ..prefill.speedup import doubt, label, place, same_mode
 from ..results import read
 from ..stats import paired_ratio
-from . import charts
+
+# One hue per stage, apart in lightness too: the charts are read printed in grey and by colour-blind eyes.
+STAGES = {
+    "vision_ms": ("vision tower", "#1b4f72"),
+    "projector_ms": ("projector", "#e67e22"),
+    "insert_ms": ("embedding, insertion", "#7f8c8d"),
+    "prefill_ms": ("language model", "#5dade2"),
+}
+NO_MATPLOTLIB = "matplotlib is not installed, so there are no charts; install it with: pip install matplotlib"
 
 
 def write_report(files: list[Path], out: Path) -> tuple[Path, str | None]:
     """report.html and its charts -> (path of the page, what is missing from it)."""
     results = [read(file) for file in files]
     out.mkdir(parents=True, exist_ok=True)
-    note, sections = None if find_spec("matplotlib") else charts.NO_MATPLOTLIB, []
+    note, sections = None if find_spec("matplotlib") else NO_MATPLOTLIB, []
     for index, (file, result) in enumerate(zip(files, results, strict=True)):
         # The folder is the device's name in most runs; the rest of the path is nobody's business but the machine's.
         name, image = "/".join(file.resolve().parts[-2:]) if len(files) > 1 else file.name, None
-        if result["kind"] == "prefill" and not note and (png := charts.stages(result)):
+        if result["kind"] == "prefill" and not note and (png := chart(result)):
             # Several runs: the second one's chart must not overwrite the first one's.
             (out / (f"stages-{index + 1}.png" if len(files) > 1 else "stages.png")).write_bytes(png)
             image = base64.b64encode(png).decode()
@@ -81,3 +90,37 @@ def headline(result: dict[str, Any]) -> list[str]:
         spread = f"{ratio['ratio']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
         said.append(f"Fused against plain PyTorch operators in the same model: {spread}. The rest is fewer tokens.")
     return said
+
+
+def chart(result: dict[str, Any]) -> bytes | None:
+    """A bar per row, its stages stacked, the total and the speed-up behind it."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    rows = [row for row in result["rows"] if row["total_ms"] is not None]
+    if not rows:
+        return None
+    several, speedups = len({(place(row), row["mode"]) for row in rows}) > 1, same_mode(result["comparisons"])
+    # Six inches wide: at the 400 pixels of a telephone its letters are still eight pixels high.
+    figure = Figure(figsize=(6, 1.0 + (0.42 if several else 0.36) * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+    for row in rows:
+        name, left, total = label(row) + f"\n{row['mode']}, {place(row)}" * several, 0.0, row["total_ms"]
+        if row["vision_ms"] is None:
+            axes.barh(name, total, color="#d5dbdb", height=0.7)  # all that a compiled row has
+        for stage, (_, colour) in STAGES.items():
+            axes.barh(name, row[stage] or 0.0, left=left, color=colour, height=0.7)
+            left += row[stage] or 0.0
+        speedup = speedups.get((label(row), place(row), row["mode"]))
+        said = f"  {total:,.{0 if total >= 100 else 1}f} ms" + (f"   {speedup['ratio']:.2f}x" if speedup else "")
+        axes.annotate(said, (total, name), va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.28, y=0.5 / len(rows))
+    axes.set_xlabel("milliseconds to the first token", fontsize=9)
+    patches = [Patch(color=colour, label=title) for title, colour in STAGES.values()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200)
+    return buffer.getvalue()

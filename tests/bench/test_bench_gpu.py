@@ -41,6 +41,7 @@ def pretended(tmp_path_factory):
         patch.setattr(llava_integration, "PrefillRunner", spy)
         with fake_cuda.OnCpu():
             arguments = ["--preset", "tiny", "--device", "cuda", "--full", "--rounds", "1", "--images", "2"]
+            arguments += ["--budget", "10000"]  # on a busy machine, too
             status = main([*arguments, "--json", str(path)])
         events = list(fake_cuda.Event.made)
     return status, results.read(path), events, towers
@@ -109,7 +110,7 @@ def test_every_part_leaves_its_file_under_out(parts, capsys):
     assert all(command[:2] == [sys.executable, "-m"] for command, _ in commands)  # nothing that a bare machine lacks
     for command, seconds in commands[-2:]:  # a program is told to end before it is stopped
         assert float(command[command.index("--budget") + 1]) < seconds
-    assert sum(gpu.SECONDS.values()) < 560  # of ten minutes
+    assert sum(gpu.SECONDS[name] for name in ("tests", "kernels", "prefill")) < 560  # of ten minutes
 
 
 @pytest.mark.parametrize(("cores", "gb", "count"), [(16, 79, 6), (16, 140, 11), (16, 8, 1), (2, 79, 2), (None, 79, 1)])
@@ -167,30 +168,34 @@ def test_an_error_of_this_program_or_an_old_file_does_not_pass_for_a_run(parts, 
 def test_counts_and_failures_come_from_the_report_of_pytest(tmp_path, capfd):
     suite = tmp_path / "test_suite.py"
     suite.write_text("import pytest\n@pytest.mark.parametrize('i', range(7))\ndef test_one(i):\n    assert i != 5\n")
-    found = gpu.run_pytest([str(suite)], tmp_path, 60.0)
+    found = gpu.run_pytest([str(suite)], tmp_path, 600.0)
     assert [found[key] for key in ("passed", "failed", "skipped", "status")] == [6, 1, 0, 1]
-    [failure] = found["failures"]
-    assert failure.endswith("test_suite::test_one[5]")
+    assert found["failures"][0].endswith("test_suite::test_one[5]")
     suite.write_text("def test_one():\n    __import__('os')._exit(3)\n")
-    assert gpu.run_pytest([str(suite), "-p", "no:xdist"], tmp_path, 60.0)["failures"]
-    assert not list(tmp_path.glob("*.xml"))
+    assert gpu.run_pytest([str(suite), "-p", "no:xdist"], tmp_path, 600.0)["failures"] == ["no report was left"]
     # Left out where that is missing.
     assert "tests/convert/test_convert_hostile.py" in gpu.tests_that_need(["hypothesis"])
     assert gpu.tests_that_need([]) == []
 
 
-def test_a_part_that_hangs_is_stopped_with_what_it_has_started(tmp_path, capfd):
-    code = (
-        "import subprocess, sys, time\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    )
-    command = [sys.executable, "-c", f"{code}\nprint(child.pid, flush=True)\ntime.sleep(60)"]
-    assert gpu.run_limited(command, 3.0) is None
-    stat = Path(f"/proc/{capfd.readouterr().out.split()[-1]}/stat")
-    until = time.monotonic() + 5
-    while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < until:
+def test_a_part_that_hangs_is_stopped_with_what_it_has_started(tmp_path, monkeypatch):
+    """The limit comes when the child is there, however long that takes."""
+    file, wait = tmp_path / "pid", gpu.subprocess.Popen.wait
+
+    def limit(self, seconds=None):
+        while seconds == 3.0 and not (file.exists() and file.read_text()):
+            time.sleep(0.01)
+        return wait(self, 0.0 if seconds == 3.0 else seconds)
+
+    monkeypatch.setattr(gpu.subprocess.Popen, "wait", limit)
+    code = "import subprocess, sys, time\nchild = subprocess.Popen(['sleep', '600'])\n"
+    code += f"open({str(file)!r}, 'w').write(str(child.pid))\ntime.sleep(600)"
+    assert gpu.run_limited([sys.executable, "-c", code], 3.0) is None
+    stat, until = Path(f"/proc/{file.read_text()}/stat"), time.monotonic() + 60
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        assert time.monotonic() < until
         time.sleep(0.01)
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
-    assert gpu.run_limited([sys.executable, "-c", "raise SystemExit(3)"], 30.0) == 3
+    assert gpu.run_limited([sys.executable, "-c", "raise SystemExit(3)"], 600.0) == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

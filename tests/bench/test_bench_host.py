@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import host, results
+from tests.launch import recording_driver
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it would run there")
 HOST_ROWS = ["concat_linear", "spatial_merge_linear", "chain", "chain forward+backward"]
@@ -24,7 +25,6 @@ def test_the_sides_take_turns():
 
 
 def test_without_a_gpu_ours_are_launched_on_a_recording_driver(monkeypatch):
-    recording_driver = host.recording_driver()
     if recording_driver.COMPILER is None:
         assert host.recorded() is None
         pytest.skip("no C compiler, which Triton's launcher needs, too")

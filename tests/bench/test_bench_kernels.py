@@ -127,5 +127,5 @@ def test_what_cannot_be_captured_is_timed_as_it_is(monkeypatch):
     monkeypatch.setattr(run, "capture", refuse)
     times = run.time_call(lambda: torch.ones(3) + 1, "cuda", lambda: None, seconds=0.1)
     assert times["us"] is None
-    assert times["not_captured"] == "not captured: operation not permitted when stream is capturing"
+    assert times["not_captured"] == "not captured: RuntimeError: operation not permitted when stream is capturing"
     assert times["us_eager"] > 0

@@ -7,16 +7,16 @@ from torch import nn
 from bench import stats
 from bench.meters import FEATURES, Stopwatch, compare, highest_sum, peak_bytes
 from bench.prefill.models import POOL, build_stock, randomise
+from bench.prefill.modes import STAGES, stage_times, watched
 from bench.prefill.presets import preset
 from bench.prefill.speedup import compare_rows, doubt, refusal, speedup_field
-from bench.prefill.stages import STAGES, stage_times, watched
 
 
 def test_boundaries_are_met_in_their_order_and_leave_the_model_as_it_was():
     model, met = build_stock(preset("tiny"), device="cpu", dtype=torch.float32), []
     projector = model.model.multi_modal_projector
     original = type(projector).forward
-    with watched(model, met.append):
+    with watched(model, lambda name, _: met.append(name)):
         assert "forward" not in vars(projector)  # either would change the insertion path
         assert not projector._forward_hooks
         ids = torch.full((1, 16), model.config.image_token_id)

@@ -9,10 +9,9 @@ import torch
 from bench import results
 from bench.prefill import models, table
 from bench.prefill.__main__ import main
-from bench.prefill.modes import Eager
+from bench.prefill.modes import STAGES, Eager
 from bench.prefill.presets import Point, preset, preset_of
 from bench.prefill.speedup import label
-from bench.prefill.stages import STAGES
 from llava_integration.llava_stf import LlavaStfModel
 
 TINY = ["--preset", "tiny", "--device", "cpu", "--batch", "1"]
@@ -123,7 +122,9 @@ def test_a_checkpoint_takes_the_place_of_a_preset(tmp_path):
     [
         ({"vision_feature_layer": [-2, -5]}, "expected vision_feature_layer -2"),
         ({"text_config": 3}, "text_config"),
-        ({"vision_config": {"image_size": 70, "patch_size": 14}}, "a grid that 2x2 windows divide"),
+        ({"model_type": "qwen2_vl"}, "expected a checkpoint of model_type 'llava', got 'qwen2_vl'"),
+        ("{", "not a valid JSON"),
+        ({"vision_config": {"image_size": 70, "patch_size": 14}}, "an even grid, got -2, 'default' and 5x5 patches"),
         (None, "cannot be loaded"),
     ],
 )
@@ -133,7 +134,7 @@ def test_half_a_checkpoint_is_an_error_without_a_traceback(change, words, tmp_pa
     if change is None:
         weights.write_bytes(weights.read_bytes()[:5000])
     else:
-        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+        config.write_text(change if change == "{" else json.dumps({**json.loads(config.read_text()), **change}))
     assert main(["--model", str(tmp_path), "--device", "cpu", "--json", str(tmp_path / "x.json")]) == 2
     error = capsys.readouterr().err
     assert "error: --model:" in error
@@ -197,7 +198,7 @@ def test_a_row_that_breaks_or_does_not_fit_costs_only_itself_and_the_exit_code(m
     room = small.weight_bytes(4) + small.activation_bytes(Point(1, 8), 4) + (1 << 20)
     assert small.activation_bytes(many, 4) > room
     monkeypatch.setattr("bench.meters.available_bytes", lambda device: room)
-    status, result = tiny_run("--images", "256", "1", "--rounds", "1")
+    status, result = tiny_run("--images", "256", "1", "--rounds", "1", "--budget", "10000")
     assert status == 1
     assert "an illegal instruction" in capsys.readouterr().err
     *too_large, first, second, third = result["rows"]
@@ -231,7 +232,7 @@ def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tiny_run):
 def test_points_and_rounds_that_the_budget_does_not_reach_are_said(tiny_run):
     status, result = tiny_run("--text", "5", "6", "--budget", "0.001")
     assert status == 0
-    assert {(row["text_tokens"], row["rounds"]) for row in result["rows"]} == {(5, 2)}  # the fewest that are taken
+    assert {(row["text_tokens"], row["rounds"]) for row in result["rows"]} == {(5, 3)}  # the fewest that are taken
     notes = " ".join(result["notes"])
     assert (result["complete"], "text 6: not measured" in notes) == (False, True)
-    assert "2 rounds fitted into the time budget, 6 were planned; --budget SECONDS or --rounds N" in notes
+    assert "3 rounds fitted into the time budget, 6 were planned; --budget SECONDS or --rounds N" in notes

@@ -44,13 +44,16 @@ def test_no_request_repeats_another():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "."], "give --model and --stf together"),
+        (["--model", "FOLDER"], "give --model and --stf together"),
         (["--model", "absent", "--stf", "absent"], "'absent' has no config.json"),
         (["--rounds", "0"], "at least 1, got '0'"),
         ([], "vLLM is not installed: make .venv-vllm/.installed"),
     ],
 )
-def test_bad_arguments(arguments, words, capsys, monkeypatch):
+def test_bad_arguments(arguments, words, capsys, monkeypatch, tmp_path):
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "FOLDER" / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bench.serving.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
