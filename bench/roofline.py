@@ -3,7 +3,6 @@
 Ceilings are measured in the same run, with a large matrix product and a large copy of random data.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,17 +45,15 @@ def measure_ceilings(device: str, dtype: Any = None, *, side: int | None = None)
     dtype, side = dtype or (torch.bfloat16 if gpu else torch.float32), side or (8192 if gpu else 1536)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.randn((1 << 28) if gpu else (1 << 24), device=device)
-    target = torch.empty_like(source)
-
-    def seconds(call: Callable[[], Any]) -> float:
-        watch = Stopwatch(device)
-        watch.mark("start")
-        call()
-        watch.mark("end")
-        return watch.between("start", "end") / 1e3
-
-    product, copy = (
-        min([seconds(call) for _ in range(8)][2:]) for call in (lambda: a @ b, lambda: target.copy_(source))
-    )
+    target, best = torch.empty_like(source), []
+    for call in (lambda: a @ b, lambda: target.copy_(source)):
+        taken = []
+        for _ in range(8):
+            watch = Stopwatch(device)
+            watch.mark("start")
+            call()
+            watch.mark("end")
+            taken.append(watch.between("start", "end") / 1e3)
+        best.append(min(taken[2:]))
     name = str(dtype).removeprefix("torch.")
-    return Ceilings(2 * side**3 / product, 2 * source.nbytes / copy, f"measured in this run, {name}")
+    return Ceilings(2 * side**3 / best[0], 2 * source.nbytes / best[1], f"measured in this run, {name}")

@@ -11,21 +11,27 @@ import asyncio
 import base64
 import contextlib
 import io
+import os
 import random
+import re
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.request import urlopen
 
 from . import command
 from .command import number
 from .prefill.__main__ import PHOTOGRAPH
-from .prefill.presets import SIZES, preset
+from .prefill.presets import preset
 
 NAME = "bench.serving"
 MODELS = ("llava-1.5", "llava-stf")
@@ -44,12 +50,14 @@ COLUMNS = {
 OPTIONS = ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", "--limit-mm-per-prompt", '{"image": 1}']
 ON_GPU = ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.44"]  # two servers
 ON_CPU = ["--dtype", "float32", "--enforce-eager"]  # 16 bit is emulated on many, and vLLM compiles for a minute
+# No word to anybody outside, and on a CPU a cache that fits beside another server's; GPUs do not read it.
+SETTINGS = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="LLaVA-1.5 against LLaVA-STF in vLLM.")
     add, count = parser.add_argument, {"type": command.positive(int), "metavar": "N"}
-    add("--preset", choices=sorted(SIZES.keys() - {"tiny"}), help="random weights; default: 7b with a GPU, else small")
+    add("--preset", choices=("13b", "7b", "cpu", "small"), help="random weights; default: 7b with a GPU, else small")
     add("--model", type=command.model_folder, metavar="FOLDER", help="a LLaVA-1.5 checkpoint, together with --stf")
     add("--stf", type=command.model_folder, metavar="FOLDER", help="the LLaVA-STF checkpoint made of it")
     add("--concurrency", **count, default=4, help="requests at once, default 4")
@@ -140,6 +148,57 @@ async def send(url: str, messages: list[list[dict[str, Any]]], concurrency: int,
     return {"ttft_ms": [first for first, _ in answers], "requests_per_s": rate, "prompt_tokens": answers[0][1]}
 
 
+class ServerError(RuntimeError):
+    """A server that ended before it answered; the message is the last error that it wrote."""
+
+
+@contextlib.contextmanager
+def serve(folder: Path, *options: str, log: Path, patience: float = 300) -> Iterator[str]:
+    """Start one, wait for its first answer -> its address; end it and every process that it started.
+
+    options: vLLM's own. Raises ServerError, also after `patience` seconds without an answer.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ["--model", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *where, *options]
+    with log.open("wb") as output:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, env=SETTINGS | os.environ, start_new_session=True, **streams)
+    try:
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + patience
+        while not _answers(f"{url}/health"):
+            if process.poll() is not None or time.monotonic() > end:
+                raise ServerError(f"{folder}: no server: {_last_error(log)}; its whole output is in {log}")
+            time.sleep(0.2)
+        yield url
+    finally:
+        _end(process)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def _last_error(log: Path) -> str:
+    errors = re.findall(r"(?:^|\s)\w+(?:Error|Exception): .*", log.read_text(encoding="utf-8", errors="replace"))
+    return errors[-1].strip() if errors else "it said nothing"
+
+
+def _end(process: subprocess.Popen) -> None:
+    """A word, twenty seconds, and then the whole group: a worker outlives its server where that was killed."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def rows_of(rounds: list[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A row for each model, and how many times better the second one is, round by round."""
     from .stats import low_high, paired_ratio
@@ -194,7 +253,6 @@ def main(argv: list[str] | None = None) -> int:
     from openai import OpenAIError
 
     from . import results
-    from .server import ServerError, serve
 
     device, size, own = ("cuda", "7b", ON_GPU) if torch.cuda.is_available() else ("cpu", "small", ON_CPU)
     name = str(args.model or args.preset or size)

@@ -69,9 +69,8 @@ class Operands:
     def __init__(self, sizes: Sizes, batch: int, *, device: str, dtype: torch.dtype) -> None:
         draw = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(1))
         self.sizes, (m, c, d) = sizes, (sizes.blocks, sizes.dim, sizes.out_dim)
-        self.projector = stf_kernels.CompactTokenProjector(
-            m, c, d, merge_size=sizes.merge, skip_tokens=1, device=device, dtype=dtype
-        ).requires_grad_(False)
+        options = {"merge_size": sizes.merge, "skip_tokens": 1, "device": device, "dtype": dtype}
+        self.projector = stf_kernels.CompactTokenProjector(m, c, d, **options).requires_grad_(False)
         for parameter in self.projector.parameters():
             parameter.copy_(draw(parameter.shape) * (parameter.shape[1] ** -0.5 if parameter.ndim == 2 else 0.1))
         self.blocks = x = [draw(batch, 1 + sizes.side**2, c).to(dtype) for _ in range(m)]

@@ -102,7 +102,7 @@ class Run:
         error = self.error(call, exact)
         row["rel_error"] = error if math.isfinite(error) else None
         if error <= row["allowed_error"]:
-            row |= time_call(call, self.device, self.flush, seconds=0.1)
+            row |= time_call(call, self.device, self.flush)
             row["peak_mb"] = peak_bytes(call, self.device)[1] / MB
         else:
             row["failed"] = f"wrong: error {error:.1e} against float64, allowed {row['allowed_error']:.1e}"
@@ -127,23 +127,20 @@ def capture(call: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def time_call(call: Callable[[], Any], device: str, flush: Flush, *, seconds: float) -> dict[str, Any]:
-    """Microseconds, 5 to 100 repeats each way within about `seconds`; what cannot be captured says why."""
+def time_call(call: Callable[[], Any], device: str, flush: Flush) -> dict[str, Any]:
+    """Microseconds, 50 repeats each way, or 10 on a CPU; what cannot be captured says why."""
     for _ in range(3):
         call()
-    times, repeats, eager = {"us": None, "samples": [], "not_captured": None}, 10, []
-    if device.startswith("cuda"):
+    gpu, eager, times = device.startswith("cuda"), [], {"us": None, "samples": [], "not_captured": None}
+    if gpu:
         try:
-            graph = capture(call)
+            [samples] = in_turns([capture(call).replay], flush, 55)
         except RuntimeError as error:
             times["not_captured"] = f"not captured: {first_line(error)}"
         else:
-            begin = time.perf_counter()
-            in_turns([graph.replay], flush, 5)
-            repeats = min(100, max(5, int(5 * seconds / 2 / (time.perf_counter() - begin))))
-            [samples] = in_turns([graph.replay], flush, repeats)
+            samples = samples[5:]  # the first ones warm up
             times |= {"us": median(samples), "samples": samples, "spread_percent": spread_percent(samples)}
-    for _ in range(repeats):
+    for _ in range(50 if gpu else 10):
         watch = Stopwatch(device)
         flush()
         synchronize(device)

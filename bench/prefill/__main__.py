@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import command
-from .presets import FAMILIES, SIZES, CheckpointError, points, preset, preset_of
+from .presets import FAMILIES, CheckpointError, points, preset, preset_of
 
 PHOTOGRAPH = Path(__file__).parent.parent / "assets" / "raccoon.jpg"
 FLAGS = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages for torch's CPU tensors; see METHOD.md
@@ -35,7 +35,8 @@ def photograph(text: str) -> Any:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="LLaVA-1.5 against LLaVA-STF, by stages.")
     add, many = parser.add_argument, {"type": command.positive(int), "nargs": "+", "metavar": "N"}
-    add("--preset", choices=sorted(SIZES), help="default: 7b with a GPU, else cpu: 2 of its layers; tiny: a toy")
+    presets = {name: list(family["presets"]) for name, family in FAMILIES.items()}
+    add("--preset", choices=presets["llava-1.5"], help="default: 7b with a GPU, else cpu: 2 of its layers; tiny: a toy")
     add("--family", choices=list(FAMILIES), default="llava-1.5", help="default: llava-1.5")
     add("--model", type=command.model_folder, metavar="FOLDER", help="a LLaVA-1.5 checkpoint instead of a preset")
     add("--image", type=photograph, default=str(PHOTOGRAPH), metavar="FILE", help="default: one in bench/assets")
@@ -51,11 +52,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.model and args.preset:
         parser.error("argument --model: give either --model or --preset, not both")
-    if args.family != "llava-1.5":
-        given = [name for name in ("model", "images", "full") if getattr(args, name)]
-        if given or args.preset not in (None, *FAMILIES[args.family][1]):
-            known = f"expected a preset of {list(FAMILIES[args.family][1])} and none of --model, --images, --full"
-            parser.error(f"argument --family: {args.family}: {known}, got {given or args.preset!r}")
+    given = [name for name in ("model", "images", "full") if getattr(args, name)]
+    if args.family != "llava-1.5" and (given or args.preset not in (None, *presets[args.family])):
+        known = f"expected a preset of {presets[args.family]} and none of --model, --images, --full"
+        parser.error(f"argument --family: {args.family}: {known}, got {given or args.preset!r}")
     return args
 
 

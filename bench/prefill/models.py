@@ -92,15 +92,14 @@ class AsStock(LlavaStfModel):
         return False
 
 
-def reference_projector(fused: nn.Module, dim: int) -> nn.Module:
+def reference_projector(fused: nn.Module) -> nn.Module:
     """reference.CompactTokenProjector on the very parameters of `fused` (no copy)."""
     import reference
 
     mbtf, stf = fused.mbtf, fused.stf
-    sizes = mbtf.linear_1.in_features // dim, dim, stf.linear_2.out_features
     widths = {"mbtf_hidden_dim": mbtf.linear_1.out_features, "stf_hidden_dim": stf.linear_1.out_features}
     options = {"skip_tokens": fused.skip_tokens, "merge_size": stf.merge_size, "device": "meta"}
-    module = reference.CompactTokenProjector(*sizes, **widths, **options)
+    module = reference.CompactTokenProjector(fused.num_blocks, fused.dim, fused.out_dim, **widths, **options)
     module.load_state_dict(dict(fused.named_parameters()), assign=True)
     return module.eval().requires_grad_(False)
 
@@ -146,8 +145,8 @@ def build_rows(stock: nn.Module, preset: Preset, *, full: bool) -> list[Row]:
         pooled.model.multi_modal_projector = nn.Sequential(pooled.model.multi_modal_projector, Pool(2))
         rows = [Row(SKIP, "mlp2x", without_last_layer(stock), many), Row("llava-1.5-pool", "mlp2x", pooled, few)]
     fused.model.__class__ = AsStock
-    plain, dim = share(fused), preset.config.vision_config.hidden_size
-    plain.model.multi_modal_projector = reference_projector(fused.model.multi_modal_projector, dim)
+    plain = share(fused)
+    plain.model.multi_modal_projector = reference_projector(fused.model.multi_modal_projector)
     rows += [Row("llava-stf", "reference", plain, few), Row("llava-stf", "fused", fused, few)]
     return [Row("llava-1.5", "mlp2x", stock, many), *rows]
 

@@ -1,4 +1,4 @@
-"""The sizes that are measured, and the memory they need.
+"""The sizes that are measured (presets.json, in transformers' words), and the memory they need.
 
 cpu   the real vision tower and projector, and two layers of a language model of 7B width: every ratio is a real one
 small 3/16 of LLaVA-1.5-7B's widths, half of its language model's layers: for a server on a CPU
@@ -9,39 +9,16 @@ LLaVA-NeXT and LLaVA-OneVision cut the photograph into tiles; how many, and how 
 
 import argparse
 import itertools
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..results import first_line
 
 BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)  # LLaVA-STF's, of a tower of 24 layers, deepest first
-CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336}
-CLIP_SMALL = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "image_size": 336}
-CLIP_TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "image_size": 56}
-# name -> width, MLP width, layers, heads and vocabulary of the language model, the tower, batch sizes, text tokens
-SIZES = {
-    "cpu": ((4096, 11008, 2, 32, 32064), CLIP_L, (1,), 40),
-    "7b": ((4096, 11008, 32, 32, 32064), CLIP_L, (1, 8), 64),
-    "13b": ((5120, 13824, 40, 40, 32064), CLIP_L, (1, 8), 64),
-    "small": ((768, 2048, 16, 12, 32064), CLIP_SMALL, (1,), 40),
-    "tiny": ((64, 96, 2, 4, 512), CLIP_TINY, (1,), 8),
-}
-SIGLIP_SO = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "image_size": 384}
-SIGLIP_SO |= {"num_hidden_layers": 26, "vision_use_head": False}
-SIGLIP_TINY = CLIP_TINY | {"image_size": 130, "num_hidden_layers": 26, "vision_use_head": False}
-# The same with Qwen2-7B's widths; LLaVA-NeXT has LLaVA-1.5's.
-ONEVISION_SIZES = {
-    "cpu": ((3584, 18944, 2, 28, 32064), SIGLIP_SO, (1,), 40),
-    "7b": ((3584, 18944, 28, 28, 152128), SIGLIP_SO, (1, 8), 64),
-    "tiny": ((64, 96, 2, 4, 512), SIGLIP_TINY, (1,), 8),
-}
-# family -> the beginning of its classes' names, its sizes, the window that it starts with, its grids of tiles
-FAMILIES = {
-    "llava-1.5": ("Llava", SIZES, 2, []),
-    "llava-next": ("LlavaNext", SIZES, 2, [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]),
-    "llava-onevision": ("LlavaOnevision", ONEVISION_SIZES, 3, list(itertools.product(range(1, 7), range(1, 7)))),
-}
-TEXT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_SIZES = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
+# family -> its model_type, the window that it starts with, its presets
+FAMILIES = _SIZES["families"]
 
 
 class Point(NamedTuple):
@@ -67,7 +44,7 @@ class Preset(NamedTuple):
 
     @property
     def merge_size(self) -> int:
-        return FAMILIES[self.family][2]
+        return FAMILIES[self.family]["merge_size"]
 
     @property
     def side(self) -> int:
@@ -87,10 +64,10 @@ class Preset(NamedTuple):
         return image_size_to_num_patches(self.size, self.config.image_grid_pinpoints, self.side)
 
     def kind(self, what: str) -> Any:
-        """The family's own class of transformers, such as its Processor."""
+        """The family's own class of transformers, such as LlavaNextProcessor."""
         import transformers
 
-        return getattr(transformers, FAMILIES[self.family][0] + what)
+        return getattr(transformers, self.config.model_type.title().replace("_", "") + what)
 
     def image_tokens(self, merge_size: int) -> int:
         tokens = (self.grid // merge_size) ** 2
@@ -135,26 +112,19 @@ class CheckpointError(ValueError):
 
 def preset(name: str, family: str = "llava-1.5", size: tuple[int, int] | None = None, **text_options: int) -> Preset:
     """`size`: (height, width) of the photograph."""
-    import transformers
+    from transformers import AutoConfig
 
-    prefix, sizes, _, grids = FAMILIES[family]
-    text, tower, batches, text_tokens = sizes[name]
-    side, fields = tower["image_size"], dict(zip(TEXT_FIELDS, text, strict=True))
-    options: dict[str, Any] = {"image_seq_length": (side // 14) ** 2}
-    vision, language = transformers.CLIPVisionConfig, transformers.LlamaConfig
-    if family == "llava-onevision":
-        vision, language, options = transformers.SiglipVisionConfig, transformers.Qwen2Config, {}
-        fields["num_key_value_heads"] = 4
-    if grids:
-        options["image_grid_pinpoints"] = [[h * side, w * side] for h, w in grids]
-    config = getattr(transformers, f"{prefix}Config")(
-        vision_config=vision(**{"num_hidden_layers": 24, "patch_size": 14} | tower),
-        text_config=language(**fields | text_options),
-        image_token_id=text[-1] - 8,
-        attn_implementation="sdpa",
-        **options,
-    )
-    return Preset(name, config, batches, text_tokens, family, size if grids else None)
+    sizes, model_type = FAMILIES[family]["presets"][name], FAMILIES[family]["model_type"]
+    text = _SIZES["text"][sizes["text"]] | text_options
+    options = {"vision_config": _SIZES["vision"][sizes["vision"]], "text_config": text}
+    options |= {"image_token_id": text["vocab_size"] - 8, "attn_implementation": "sdpa"}
+    config = AutoConfig.for_model(model_type, **options)
+    found = Preset(name, config, tuple(sizes["batches"]), sizes["text_tokens"], family)
+    if not hasattr(config, "image_grid_pinpoints"):
+        return found
+    pinpoints = config.image_grid_pinpoints  # in sides of the real tower
+    config.image_grid_pinpoints = [[pixels // min(pinpoints[0]) * found.side for pixels in one] for one in pinpoints]
+    return found._replace(size=size)
 
 
 def preset_of(folder: Path) -> Preset:

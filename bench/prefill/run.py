@@ -23,7 +23,7 @@ from . import models
 from .floors import cost_on_a_gpu, with_floor
 from .modes import MODES, Eager
 from .presets import Point, points
-from .speedup import compare_rows, refusal, speedup_field
+from .table import compare_rows, refusal, speedup_field
 
 # row -> the row whose outputs it must repeat
 TWINS = {"llava-stf/fused": "llava-stf/reference", "llava-1.5-skip/mlp2x": "llava-1.5/mlp2x"}
@@ -120,8 +120,7 @@ class Run:
         # From here on dense random weights: the warm start's zeros could run faster than a trained projector.
         models.randomise(fused, 1)
         if self.preset.size:
-            blocks = fresh.encode_blocks(pixels)
-            plain = models.reference_projector(fused, self.preset.config.vision_config.hidden_size)
+            blocks, plain = fresh.encode_blocks(pixels), models.reference_projector(fused)
             pairs["fused against reference"] = [module(blocks, fresh.vision_grid) for module in (fused, plain)]
         self.result["checks"] += [meters.compare(name, *pair, meters.FEATURES) for name, pair in pairs.items()]
 
@@ -157,8 +156,8 @@ class Run:
 
     def rounds(self, cells: list[Eager], until: float) -> None:
         """No round begins that would end after `until`, once there are `fewest`."""
-        where, running, longest, taken = f"{cells[0].mode}, {cells[0].point}", [c for c in cells if c.ready], 0.0, 0
-        while running and taken < self.most:
+        where, running, longest = f"{cells[0].mode}, {cells[0].point}", [cell for cell in cells if cell.ready], 0.0
+        for taken in range(self.most if running else 0):
             start = time.monotonic()
             if taken >= self.fewest and start + longest > until:
                 planned = f"{taken} rounds fitted into the time budget, {self.most} were planned"
@@ -168,7 +167,6 @@ class Run:
             shift = taken % len(running)
             for cell in running[shift:] + running[:shift]:
                 cell.samples.append(cell.run())
-            taken += 1
             if not self.gpu:  # others use a CPU too, and a ceiling is what it does when they do not
                 self.ceilings = self.ceilings.raised(measure_ceilings(self.device, self.dtype))
             self.publish()

@@ -126,8 +126,11 @@ def make_processor(folder: Path) -> LlavaProcessor:
     made = Tokenizer(models.WordLevel(unk_token="<unk>"))
     made.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex("[?,.]"), "")])
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    texts = (text.replace("<image>", "") for name in ("scenes", "train") for text in _turns(folder / f"{name}.json"))
-    made.train_from_iterator(["USER: ASSISTANT:", *texts], trainers.WordLevelTrainer(special_tokens=list(SPECIAL)))
+    texts = ["USER: ASSISTANT:"]
+    for name in ("scenes", "train"):
+        for record in json.loads((folder / f"{name}.json").read_text(encoding="utf-8")):
+            texts += [turn["value"].replace("<image>", "") for turn in record["conversations"]]
+    made.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=list(SPECIAL)))
     made.add_special_tokens(list(SPECIAL))
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
     special: Any = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), SPECIAL, strict=False))
@@ -135,13 +138,7 @@ def make_processor(folder: Path) -> LlavaProcessor:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
     side = {"height": PIXELS, "width": PIXELS}
     images = transformers.CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=side)
-    sizes = {"patch_size": data.PIXELS, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-    return LlavaProcessor(images, tokenizer, chat_template=TEMPLATE, **sizes)
-
-
-def _turns(file: Path) -> list[str]:
-    records = json.loads(file.read_text(encoding="utf-8"))
-    return [turn["value"] for record in records for turn in record["conversations"]]
+    return LlavaProcessor(images, tokenizer, data.PIXELS, "default", TEMPLATE, num_additional_image_tokens=1)
 
 
 class Seeing(nn.Module):

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from ..command import table
-from ..prefill.speedup import label, place, same_mode
+from ..prefill.table import label, place, same_mode
 from ..results import ResultError, read
 from ..stats import ENOUGH_ROUNDS, low_high
 

@@ -14,7 +14,7 @@ import jinja2
 from .. import serving
 from ..kernels import table as kernels
 from ..prefill import table as prefill
-from ..prefill.speedup import doubt, label, place, same_mode
+from ..prefill.table import doubt, label, place, same_mode
 from ..results import read
 from ..stats import paired_ratio
 
@@ -30,39 +30,38 @@ NO_MATPLOTLIB = "matplotlib is not installed, so there are no charts; install it
 
 def write_report(files: list[Path], out: Path) -> tuple[Path, str | None]:
     """report.html and its charts -> (path of the page, what is missing from it)."""
-    results = [read(file) for file in files]
+    results, several = [read(file) for file in files], len(files) > 1
     out.mkdir(parents=True, exist_ok=True)
     note, sections = None if find_spec("matplotlib") else NO_MATPLOTLIB, []
-    for index, (file, result) in enumerate(zip(files, results, strict=True)):
+    for index, (file, result) in enumerate(zip(files, results, strict=True), start=1):
+        title, verdict, rows = shown(result)
+        section = {"result": result, "title": title, "verdict": verdict, "rows": rows, "image": None}
         # The folder is the device's name in most runs; the rest of the path is nobody's business but the machine's.
-        name, image = "/".join(file.resolve().parts[-2:]) if len(files) > 1 else file.name, None
+        sections.append(section | {"name": "/".join(file.resolve().parts[-2:]) if several else file.name})
         if result["kind"] == "prefill" and not note and (png := chart(result)):
-            # Several runs: the second one's chart must not overwrite the first one's.
-            (out / (f"stages-{index + 1}.png" if len(files) > 1 else "stages.png")).write_bytes(png)
-            image = base64.b64encode(png).decode()
-        sections.append({"name": name, "result": result, "image": image, **shown(result)})
+            (out / (f"stages-{index}.png" if several else "stages.png")).write_bytes(png)
+            sections[-1]["image"] = base64.b64encode(png).decode()
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     text = environment.get_template("page.html.j2").render(sections=sections, note=note, sentence=prefill.sentence)
-    path = out / "report.html"
-    path.write_text(text, encoding="utf-8")
-    return path, note
+    (out / "report.html").write_text(text, encoding="utf-8")
+    return out / "report.html", note
 
 
-def shown(result: dict[str, Any]) -> dict[str, Any]:
+def shown(result: dict[str, Any]) -> tuple[str, list[str], list[dict[str, str]]]:
     """The title, the sentences under it, and the rows as text."""
+    rows = result.get("rows", [])
     if result["kind"] == "prefill":
         title, *verdict = headline(result)
-        return {"title": title, "verdict": verdict, "rows": prefill.cells(result)}
+        return title, verdict, prefill.cells(result)
     if result["kind"] == "kernels":
-        verdict = kernels.standing(result["rows"])
-        return {"title": "The projector's kernels", "verdict": verdict, "rows": kernels.cells(result["rows"])}
+        return "The projector's kernels", kernels.standing(rows), kernels.cells(rows)
     if result["kind"] == "host":
-        rows = [{name: v if name == "what" else f"{v:.2f}" for name, v in row.items()} for row in result["rows"]]
-        return {"title": "Host time of an eager call", "verdict": [], "rows": rows}
+        cells = [{name: v if name == "what" else f"{v:.2f}" for name, v in row.items()} for row in rows]
+        return "Host time of an eager call", [], cells
     if result["kind"] == "serving":
-        return {"title": "Served by vLLM", "verdict": serving.sentences(result), "rows": serving.cells(result)}
+        return "Served by vLLM", serving.sentences(result), serving.cells(result)
     counts = f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped."
-    return {"title": "Tests on the device", "verdict": [counts, *result["failures"]], "rows": []}
+    return "Tests on the device", [counts, *result["failures"]], []
 
 
 def headline(result: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from bench import gpu, results
 from bench.kernels import __main__ as kernels
 from bench.prefill import models, run
 from bench.prefill.__main__ import main
-from bench.prefill.speedup import label
+from bench.prefill.table import label
 from bench.roofline import Ceilings
 
 JUNIT = '<s><testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><skipped/></testcase></s>'

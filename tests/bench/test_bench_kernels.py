@@ -35,15 +35,14 @@ def test_the_table_runs_small_and_its_rows_agree(tmp_path):
 def test_the_order_of_the_steps_and_the_rivals_of_every_stage():
     found = steps(parse([]))
     assert (found[0].stage, found[0].batch, found[0].dtype, found[0].run) == ("chain", 1, "bfloat16", "forward")
-    slow = [step.slow for step in found]
-    assert slow == sorted(slow)
-    assert len(found) == len(set(found)) == 2 * 2 * 7 * 6
+    assert [step.slow for step in found] == [False] * 84 + [True] * 84  # what torch.compile builds comes last
+    assert len(set(found)) == 2 * 2 * 7 * 6
     assert not any(step.slow for step in steps(parse(["--no-compile"])))
-    found = {stage: set(providers.of_stage(stage)) for stage in STAGES}
-    assert found["concat"] >= {"eager", "stf", "strided", "addmm_activation"}
-    assert found["linear"] >= {"eager", "stf", "stf-merge_in", "conv2d", "addmm_activation"}
-    assert found["chain"] >= {"eager", "stf", "strided", "conv2d", "addmm_activation"}
-    assert found["linear_merge"] & found["linear_scatter"] >= {"eager", "stf"}
+    found = {stage: {*providers.of_stage(stage)} - {"eager", "stf"} for stage in STAGES}
+    assert found["concat"] == {"strided", "addmm_activation"}
+    assert found["linear"] == {"stf-merge_in", "conv2d", "addmm_activation"}
+    assert found["chain"] == {"strided", "conv2d", "addmm_activation"}
+    assert found["linear_merge"] == found["linear_scatter"] == set()
     assert "stf-triton" in providers.of_stage("chain", gpu=True)
     assert found["chain"] - set(providers.of_stage("chain", trains=True)) == {"addmm_activation"}
 
@@ -100,14 +99,12 @@ def test_a_table_that_ends_early_keeps_its_rows(how, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         fill(self, *arguments)
         filled.append(arguments)
-        if how == "out of time" and len(filled) == 2:
-            self.until = 0.0
+        self.until = 0.0 if how == "out of time" and len(filled) == 2 else self.until
 
     monkeypatch.setattr(run.Run, "fill", two)
     status, result = measured(tmp_path, "--stage", "linear", "concat")
-    assert status == (130 if how == "interrupted" else 0)
+    assert (status, result["complete"]) == (130 if how == "interrupted" else 0, False)
     assert [row["provider"] for row in result["rows"]] == ["eager", "stf"]
-    assert result["complete"] is False
     assert any("--budget SECONDS raises it" in note for note in result["notes"]) == (how == "out of time")
 
 
@@ -125,7 +122,7 @@ def test_what_cannot_be_captured_is_timed_as_it_is(monkeypatch):
 
     fake_cuda.install(monkeypatch)
     monkeypatch.setattr(run, "capture", refuse)
-    times = run.time_call(lambda: torch.ones(3) + 1, "cuda", lambda: None, seconds=0.1)
+    times = run.time_call(lambda: torch.ones(3) + 1, "cuda", lambda: None)
     assert times["us"] is None
     assert times["not_captured"] == "not captured: RuntimeError: operation not permitted when stream is capturing"
     assert times["us_eager"] > 0

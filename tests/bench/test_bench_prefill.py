@@ -11,10 +11,21 @@ from bench.prefill import models, table
 from bench.prefill.__main__ import main
 from bench.prefill.modes import STAGES, Eager
 from bench.prefill.presets import Point, preset, preset_of
-from bench.prefill.speedup import label
+from bench.prefill.table import label
 from llava_integration.llava_stf import LlavaStfModel
 
 TINY = ["--preset", "tiny", "--device", "cpu", "--batch", "1"]
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """(exit code, result file) of a run of the smallest prefill."""
+
+    def start(*arguments):
+        status = main([*TINY, *arguments, "--json", str(tmp_path / "prefill.json")])
+        return status, results.read(tmp_path / "prefill.json")
+
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +102,15 @@ def test_the_terminal_says_what_matters_first_and_how_to_get_more_rounds(full_ru
 @pytest.mark.parametrize(
     ("family", "tiles", "tokens"), [("llava-next", 5, (16 + 6 * 9, 4 + 4 * 5)), ("llava-onevision", 21, (817, 97))]
 )
-def test_a_family_in_tiles_is_measured_as_its_users_call_it(family, tiles, tokens, tmp_path, capsys):
+def test_a_family_in_tiles_is_measured_as_its_users_call_it(family, tiles, tokens, tiny_run, capsys):
     """640x480 in 2x2 tiles of 56 pixels: 8 rows of tokens, 6 without padding; of windows 4, and none to cut."""
-    path = tmp_path / "x.json"
-    assert main(["--family", family, *TINY, "--rounds", "1", "--json", str(path)]) == 0
-    result = results.read(path)
-    assert (result["preset"], result["complete"]) == (f"tiny, {tiles} tiles", True)
+    status, result = tiny_run("--family", family, "--rounds", "1")
+    assert (status, result["preset"], result["complete"]) == (0, f"tiny, {tiles} tiles", True)
     rows = [(label(row), row["image_tokens"]) for row in result["rows"]]
     assert rows == [(f"{family}/mlp2x", tokens[0]), (f"{family}-stf/fused", tokens[1])]
     assert [check["agrees"] for check in result["checks"]] == [True, True]
     assert list(result["speedup"]) == [f"{family}-stf/fused eager over {family}/mlp2x eager, batch 1, text 8"]
-    for row in result["rows"]:
-        assert all(row[stage] > 0 for stage in ("vision_ms", "projector_ms", "prefill_ms"))
+    assert all(row[stage] > 0 for row in result["rows"] for stage in ("vision_ms", "projector_ms", "prefill_ms"))
     assert str(tokens[1]) in capsys.readouterr().out
 
 
@@ -151,17 +159,6 @@ def test_what_cannot_run_here_is_refused_before_it_is_loaded(monkeypatch, capsys
     assert re.search(words, capsys.readouterr().err)
 
 
-@pytest.fixture
-def tiny_run(tmp_path):
-    """(exit code, result file) of a run of the smallest prefill."""
-
-    def start(*arguments):
-        status = main([*TINY, *arguments, "--json", str(tmp_path / "prefill.json")])
-        return status, results.read(tmp_path / "prefill.json")
-
-    return start
-
-
 def patched_first_run(monkeypatch, name, change):
     """`change` of what the row `name` leaves; or the error that it ends in."""
     original = Eager.first_run
@@ -180,9 +177,7 @@ def patched_first_run(monkeypatch, name, change):
 def test_no_speed_up_when_fused_and_reference_differ(monkeypatch, capsys, tiny_run):
     patched_first_run(monkeypatch, "llava-stf/fused", lambda cell: setattr(cell, "features", cell.features * 1.01))
     status, result = tiny_run("--rounds", "1")
-    assert status == 1
-    assert result["speedup"] == {}
-    assert result["comparisons"] == []
+    assert (status, result["speedup"], result["comparisons"]) == (1, {}, [])
     assert "image features, llava-stf/fused" in result["refused"]
     printed = capsys.readouterr().out
     assert "NO SPEED-UP IS REPORTED" in printed

@@ -12,7 +12,7 @@ from clients.vllm import folders
 from support.processes import ROOT
 
 import llava_integration.vllm as plugin
-from bench.server import SETTINGS
+from bench.serving import SETTINGS
 from stf_kernels import CompactTokenProjector
 from tests.llava import build
 
