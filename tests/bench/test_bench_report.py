@@ -102,12 +102,13 @@ def test_compare_says_what_is_more_than_noise(files, tmp_path, capsys):
         ({"schema": 0}, "schema"),
     ],
 )
-def test_files_that_cannot_be_read_or_compared_are_refused(files, tmp_path, capsys, change, words):
+def test_files_that_cannot_be_compared_are_refused(files, tmp_path, capsys, change, words):
     write(tmp_path / "b.json", {**prefill_result(), **change})
     assert main(["--compare", str(files[0]), str(tmp_path / "b.json")]) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert "error" in error
+    assert words in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_read_are_refused(files, tmp_path, capsys):
     (tmp_path / "cut.json").write_text(files[0].read_text()[:100])
     for arguments, named in (
         ([tmp_path / "cut.json"], "cut.json"),
