@@ -99,7 +99,8 @@ def run(args: argparse.Namespace, study: Any) -> int:
             result["seeds"].append(seed)
     result["complete"] = True
     results.write(path, result)
-    print(table(result["rows"]))
+    shown = cells(result["rows"])
+    print(command.table(list(shown[0]), [list(row.values()) for row in shown], left=2))
     print(f"\n{path}  {plot(result['rows'], path.with_suffix('.png'))}")
     if args.smoke:
         trained = next(row for row in result["rows"] if row["model"] == "STF")
@@ -107,13 +108,16 @@ def run(args: argparse.Namespace, study: Any) -> int:
     return 0
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    kinds, cells = list(rows[0]["accuracy"]), []
+def cells(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Column -> what it says, for every row."""
+    found = []
     for row in rows:
-        shown = [f"{100 * found['mean']:.1f} ± {100 * found['std']:.1f}" for found in row["accuracy"].values()]
-        facts = command.number(row["prefill_ms"]), f"{row['parameters']:,}", str(row["seeds"])
-        cells.append([row["model"], row["start"], str(row["image_tokens"]), *shown, *facts])
-    return command.table(["model", "start", "tokens", *kinds, "prefill ms", "projector", "seeds"], cells, left=2)
+        said = {"model": row["model"], "start": row["start"], "tokens": str(row["image_tokens"])}
+        for kind, grades in row["accuracy"].items():
+            said[kind] = f"{100 * grades['mean']:.1f} ± {100 * grades['std']:.1f}"
+        said |= {"prefill ms": command.number(row["prefill_ms"]), "projector": f"{row['parameters']:,}"}
+        found.append(said | {"seeds": str(row["seeds"])})
+    return found
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> Path:

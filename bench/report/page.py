@@ -15,6 +15,7 @@ from .. import serving
 from ..kernels import table as kernels
 from ..prefill import table as prefill
 from ..prefill.table import doubt, label, place, same_mode
+from ..quality import __main__ as quality
 from ..results import read
 from ..stats import paired_ratio
 
@@ -58,6 +59,8 @@ def shown(result: dict[str, Any]) -> tuple[str, list[str], list[dict[str, str]]]
     if result["kind"] == "host":
         cells = [{name: v if name == "what" else f"{v:.2f}" for name, v in row.items()} for row in rows]
         return "Host time of an eager call", [], cells
+    if result["kind"] == "quality":
+        return "Answers with fewer vision tokens, % right", [], quality.cells(rows)
     if result["kind"] == "serving":
         return "Served by vLLM", serving.sentences(result), serving.cells(result)
     counts = f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped."

@@ -69,6 +69,12 @@ def test_the_chart_is_embedded_as_written_or_its_absence_is_said(files, tmp_path
     assert list((tmp_path / "without").iterdir()) == [path]
 
 
+def test_every_committed_result_has_a_page(tmp_path):
+    results = sorted((page.Path(__file__).parents[2] / "bench" / "results").rglob("*.json"))
+    text = page.write_report(results, tmp_path)[0].read_text()
+    assert text.count('class="scroll"') >= len(results) > 4
+
+
 def test_an_incomplete_or_refused_run_is_marked(tmp_path):
     text = text_of(tmp_path, complete=False, refused="logits differ", comparisons=[])
     assert "This run is incomplete" in text
