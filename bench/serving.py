@@ -167,36 +167,24 @@ def serve(folder: Path, *options: str, log: Path, patience: float = 300) -> Iter
         streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, env=SETTINGS | os.environ, start_new_session=True, **streams)
     try:
-        url, end = f"http://127.0.0.1:{port}", time.monotonic() + patience
-        while not _answers(f"{url}/health"):
+        url, end, healthy = f"http://127.0.0.1:{port}", time.monotonic() + patience, False
+        while not healthy:
             if process.poll() is not None or time.monotonic() > end:
-                raise ServerError(f"{folder}: no server: {_last_error(log)}; its whole output is in {log}")
+                said = log.read_text(encoding="utf-8", errors="replace")
+                errors = re.findall(r"(?:^|\s)\w+(?:Error|Exception): .*", said) or ["it said nothing"]
+                raise ServerError(f"{folder}: no server: {errors[-1].strip()}; its whole output is in {log}")
             time.sleep(0.2)
+            with contextlib.suppress(OSError):
+                healthy = urlopen(f"{url}/health", timeout=5).status == 200
         yield url
     finally:
-        _end(process)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return urlopen(url, timeout=5).status == 200
-    except OSError:
-        return False
-
-
-def _last_error(log: Path) -> str:
-    errors = re.findall(r"(?:^|\s)\w+(?:Error|Exception): .*", log.read_text(encoding="utf-8", errors="replace"))
-    return errors[-1].strip() if errors else "it said nothing"
-
-
-def _end(process: subprocess.Popen) -> None:
-    """A word, twenty seconds, and then the whole group: a worker outlives its server where that was killed."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        # A word, twenty seconds, and then the whole group: a worker outlives its server where that was killed.
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def rows_of(rounds: list[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
