@@ -312,39 +312,37 @@ def draw_stage(c, form):
 MERGES = st.sampled_from(["", "", "in", "out"])
 
 
-def form_of(form):
+@kind(
+    form=st.sampled_from([*FORMS]), config=st.integers(0, 3), merge=MERGES, saved=st.sampled_from(["", "pre", "rows"])
+)
+def stages(**c):
     """One stage on one form of kernel, with a pre-activation, rows by index, or neither."""
+    configs, (stage, tokens) = FORMS[c["form"]], draw_stage(c, c["form"])
+    c["gradient"], config = None, configs[c["config"] % len(configs)]
+    leaves, given_ = draw_blocks(c, tokens)
+    weight, bias = draw_layer(c, stage.num_segments(given_) * c["c"])
+    m = c["batch"] * stage.tokens(leaves[0].shape)
+    indexed = c["saved"] == "rows" and stage.merge_out == 1
+    order = torch.randperm(m + 3)[:m]
 
-    def run(**c):
-        stage, tokens = draw_stage(c, form)
-        c["gradient"], config = None, FORMS[form][c["config"] % len(FORMS[form])]
-        leaves, given_ = draw_blocks(c, tokens)
-        weight, bias = draw_layer(c, stage.num_segments(given_) * c["c"])
-        m = c["batch"] * stage.tokens(leaves[0].shape)
-        indexed = c["saved"] == "rows" and stage.merge_out == 1
-        order = torch.randperm(m + 3)[:m]
+    def ours(leaves):
+        weight, bias, *blocks = leaves
+        out = operand((m + 3, c["n"]), (("pitched", 2, True, False), []), c["dtype"]) if indexed else None
+        rows = between_pages(m, torch.int64, True).copy_(order) if indexed else None
+        x, options = [blocks[i] for i in given_], {"save_pre": c["saved"] == "pre", "out": out, "rows": rows}
+        try:
+            y, pre = run_stage(x, weight, bias, stage, config, **options)
+        except tma.Refused:
+            reject()  # another case is drawn in its place; too many are an error
+        return (y[order] if indexed else y, *([] if pre is None else [pre]))
 
-        def ours(leaves):
-            weight, bias, *blocks = leaves
-            out = operand((m + 3, c["n"]), (("pitched", 2, True, False), []), c["dtype"]) if indexed else None
-            rows = between_pages(m, torch.int64, True).copy_(order) if indexed else None
-            x, options = [blocks[i] for i in given_], {"save_pre": c["saved"] == "pre", "out": out, "rows": rows}
-            try:
-                y, pre = run_stage(x, weight, bias, stage, config, **options)
-            except tma.Refused:
-                reject()  # another case is drawn in its place; too many are an error
-            return (y[order] if indexed else y, *([] if pre is None else [pre]))
+    def theirs(leaves, activation=stage.activation):
+        weight, bias, *blocks = leaves
+        pre, y = by_layers([blocks[i] for i in given_], weight, bias, stage, activation)
+        return (y.flatten(0, 1) if indexed else y, *([pre] if c["saved"] == "pre" else []))
 
-        def theirs(leaves, activation=stage.activation):
-            weight, bias, *blocks = leaves
-            pre, y = by_layers([blocks[i] for i in given_], weight, bias, stage, activation)
-            return (y.flatten(0, 1) if indexed else y, *([pre] if c["saved"] == "pre" else []))
-
-        calls = [ours, theirs, theirs, partial(theirs, activation=None)]
-        attempt(calls, [weight, bias, *leaves], c, roundings=2)
-
-    run.__name__ = form
-    kind(merge=MERGES, config=st.integers(0, 3), saved=st.sampled_from(["", "pre", "rows"]))(run)
+    calls = [ours, theirs, theirs, partial(theirs, activation=None)]
+    attempt(calls, [weight, bias, *leaves], c, roundings=2)
 
 
 @kind(merge=MERGES, g=OPERAND, config=st.sampled_from([GemmConfig(32, 32, 32, group_m=2), GemmConfig(16, 16, 16)]))
@@ -400,14 +398,13 @@ def main():
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     launch.ROWS_PER_PROGRAM = 16  # a strip of the elementwise backward: 128 rows take the interpreter most of its time
-    every = [name for name in KINDS if interpreting() or name not in (*FORMS, "weight_gradient")]  # kernels themselves
+    every = [
+        name for name in KINDS if interpreting() or name not in ("stages", "weight_gradient")
+    ]  # kernels themselves
     with open(options.last, "w") as last:
         for name in every if "all" in options.kinds else options.kinds:
             attack(name, options.cases, options.seed, last)
 
-
-for form in FORMS:
-    form_of(form)
 
 if __name__ == "__main__":
     main()
