@@ -18,7 +18,7 @@ help:
 	@echo "make lint             1 s    ruff"
 	@echo "make types           30 s    mypy; 3 s when little has changed"
 	@echo "make docs            20 s    the pages of docs/ into docs/_build/html/"
-	@echo "make fuzz                    2,000 drawn calls of every operator and kernel, between pages that fault; 2,000 broken files"
+	@echo "make fuzz                    12,000 drawn calls of operators and kernels between pages that fault; 2,000 broken files"
 	@echo "make aot           > 10 min  compile every configuration for every GPU and check the generated code"
 	@echo "make test-browser            the report page in a headless Chromium, which it installs as root on Debian"
 	@echo "make matrix                  make test on Python 3.10 to 3.13, with the oldest and newest versions (installs 20 GB)"
