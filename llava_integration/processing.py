@@ -88,7 +88,7 @@ class CompactProcessor(ProcessorMixin):
             if len(images) == len(samples):  # nested by prompt: each has to fit its own
                 for index, (own, prompt) in enumerate(zip(images, samples, strict=True)):
                     self._check_count("image", [prompt], own, f" in prompt {index}", **kwargs)
-            images = images if self.groups_images else _flat(images)
+            images = (images if self.groups_images else _flat(images)) if any(images) else None
         if videos is not None:
             if not hasattr(self, "video_token"):
                 raise ValueError(

@@ -179,7 +179,7 @@ class TestVideo:
 class TestNoImages:
     """A batch without images is text; a model's input holds no pixel_values then, or none of them."""
 
-    @pytest.mark.parametrize("images", [None, [], [[], []], [None, []]], ids=str)
+    @pytest.mark.parametrize("images", [None, [], [[], []], [None, []], torch.empty(0, 3, 56, 56)], ids=str)
     def test_of_the_whole_batch(self, processor, images):
         found, inputs = process(processor, ["a cat", "what is"], images=images)
         assert found == [0, 0]
