@@ -142,14 +142,6 @@ def test_other_geometries_from_the_shapes(tmp_path, dst, blocks, window, mbtf, l
     check_features(dst, tower, projector, blocks=layers, window=window)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_dtype(official, dst, dtype):
-    convert_official(official, dst, dtype=dtype)
-    model = AutoModelForImageTextToText.from_pretrained(dst)
-    assert model.dtype == dtype
-    assert torch.equal(model.lm_head.weight, ck.make_language().lm_head.weight.to(dtype))
-
-
 def test_tower_weights_from_its_folder(tmp_path, dst):
     """LLaVA leaves a frozen tower out of its checkpoints; mm_vision_tower or --vision-tower has it then."""
     tensors = ck.official_tensors(None, ck.make_language(), ck.make_projector())
