@@ -19,8 +19,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {options.jobs}")
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json: the folder {options.json.parent} does not exist; make it first")
     # Only now: torch is imported.
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context

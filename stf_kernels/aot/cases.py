@@ -16,8 +16,6 @@ from ..configs.tables import DTYPES, shipped_configs
 from ..ops import launch, weight_grad
 from ..ops.segments import Stage
 
-_FEW_TILES = ("linear_merge", "linear_scatter")  # where a search splits K first
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -103,7 +101,8 @@ def _others(arch: str, dtype: str, problem: Problem, defaults: tuple[GemmConfig,
         configs = []
     else:
         configs += [config.portable() for config in configs]
-        configs += [c for c in others(arch, itemsize) if c.form != "pointer" or problem.name in _FEW_TILES]
+        few_tiles = problem.name in ("linear_merge", "linear_scatter")  # where a search splits K first
+        configs += [config for config in others(arch, itemsize) if config.form != "pointer" or few_tiles]
     configs = [config for config in configs if does_not_suit(config, arch, problem.kind, itemsize) is None]
     for config in dict.fromkeys((*defaults, *configs)):
         case = Case(arch, problem.name, dtype, config)

@@ -24,7 +24,7 @@ import torch
 
 from .config import GemmConfig
 from .model import cycles, default_config, does_not_suit, library_cycles, others, tiles
-from .tables import Known, Table, cache_of, device_identity, fastest_kernel, multiprocessors, table_of
+from .tables import Known, Table, cache_of, device_identity, multiprocessors, table_of
 
 _log = logging.getLogger(__name__)  # its warnings are seen on stderr where an application has set up no logging
 INTERPRETER_CONFIG = GemmConfig(block_m=32, block_n=32, block_k=32, group_m=2)
@@ -236,7 +236,7 @@ def _select(index: int, gemm: Gemm, measure: Measure) -> Known:
             attempt = _attempts[index, key]
             _log.warning("%s. Plain torch serves; attempt %d of %d", said, attempt, _MOST_ATTEMPTS)
             return _FOR_NOW
-        best = fastest_kernel(us)
+        best = Known(None, us).kernel
         config = best if best is not None and us[best] < MARGIN * us[None] else None
         _keep(cache, gemm, {key: Known(config, us)}, failed)
     _log.warning(

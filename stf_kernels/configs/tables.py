@@ -52,11 +52,7 @@ class Known(NamedTuple):
     @property
     def kernel(self) -> GemmConfig | None:
         """What serves where plain torch is not to."""
-        return self.config or fastest_kernel(self.us)
-
-
-def fastest_kernel(us: dict[GemmConfig | None, float]) -> GemmConfig | None:
-    return min((config for config in us if config is not None), key=us.__getitem__, default=None)
+        return self.config or min(filter(None, self.us), key=self.us.__getitem__, default=None)
 
 
 def device_slug(name: str) -> str:

@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..backend import BACKENDS, chosen_backend, current_backend, resolve
 from ..checks import ORDINARY
 from .backward import Needs, chain_bwd, shapes_of
 from .chain import Plan, chain_fwd, without_autocast
-from .torch_path import differentiable_chain
+from .torch_path import is_transformed
 
 # The package's name, so that a copy under another name (from the kernels hub) can live in a process beside this one.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".ops.")[0])
@@ -58,10 +57,9 @@ class ChainOperator:
         needs = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
         if True not in needs:
             needs = []
-        if _is_transformed() and is_ordinary(tensors):
-            stages, skip = self._traced_plan(*static)
-            cropped = [block[:, skip:] for block in blocks]
-            return differentiable_chain(stages, cropped, weights, biases or [None] * len(weights))
+        if is_transformed() and is_ordinary(tensors):
+            plan = self._traced_plan(*static)
+            return chain_fwd(plan, "torch", blocks, weights, biases, keep=[True] * len(weights))[0]
         if _is_traced() or not is_ordinary(tensors) or is_recorded(blocks[0]):
             return self._forward_op(blocks, weights, biases, *static, needs)[0]
         plan, path = self.plan(*static), resolve(blocks[0].device, blocks[0].dtype)
@@ -99,7 +97,8 @@ class ChainOperator:
         blocks, weights, biases, *static, needs = inputs
         # A compiled backward runs in a thread of autograd's, where the caller's `use_backend` is not seen.
         ctx.backend, ctx.static, ctx.kept_for = current_backend(), static, needs
-        ctx.sizes, ctx.lengths = _sizes(blocks, weights), (len(blocks), len(weights), len(biases))
+        ctx.sizes = blocks[0].shape, [weight.shape[0] for weight in weights]
+        ctx.lengths = len(blocks), len(weights), len(biases)
         keep, reads = self._kept(tuple(static), *ctx.lengths[:2], tuple(needs))
         saved = iter(output[1:])
         ctx.save_for_backward(*[next(saved) if kept else None for kept in keep], *_read([*blocks, *weights], reads))
@@ -141,7 +140,8 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, plan: Plan, path: str, lengths: tuple[int, int, int], kept: tuple, *tensors: Tensor) -> Tensor:
         blocks, weights, biases = _split(tensors, lengths)
         y, saved = chain_fwd(plan, path, blocks, weights, biases, keep=kept[0])
-        ctx.plan, ctx.path, ctx.lengths, ctx.sizes = plan, path, lengths, _sizes(blocks, weights)
+        ctx.plan, ctx.path, ctx.lengths = plan, path, lengths
+        ctx.sizes = blocks[0].shape, [weight.shape[0] for weight in weights]  # a backward is given what it reads alone
         ctx.save_for_backward(*saved, *_read(tensors, kept[1]))
         return y
 
@@ -155,11 +155,6 @@ class _Eager(torch.autograd.Function):
         block, widths = ctx.sizes
         grads = chain_bwd(ctx.plan, ctx.path, grad, saved, blocks, weights, block, widths, needs)
         return None, None, None, None, *grads[: len(needs)]
-
-
-def _sizes(blocks: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Sequence[int], list[int]]:
-    """The shape of a block, N of each weight: a backward is given only those tensors that it reads."""
-    return blocks[0].shape, [weight.shape[0] for weight in weights]
 
 
 def _read(tensors: Sequence[Tensor], flags: Sequence[bool]) -> list[Tensor | None]:
@@ -187,13 +182,6 @@ def is_recorded(x: Tensor) -> bool:
 def _is_traced() -> bool:
     """Inside torch.compile; asking for the backend makes it a guard, for a graph holds the backend of its backward."""
     return torch.compiler.is_compiling() and chosen_backend() in (None, *BACKENDS)
-
-
-def _is_transformed() -> bool:
-    """Inside torch.func's grad, vjp, jvp, vmap, or at a level of forward-mode differentiation."""
-    # isinstance: a tracer of torch.compile takes an absent interpreter for an object that is not None
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    return isinstance(interpreter, torch._C._functorch.CInterpreter) or forward_ad._current_level >= 0
 
 
 def _refuse_unsupported(grad: Tensor) -> None:

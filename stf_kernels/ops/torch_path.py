@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .segments import Stage, merge_windows
 
@@ -43,7 +44,7 @@ def run_stage(
 
 def _linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage: Stage) -> Tensor:
     """A @ W^T + b -> [rows, N], rows in the order of the GEMM."""
-    if stage.num_segments(blocks) == 1 or blocks[0].dtype not in WIDE:
+    if stage.num_segments(blocks) == 1 or blocks[0].dtype not in WIDE or is_transformed():
         segments = [segment.flatten(1, -2) for segment in stage.segments(blocks)]
         x = segments[0] if len(segments) == 1 else torch.cat(segments, dim=-1)
         return F.linear(x.flatten(0, 1), weight, bias)
@@ -77,15 +78,8 @@ def run_activation_bwd(
     return out, activate(pre, activation) if write_act else None, out.sum(0) if sum_rows else None
 
 
-def differentiable_chain(
-    stages: Sequence[Stage], blocks: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> Tensor:
-    """The chain's output in operations that torch differentiates, for torch.func's transforms and forward mode."""
-    x = torch.cat(tuple(blocks), -1)
-    for stage, weight, bias in zip(stages, weights, biases, strict=True):
-        if stage.merge_in > 1:
-            x = merge_windows(x, stage.grid, stage.merge_in)
-        x = activate(F.linear(x, weight, bias), stage.activation)
-        if stage.merge_out > 1:
-            x = merge_windows(x, stage.grid, stage.merge_out)
-    return x
+def is_transformed() -> bool:
+    """Inside torch.func's grad, vjp, jvp, vmap, or at a level of forward-mode differentiation."""
+    # isinstance: a tracer of torch.compile takes an absent interpreter for an object that is not None
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return isinstance(interpreter, torch._C._functorch.CInterpreter) or forward_ad._current_level >= 0

@@ -78,9 +78,3 @@ def test_what_serves_when_no_table_matches(arch, itemsize):
                 dearer.add(batch)
                 assert min(c for config, c in costs.items() if work[config] <= 1.1 * min(work.values())) > 1.2 * before
     assert dearer <= ({1, 2, 4, 8, 16} if itemsize == 2 and arch in ("sm_90", "sm_100") else set())
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_few_rows_get_small_tiles_and_many_rows_large_ones(arch):
-    few, many = (default_config(arch, 2, m, 4096, 4096) for m in (16, 18432))
-    assert few.rows * few.block_n < many.rows * many.block_n
