@@ -1,7 +1,7 @@
 """Steps in their order: operands, float64, agreement, time; one row for every provider.
 
 us is of the call captured as a CUDA graph, us_eager of the call as it is, on an idle device; before either the L2 is
-flushed (stf_kernels/ops/timing.py). On a CPU only us_eager remains, with warm caches.
+flushed (stf_kernels/ops/first_use.py). On a CPU only us_eager remains, with warm caches.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import stf_kernels
-from stf_kernels.ops.timing import Flush, in_turns
+from stf_kernels.ops.first_use import Flush, in_turns
 
 from .. import results, roofline
 from ..command import Progress

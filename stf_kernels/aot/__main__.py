@@ -25,8 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from ..backend import has_triton
     from ..configs.tables import write_json
-    from . import check
-    from .cases import cases
+    from .cases import cases, examine
 
     if not has_triton():
         parser.error("triton is not installed, which compiles the kernels: pip install triton")
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     broken, records, began = 0, [], time.monotonic()
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         with shielded():
-            futures = [pool.submit(check.examine, case) for case in todo]
+            futures = [pool.submit(examine, case) for case in todo]
         for done, future in enumerate(as_completed(futures), 1):
             line, found, record = future.result()
             violations = "".join(f"\n    VIOLATION: {violation}" for violation in found)

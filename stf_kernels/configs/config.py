@@ -63,6 +63,10 @@ class GemmConfig:
         """Rows of y in a tile."""
         return self.block_m + self.tail_m
 
+    def tile(self) -> tuple:
+        """What a search takes two pipelines of."""
+        return self.form, self.rows, self.block_n, self.split_k
+
     def portable(self) -> "GemmConfig":
         """The nearest configuration of the portable kernel, in no more shared memory."""
         if self.form == "pointer":

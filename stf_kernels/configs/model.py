@@ -184,16 +184,13 @@ def cycles(config: GemmConfig, m: int, n: int, k: int, itemsize: int, arch: str,
     return max(compute, memory) + reduction
 
 
-def library_cycles(
-    product: float, kind: str, m: int, n: int, k: int, itemsize: int, arch: str, multiprocessors: int
-) -> float:
-    """The same of plain torch: a library's product that is as good as ours in the best form, and what it reads and
-    writes beside that. A concatenation or a merge on load copies A and passes over y again for its activation, a
-    merge on store copies y; whether a plain linear layer has an activation is not known here."""
+def copy_cycles(kind: str, m: int, n: int, k: int, itemsize: int, arch: str, multiprocessors: int) -> float:
+    """The same of what plain torch reads and writes beside its product, which is taken for as good as ours in the best
+    form: a concatenation or a merge on load copies A and passes over y again for its activation, a merge on store
+    copies y; whether a plain linear layer has an activation is not known here."""
     device = ARCHITECTURES.get(arch, ARCHITECTURES["sm_89"])
     moved = {"concat": m * k + m * n, "merge": m * k + m * n, "linear_merge": m * n}.get(kind, 0)
-    copies = 2 * moved * itemsize / (device.memory * multiprocessors) + _FILL if moved else 0
-    return product + copies
+    return 2 * moved * itemsize / (device.memory * multiprocessors) + _FILL if moved else 0
 
 
 def default_config(

@@ -5,6 +5,4 @@ split_k.py            how programs share its K axis
 activations.py        what its epilogue applies, and the kernel of their backward
 tma.py, swap_ab.py    the same GEMM with its tiles fetched by TMA, and with A and B swapped
 wgrad.py              the weight gradient
-
-No tile size is written here: they are arguments, and come from `stf_kernels/configs/`.
 """

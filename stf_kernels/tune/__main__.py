@@ -16,11 +16,6 @@ SIZES: dict[str, Any] = {"dim": 1024, "out_dim": 4096}
 PLACE = "cuda"
 
 
-def tile(config: Any) -> tuple:
-    """A search tries two pipelines of each."""
-    return config.form, config.block_m, config.block_n, config.tail_m, config.split_k
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stf_kernels.tune", description=__doc__)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
@@ -36,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     from torch import nn
 
     from ..backend import triton_serves, use_backend
-    from ..configs import device_identity, selection
+    from ..configs import GemmConfig, device_identity, selection
     from ..configs.model import every_tile
     from ..configs.tables import Table, table_path, versions
     from ..modules import CompactTokenProjector, SpatialTokenFusion
@@ -46,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("this command measures, and there is no GPU here that Triton serves; the model serves without")
     slug, arch = device_identity(torch.cuda.current_device())
     table = Table(options.out or table_path(slug), slug, arch, versions() | {"commit": options.commit}).read()
-    selection.search = selection.Search(every_tile, tile, 2, options.most, 60, table)
+    selection.search = selection.Search(every_tile, GemmConfig.tile, 2, options.most, 60, table)
     for name in options.dtype:
         placed: dict[str, Any] = {"dtype": getattr(torch, name), "device": PLACE}
         projector = CompactTokenProjector(8, **SIZES, skip_tokens=1, **placed)

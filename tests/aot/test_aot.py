@@ -14,8 +14,7 @@ from support.processes import python
 from trap_kernel import gemm_with_traps
 
 from stf_kernels.aot import __main__ as command
-from stf_kernels.aot.cases import Case, cases, launch_of
-from stf_kernels.aot.check import examine, violations
+from stf_kernels.aot.cases import Case, cases, examine, launch_of, violations
 from stf_kernels.aot.codegen import SASS, Code, compile_for, innermost_math_loop
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
 from stf_kernels.configs.model import tiles

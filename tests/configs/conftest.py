@@ -8,7 +8,7 @@ import torch
 
 from stf_kernels import configs
 from stf_kernels.configs import selection, tables
-from stf_kernels.ops import launch, timing, torch_path, weight_grad
+from stf_kernels.ops import first_use, launch, torch_path, weight_grad
 
 CUDA = torch.device("cuda", 0)
 SLOW = 90.0  # of a kernel whose time is not planted; plain torch takes 50
@@ -31,7 +31,7 @@ def pretend(monkeypatch):
             monkeypatch.setattr(selection, name, nothing)
         monkeypatch.setattr(launch, "_ready", {})
         # These tests ask which kernel serves; test_fallback.py has where plain torch does.
-        monkeypatch.setattr(selection, "library_cycles", lambda *_: float("inf"))
+        monkeypatch.setattr(selection, "copy_cycles", lambda *_: float("inf"))
 
     yield pretend
     forget()
@@ -119,7 +119,7 @@ def gpu(pretend, monkeypatch, tmp_path):
     choose = configs.choose
     monkeypatch.setattr(configs, "choose", lambda device, gemm, **options: choose(CUDA, gemm, **options))
     monkeypatch.setattr(selection, "selects", lambda: True)
-    monkeypatch.setattr(timing, "medians", gpu.medians)
+    monkeypatch.setattr(first_use, "medians", gpu.medians)
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("STF_KERNELS_CACHE", str(tmp_path))

@@ -222,7 +222,7 @@ def test_where_nothing_is_selected_the_model_serves(gpu, monkeypatch, why, caplo
         assert len([m for m in caplog.messages if "a model of the device serves" in m]) == (not off)
         assert gpu.selections == 0
         selection._model.cache_clear()
-        patch.setattr(selection, "library_cycles", lambda *_: 0.0)
+        patch.setattr(selection, "copy_cycles", lambda *_: float("-inf"))
         launch.forget()
         call()
         assert served() is None, "plain torch where the model says so"

@@ -9,7 +9,7 @@ import torch
 from stf_kernels import backend, configs
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, Gemm, GemmConfig, selection, tables
 from stf_kernels.configs.model import every_tile
-from stf_kernels.ops import launch, timing, torch_path
+from stf_kernels.ops import first_use, launch, torch_path
 from stf_kernels.tune import __main__ as tune
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -18,7 +18,7 @@ HALF, FLOAT = torch.bfloat16, torch.float32
 @pytest.fixture
 def found(pretend, monkeypatch):
     """found(stage, m, n, k): what the search tries for a product."""
-    monkeypatch.setattr(selection, "search", selection.Search(every_tile, tune.tile, 2, 1000))
+    monkeypatch.setattr(selection, "search", selection.Search(every_tile, GemmConfig.tile, 2, 1000))
 
     def found(stage: str, m: int, n: int, k: int, dtype=HALF, arch="sm_90") -> list[GemmConfig]:
         pretend(arch)
@@ -97,12 +97,14 @@ def test_times_are_taken_in_turns_on_a_cold_cache(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
-    monkeypatch.setattr(timing, "Flush", lambda device: flush)
-    monkeypatch.setattr(timing.time, "monotonic", lambda: 1e-6 * now[0])
+    monkeypatch.setattr(first_use, "Flush", lambda device: flush)
+    monkeypatch.setattr(first_use.time, "monotonic", lambda: 1e-6 * now[0])
     for us in (1.0, 1e6):
         times = [us * (i + 1) for i in range(3)]
         order.clear()
-        found = timing.medians([functools.partial(call, *pair) for pair in enumerate(times)], torch.device("cpu"), 12)
+        found = first_use.medians(
+            [functools.partial(call, *pair) for pair in enumerate(times)], torch.device("cpu"), 12
+        )
         assert found == pytest.approx(times)
         ran = [name for name in order if name != "flush"]
         assert {ran[3 * turn] for turn in range(1, len(ran) // 3)} == {0, 1, 2}, "each is first at times"

@@ -142,14 +142,14 @@ def first_use() -> dict:
     """Calls that name no configuration: while a graph is captured, then three times; the second candidate is the
     fastest. What the driver saw of each, and of a call that names that candidate."""
     from stf_kernels.configs import Gemm, selection
-    from stf_kernels.ops import first_use, timing
+    from stf_kernels.ops import first_use
 
     def medians(calls, device, most):
         for call in calls:
             call()
         return [50.0 if call.args[1] is None else 40.0 if call.args[1] == fast else 60.0 for call in calls]
 
-    timing.medians, first_use.Expected.differs = medians, lambda *_: None  # nothing is computed here
+    first_use.medians, first_use.Expected.differs = medians, lambda *_: None  # nothing is computed here
     selection.selects = lambda: True
     blocks = tower(8, 2, 576, 256)
     weight, bias = torch.randn(512, 2048).bfloat16(), torch.zeros(512, dtype=torch.bfloat16)
