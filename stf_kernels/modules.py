@@ -140,8 +140,8 @@ class SpatialTokenFusion(_TwoLayers):
         if found is not None:
             operands = chain_operands([x], *found, self.merge_size)
             return operators.token_fusion_mlp(*operands, self.activation, 0, self.merge_size, *grid)
-        options: dict[str, Any] = {"grid": grid, "merge_size": self.merge_size, "truncate": self.truncate}
-        fused = functools.partial(spatial_merge_linear, x, **options)
+        r, truncate = self.merge_size, self.truncate
+        fused = functools.partial(spatial_merge_linear, x, grid=grid, merge_size=r, truncate=truncate)
         return self.one_by_one(fused, lambda: merge_windows(x, grid, self.merge_size))
 
     def extra_repr(self) -> str:
