@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(folder):
-    with serve(folder, *OPTIONS, log=folder.parent / "log") as url:
+    with serve(folder, *OPTIONS, log=folder.parent / "log", patience=900) as url:  # on a machine that is busy
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
