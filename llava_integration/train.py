@@ -215,7 +215,7 @@ def check_folder(args: argparse.Namespace, arguments: "TrainingArguments") -> No
         found = json.loads(file.read_text(encoding="utf-8"))
         if different := [f"{name} {found.get(name)}, now {run[name]}" for name in run if found.get(name) != run[name]]:
             raise RunError(f"--resume: {args.output} holds a run of other settings: {'; '.join(different)}")
-    elif args.output.exists() and any(args.output.iterdir()):
+    elif args.output.exists() and any(not path.name.startswith(".run.json.") for path in args.output.iterdir()):
         raise RunError(f"--output: {args.output} is not empty; --resume goes on with its run, or give a new folder")
     else:
         args.output.mkdir(parents=True, exist_ok=True)

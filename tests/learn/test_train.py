@@ -97,7 +97,9 @@ class TestResuming:
         assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
         assert not changed(state(tmp_path / "whole"), state(tmp_path / "parts"))
 
-    def test_the_folder_of_another_run_is_refused(self, run, stf_folder, capsys):
+    def test_the_folder_of_another_run_is_refused(self, run, tmp_path, stf_folder, capsys):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / ".run.json.7").touch()  # of a run that was killed before it had a run.json
         assert run("pretrain", stf_folder, "out", steps=1) == 0
         assert run("pretrain", stf_folder, "out", steps=1) == 2
         assert "--resume goes on with its run" in capsys.readouterr().err
