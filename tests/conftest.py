@@ -33,6 +33,7 @@ SLOW = (
     "tests/operators/test_attack.py",
     "tests/project/test_commands.py",
     "tests/training/test_compile.py",
+    "tests/training/test_long_runs.py",
     "tests/project/test_examples.py",
 )
 

@@ -27,6 +27,7 @@ NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".ops.")[0])
 TENSORS = "Tensor[] blocks, Tensor[] weights, Tensor[] biases"
 KEPT = "Tensor?[] saved, Tensor?[] blocks, Tensor?[] weights, SymInt[] block, SymInt[] widths"
 STATIC = "str? activation, int skip_tokens, int merge_size, int grid_h, int grid_w"
+MOST_PLANS = 256  # that an operator remembers: every grid has its own
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -42,8 +43,8 @@ class ChainOperator:
     """One operator: (blocks, weights, biases, *static) -> y. plan maps the static arguments to a Plan."""
 
     def __init__(self, name: str, plan: Callable[..., Plan]) -> None:
-        self.plan = functools.cache(plan)
-        self._kept = functools.cache(self._what_is_kept)  # the same in every step of a training
+        self.plan = functools.lru_cache(MOST_PLANS)(plan)
+        self._kept = functools.lru_cache(MOST_PLANS)(self._what_is_kept)  # the same in every step of a training
         self._traced_plan = plan  # torch.compile does not see through a cache
         self._forward_op = define(name, f"{TENSORS}, {STATIC}, bool[] needs", "Tensor[]", self._forward, self._fake)
         arguments = f"Tensor grad, {KEPT}, {STATIC}, str backend, bool[] needs"

@@ -1,0 +1,129 @@
+"""If these fail, operators and modules disturb each other in threads or in worker processes, an error in the middle
+leaves something behind, or memory grows with the number of calls."""
+
+import functools
+import itertools
+import multiprocessing
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.modules import build
+
+from stf_kernels import CompactTokenProjector, spatial_merge_linear, use_backend
+from stf_kernels.backend import current_backend
+from stf_kernels.ops import torch_path
+
+CALLS, WARM_UP, ROOM = 10_000, 5_000, 4 << 20  # until then malloc finds its level, plain torch or not
+
+
+def step(seed: int, projector: torch.nn.Module | None = None) -> list[np.ndarray]:
+    """Output and gradients of a projector, by default one of its own, on blocks that the seed draws."""
+    draw = torch.Generator().manual_seed(seed)
+    if projector is None:
+        projector = build("CompactTokenProjector")
+        for parameter in projector.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=draw)
+    blocks = [torch.randn(2, 16, 8, generator=draw).requires_grad_() for _ in range(3)]
+    y = projector(blocks)
+    return [t.detach().numpy() for t in (y, *torch.autograd.grad(y.square().sum(), [*blocks, *projector.parameters()]))]
+
+
+def same(found: list[np.ndarray], expected: list[np.ndarray]) -> bool:
+    return all(map(np.array_equal, found, expected))
+
+
+def test_threads_with_one_module_and_backends_of_their_own():
+    projector = build("CompactTokenProjector")
+    expected = [step(seed, projector) for seed in range(8)]
+
+    def work(seed: int) -> None:
+        for turn in range(25):
+            outer, inner = ("auto", "torch") if (seed + turn) % 2 else ("torch", "auto")
+            with use_backend(outer):
+                with use_backend(inner), use_backend(inner):
+                    assert current_backend() == inner
+                    assert same(step(seed, projector), expected[seed])
+                assert current_backend() == outer
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert current_backend() == "auto"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_worker_processes(method):
+    """Of a process that has computed: a fork inherits what is cached. One thread, as in a DataLoader's workers: with
+    more a fork of torch waits for threads that are not there."""
+    expected = step(5)
+    workers = 2 if method == "fork" else 1  # which imports torch
+    pool = multiprocessing.get_context(method).Pool(workers, torch.set_num_threads, (1,))
+    with pool, use_backend("torch"):
+        found = pool.map_async(step, [5] * 4).get(timeout=900)
+    assert all(same(one, expected) for one in found)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_error_in_the_middle_leaves_nothing_behind(monkeypatch, where):
+    projector = build("CompactTokenProjector")
+    expected, calls, activate = step(3, projector), itertools.count(), torch_path.activate
+
+    def fails(*arguments, **options):
+        if where == "backward" or next(calls) == 2:  # the third of four stages
+            raise KeyError("in the middle")
+        return activate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_path, "activate" if where == "forward" else "run_activation_bwd", fails)
+        with pytest.raises(KeyError), use_backend("torch"):
+            step(3, projector)
+    assert current_backend() == "auto"
+    assert all(parameter.grad is None for parameter in projector.parameters())
+    assert same(step(3, projector), expected)
+
+
+CACHE = functools._lru_cache_wrapper
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def caches() -> dict[str, int]:
+    """Entries of whatever remembers calls in our modules: functools' caches, dicts and sets."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        for key, value in vars(module).items() if name.startswith("stf_kernels") else ():
+            if isinstance(value, CACHE):
+                found[f"{name}.{key}"] = value.cache_info().currsize
+            elif key.startswith("_") and not key.startswith("__") and isinstance(value, dict | set):
+                found[f"{name}.{key}"] = len(value)
+            for part, inner in getattr(value, "__dict__", {}).items():
+                if not isinstance(value, type) and isinstance(inner, CACHE):
+                    found[f"{name}.{key}.{part}"] = inner.cache_info().currsize
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux for the resident memory")
+def test_ten_thousand_steps_of_changing_shapes():
+    """More grids than any cache holds; a layer of the operator's own takes the other half of the calls."""
+    draw, projector = random.Random(0), CompactTokenProjector(2, 4, 6, skip_tokens=1)
+    weight = torch.randn(5, 16, requires_grad=True)
+    for call in range(CALLS):
+        height = draw.randint(1, 60)
+        grid = 2 * height, 2 * draw.randint(1, max(1, 120 // height))
+        tokens, batch = grid[0] * grid[1], draw.randint(1, 2)
+        if call % 2:
+            blocks = [torch.randn(batch, 1 + tokens, 4, requires_grad=True) for _ in range(2)]
+            projector(blocks, grid).sum().backward()
+        else:
+            x = torch.randn(batch, tokens, 4, requires_grad=True)
+            spatial_merge_linear(x, weight, grid=grid, activation=draw.choice(("gelu", "silu"))).sum().backward()
+        if call == WARM_UP:
+            before = resident()
+    assert resident() - before < ROOM
+    assert sum(caches().values()) < 2000, caches()
