@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help prefill test test-quick matrix test-transformers test-browser test-vllm quality quality-smoke fuzz aot release-check coverage
-.PHONY: gpu lint types docs format clean
+.PHONY: gpu lint types docs format clean mutate kill-sweep
 
 help:
 	@echo "Times on two CPU cores without a GPU; the first target to run also makes .venv, in a minute or two."
@@ -19,6 +19,8 @@ help:
 	@echo "make types           30 s    mypy; 3 s when little has changed"
 	@echo "make docs            20 s    the pages of docs/ into docs/_build/html/"
 	@echo "make fuzz                    12,000 drawn calls of operators and kernels between pages that fault; 2,000 broken files"
+	@echo "make mutate            hours 400 mutants against the tests that cover their lines; goes on where it stopped"
+	@echo "make kill-sweep    > 10 min  kill conversions, selections, trainings and benchmarks, and see what is left"
 	@echo "make aot           > 10 min  compile every configuration for every GPU and check the generated code"
 	@echo "make test-browser            the report page in a headless Chromium, which it installs as root on Debian"
 	@echo "make matrix                  make test on Python 3.10 to 3.13, with the oldest and newest versions (installs 20 GB)"
@@ -96,6 +98,14 @@ fuzz: $(VENV)/.installed
 	$(FUZZ) --cases $(or $(CASES),4000) --last .fuzz-torch
 	TRITON_INTERPRET=1 $(FUZZ) --cases $(or $(CASES),4000) --last .fuzz-kernels
 	STF_HOSTILE=$(or $(CASES),2000) $(RUN) -m pytest -q tests/convert/test_convert_hostile.py
+
+# Of a single worker: `make mutate ARGS="--workers 1"`. What is known is in .work/mutation/runs.jsonl.
+mutate: $(VENV)/.installed
+	$(RUN) $(PIP_INSTALL) -c $(VENV)/constraints.txt coverage
+	nice -n 19 $(RUN) .ci/mutate.py --json docs/mutation.json $(ARGS)
+
+kill-sweep: $(VENV)/.installed
+	nice -n 19 $(RUN) .ci/kill.py $(ARGS)
 
 matrix:
 	@$(PYTHON) .ci/matrix.py $(ARGS)
