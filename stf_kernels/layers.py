@@ -1,10 +1,7 @@
 """Layers of the kernels hub: stateless, their forward takes the place of another layer's.
 
 `kernelize` (of the package `kernels`) puts it on an instance of any class that has kernel_layer_name =
-"CompactTokenProjector" and the children of the one in modules.py:
-
-    self.mbtf, self.stf    with linear_1, linear_2 and activation (a name); stf with merge_size and truncate as well
-    self.skip_tokens       leading tokens of every block that are not read
+"CompactTokenProjector", skip_tokens, and children mbtf and stf with the attributes of those in modules.py.
 """
 
 from collections.abc import Sequence

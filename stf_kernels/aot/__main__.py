@@ -19,7 +19,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {options.jobs}")
-    # Only now: torch is imported.
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 

@@ -1,8 +1,5 @@
 """The specialisations that are compiled ahead of time, the arguments of the launches that they stand for, and what is
-asserted of the code: the sentences of `violations`. One for memory that is not 16-byte aligned need only fit.
-
-Problems are the stages of LLaVA-STF at the sizes of LLaVA-1.5-7B.
-"""
+asserted of the code: the sentences of `violations`. One for memory that is not 16-byte aligned need only fit."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -44,6 +41,7 @@ class Problem:
 
 _GRID = (24, 24)
 
+# The stages of LLaVA-STF at the sizes of LLaVA-1.5-7B
 PROBLEMS = {
     problem.name: problem
     for problem in (
@@ -75,8 +73,7 @@ class Case:
 
     def __str__(self) -> str:
         kind = "tf32" if self.tf32 else self.dtype
-        more = {" unaligned": not self.aligned, " one image": self.one_image}
-        words = "".join(word for word, holds in more.items() if holds)
+        words = " unaligned" * (not self.aligned) + " one image" * self.one_image
         return f"{self.arch:7} {self.problem:14} {kind:8} {self.config!s:23}{words}"
 
 

@@ -1,8 +1,7 @@
 """Compile a kernel for a GPU that is not here and read the machine code.
 
-The compiler needs no driver. What the JIT learns from the arguments of a launch (types, integers divisible by 16,
-16-byte aligned addresses) its own binder learns here from a launch's arguments without memory, so the code is the code
-that runs.
+The compiler needs no driver. What the JIT learns from a launch's arguments (types, integers divisible by 16, aligned
+addresses) its own binder learns here from arguments without memory, so the code is the code that runs.
 """
 
 import re

@@ -45,10 +45,8 @@ _listeners: list[list[dict[str, Any]]] = []
 
 
 class Gemm(NamedTuple):
-    """y [m, n] = A [m, k] @ W^T at a stage of `tables.STAGES`, or the weight gradient dW [m, n], a sum over k rows.
-
-    save_pre: the pre-activation is stored, too.
-    """
+    """y [m, n] = A [m, k] @ W^T at a stage of `tables.STAGES`, with the pre-activation stored, too, if save_pre; or the
+    weight gradient dW [m, n], a sum over k rows."""
 
     stage: str
     dtype: torch.dtype
@@ -169,10 +167,7 @@ def menu(arch: str, itemsize: int, *, save_pre: bool, wgrad: bool) -> list[GemmC
 
 
 class Search(NamedTuple):
-    """What a selection tries, at most so many and so many of a kind, timed in so many rounds, and where it is kept.
-
-    That of first use is a few of every form that the architecture has; `python -m stf_kernels.tune` has a wider one.
-    """
+    """What a selection tries, and where it is kept: at first use, unlike in tune, a few of every form that there is."""
 
     menu: Callable[..., Iterable[GemmConfig]] = menu
     kind: Callable[[GemmConfig], Hashable] = lambda config: (config.form, config.split_k > 1)
@@ -188,13 +183,12 @@ search = Search()
 def contenders(index: int, gemm: Gemm) -> list[GemmConfig]:
     """What is tried, the most promising first, without what the model estimates at over twice its best."""
     size, itemsize, arch = gemm.size(index), gemm.dtype.itemsize, device_identity(index)[1]
-    failed = _kept(index).failed
     costs = {
         config: cycles(config, *size)
         for config in search.menu(arch, itemsize, save_pre=gemm.save_pre, wgrad=gemm.wgrad)
         if does_not_suit(config, arch, gemm.stage, itemsize) is None
         if config.split_k == 1 or 4 * gemm.m * gemm.n * config.split_k <= _WORKSPACE
-        if (itemsize, gemm.wgrad, config) not in failed
+        if (itemsize, gemm.wgrad, config) not in _kept(index).failed
     }
     found, promising = Counter[Hashable](), []
     for config in sorted(costs, key=costs.__getitem__):
@@ -233,8 +227,7 @@ def _select(index: int, gemm: Gemm, measure: Measure) -> Known:
                 if "captur" not in str(again):  # or another thread captures a graph, which forbids to wait
                     _log.error("%s. The device does not answer any more; a new process will not try this again", said)
                     raise error from None
-            attempt = _attempts[index, key]
-            _log.warning("%s. Plain torch serves; attempt %d of %d", said, attempt, _MOST_ATTEMPTS)
+            _log.warning("%s. Plain torch serves; attempt %d of %d", said, _attempts[index, key], _MOST_ATTEMPTS)
             return _FOR_NOW
         best = Known(None, us).kernel
         config = best if best is not None and us[best] < MARGIN * us[None] else None
@@ -249,9 +242,9 @@ def _select(index: int, gemm: Gemm, measure: Measure) -> Known:
 
 def _keep(cache: Table, gemm: Gemm, known: dict[tuple, Known], failed: Failures) -> None:
     """For this process, and in the file."""
-    kind = gemm.dtype.itemsize, gemm.wgrad
     cache.known |= known
-    cache.failed |= {(*kind, config): f"{gemm}: {reason}" for config, reason in failed.items()}
+    for config, reason in failed.items():
+        cache.failed[gemm.dtype.itemsize, gemm.wgrad, config] = f"{gemm}: {reason}"
     try:
         if known or failed:
             cache.write()
@@ -259,8 +252,7 @@ def _keep(cache: Table, gemm: Gemm, known: dict[tuple, Known], failed: Failures)
         cache.warn(f"cannot be written, so what is selected serves this process alone: {error}")
     if failed:
         listed = "; ".join(f"{config}: {reason}" for config, reason in failed.items())
-        said = f"stf_kernels: not used on {cache.slug} any more, found for {gemm}: {listed}"
-        warnings.warn(said, stacklevel=2)
+        warnings.warn(f"stf_kernels: not used on {cache.slug} any more, found for {gemm}: {listed}", stacklevel=2)
 
 
 def reject(device: torch.device, dtype: torch.dtype, config: GemmConfig, error: Exception, *, wgrad: bool) -> None:
@@ -268,5 +260,4 @@ def reject(device: torch.device, dtype: torch.dtype, config: GemmConfig, error: 
     cache, rejected = _kept(_index(device)), (dtype.itemsize, wgrad, config)
     if rejected not in cache.failed:
         cache.failed[rejected] = f"does not run: {error}"
-        said = f"stf_kernels: {config} does not run on {cache.slug}: {error}. Plain torch serves"
-        warnings.warn(said, stacklevel=3)
+        warnings.warn(f"stf_kernels: {config} does not run on {cache.slug}: {error}. Plain torch serves", stacklevel=3)

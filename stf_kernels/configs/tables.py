@@ -5,14 +5,13 @@
         nvidia-h200-torch2.13.0-triton3.7.1-stf_kernels0.2.0.json
 
     {"version": 3, "device": "nvidia-h200", "arch": "sm_90", "made_with": {"torch": ..., "triton": ..., ...},
-     "entries": [{"stage": "concat", "dtype": "bfloat16", "n": 4096, "k": 8192, "m_max": 1152, "save_pre": false,
+     "entries": [{"stage": "concat", "dtype": "bfloat16", "n": 4096, "k": 8192, "m_max": 1536, "save_pre": false,
                   "tf32": false, "config": {...}, or null for plain torch,
                   "candidates": [{"config": {...} or null, "us": ...}, ...]}, ...],
      "failed": [{"itemsize": 2, "wgrad": false, "config": {...}, "reason": ...}, ...]}
 
 An entry's config is what serves, for rows of A up to m_max and beyond the next smaller of 1, 2, 3, 4, 6, 8, 12, ...;
-candidates are the microseconds that decided it. Files may be edited or deleted, and processes share them. One that is
-not right is not used, and one warning says so.
+candidates are the microseconds that decided it. A file may be edited; one that is not right is not used.
 """
 
 import contextlib

@@ -61,7 +61,9 @@ class ChainOperator:
         if is_transformed() and is_ordinary(tensors):
             plan = self._traced_plan(*static)
             return chain_fwd(plan, "torch", blocks, weights, biases, keep=[True] * len(weights))[0]
-        if _is_traced() or not is_ordinary(tensors) or is_recorded(blocks[0]):
+        # asking for the backend makes it a guard of torch.compile's, whose graph holds the backend of its backward
+        traced = torch.compiler.is_compiling() and chosen_backend() in (None, *BACKENDS)
+        if traced or not is_ordinary(tensors) or is_recorded(blocks[0]):
             return self._forward_op(blocks, weights, biases, *static, needs)[0]
         plan, path = self.plan(*static), resolve(blocks[0].device, blocks[0].dtype)
         if needs:
@@ -178,11 +180,6 @@ def is_ordinary(tensors: Sequence[Tensor]) -> bool:
 def is_recorded(x: Tensor) -> bool:
     """A kernel would run where a mode records (FLOP counters, make_fx) what goes through the dispatcher."""
     return torch._C._len_torch_dispatch_stack() > 0 and resolve(x.device, x.dtype) != "torch"
-
-
-def _is_traced() -> bool:
-    """Inside torch.compile; asking for the backend makes it a guard, for a graph holds the backend of its backward."""
-    return torch.compiler.is_compiling() and chosen_backend() in (None, *BACKENDS)
 
 
 def _refuse_unsupported(grad: Tensor) -> None:
