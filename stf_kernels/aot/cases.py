@@ -31,7 +31,6 @@ class Problem:
 
     @property
     def kind(self) -> str:
-        """The name under which tuning tables know it."""
         return self.stage.kind(self.num_blocks) + ("_wgrad" if self.wgrad else "")
 
     @property
