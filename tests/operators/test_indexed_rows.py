@@ -31,6 +31,8 @@ def test_a_subclass_goes_through_the_dispatcher(case):
     (module, blocks, rows), subclass = case, type("Subclass", (torch.Tensor,), {})
     out = module([block.as_subclass(subclass) for block in blocks], out=torch.zeros(9, 12), rows=rows)
     assert torch.equal(out[rows], module(blocks)[0])
+    weights = torch.randn(5, 24), torch.randn(5, 24).as_subclass(subclass)
+    assert [type(stf_kernels.concat_linear(blocks, weight)) for weight in weights] == [torch.Tensor, subclass]
 
 
 @pytest.mark.parametrize("fused", [True, False])
