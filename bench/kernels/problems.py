@@ -59,6 +59,11 @@ def merge(x: Tensor, sizes: Sizes) -> Tensor:
     return windows.reshape(x.shape[0], side * side, -1)
 
 
+def flat(found: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """An output as it is, gradients in one row."""
+    return found if isinstance(found, Tensor) else torch.cat([gradient.flatten() for gradient in found])
+
+
 class Operands:
     """Parameters, and inputs of every product at one batch size: each reads the eager output of the one before.
 
@@ -77,6 +82,7 @@ class Operands:
         layers = [layer for child in self.projector.children() for layer in (child.linear_1, child.linear_2)]
         self.parameters = {name: (layer.weight, layer.bias) for name, layer in zip(PRODUCTS, layers, strict=True)}
         self.inputs: dict[str, Any] = {"chain": x}
+        self.upstream: Tensor | None = None
         for stage in PRODUCTS:
             self.inputs[stage] = x
             x = self.eager(stage, x)
@@ -95,14 +101,17 @@ class Operands:
     def exact(self, stage: str, *, gradients: bool = False) -> Tensor:
         """In float64, from the operands as they are."""
         wide, x = copy.copy(self), self.inputs[stage]
+        wide.upstream = None
         wide.parameters = {s: [p.detach().double().requires_grad_() for p in self.parameters[s]] for s in PRODUCTS}
         x = [block.double() for block in x] if isinstance(x, list) else x.double()
-        return wide.gradients(lambda: wide.eager(stage, x)) if gradients else wide.eager(stage, x).detach()
+        return flat(wide.gradients(lambda: wide.eager(stage, x))) if gradients else wide.eager(stage, x).detach()
 
-    def gradients(self, forward: Callable[[], Tensor]) -> Tensor:
-        """Of the chain's parameters, in one row, for an upstream gradient of unit variance: the tower is frozen."""
+    def gradients(self, forward: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        """Of the chain's parameters, for an upstream gradient of unit variance: the tower is frozen."""
         y = forward()
-        upstream = torch.randn(y.shape, device=y.device, generator=torch.Generator(y.device).manual_seed(7))
+        if self.upstream is None:  # once: it is no part of what is timed, and a capture forbids to draw
+            draw = torch.Generator(y.device).manual_seed(7)
+            upstream = torch.randn(y.shape, device=y.device, generator=draw)
+            self.upstream = upstream.to(self.blocks[0].dtype).to(y.dtype)
         leaves = [parameter for pair in self.parameters.values() for parameter in pair]
-        found = torch.autograd.grad(y, leaves, upstream.to(self.blocks[0].dtype).to(y.dtype))
-        return torch.cat([gradient.flatten() for gradient in found])
+        return torch.autograd.grad(y, leaves, self.upstream)

@@ -22,7 +22,7 @@ from ..command import Progress
 from ..meters import MB, Stopwatch, peak_bytes, relative_error, synchronize
 from ..results import first_line
 from ..stats import spread_percent
-from .problems import LLAVA, PRODUCTS, SMALL, Operands, merge
+from .problems import LLAVA, PRODUCTS, SMALL, Operands, flat, merge
 from .providers import PROVIDERS, Provider, of_stage
 
 
@@ -71,7 +71,7 @@ class Run:
         stf_kernels.prepare(operands.projector, batch_sizes=(step.batch,), training=trains, grid=grid)
         exact = operands.exact(step.stage, gradients=trains)
 
-        def call_of(provider: Provider) -> Callable[[], Tensor]:
+        def call_of(provider: Provider) -> Callable[[], Any]:
             call = provider.call(operands, step.stage)
             return (lambda: operands.gradients(call)) if trains else call
 
@@ -98,7 +98,7 @@ class Run:
                 row["failed"] = first_line(failure)
             self.result["rows"].append(row)
 
-    def fill(self, row: dict[str, Any], call: Callable[[], Tensor], exact: Tensor) -> None:
+    def fill(self, row: dict[str, Any], call: Callable[[], Any], exact: Tensor) -> None:
         error = self.error(call, exact)
         row["rel_error"] = error if math.isfinite(error) else None
         if error <= row["allowed_error"]:
@@ -107,14 +107,14 @@ class Run:
         else:
             row["failed"] = f"wrong: error {error:.1e} against float64, allowed {row['allowed_error']:.1e}"
 
-    def error(self, call: Callable[[], Tensor], exact: Tensor) -> float:
+    def error(self, call: Callable[[], Any], exact: Tensor) -> float:
         """Over memory that holds NaN: what is not written shows."""
         for dtype in (torch.float32, torch.bfloat16):
             torch.full((exact.numel(),), float("nan"), dtype=dtype, device=self.device)
-        return relative_error(call(), exact)
+        return relative_error(flat(call()), exact)
 
 
-def capture(call: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
+def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     """The kernels of one call, as a graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

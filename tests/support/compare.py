@@ -65,7 +65,7 @@ def _compare(runs, tensors, dtype, *, gradients, parameters=({}, {}, {})) -> Ten
 def twins(name: str, *args, dtype: torch.dtype, device="cpu", **options):
     """(our module, the reference in dtype, the reference in float64), one state dict, weights of order one."""
     with torch.device(device):  # drawing 170 million weights on a CPU would be most of a GPU test's time
-        same = getattr(reference, name)(*args, **options).to(dtype)
+        same = getattr(reference, name)(*args, **options, device=device).to(dtype)
     with torch.no_grad():
         for parameter in same.parameters():  # biases that matter, outputs of order one
             parameter.mul_(1.5).add_(torch.randn(parameter.shape, device=device).to(dtype), alpha=0.05)
