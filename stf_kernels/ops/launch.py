@@ -87,15 +87,24 @@ def run_stage(
         y = out.resolve_neg()  # in a dtype of its own under autocast
         y = y.float() if interpreting() else y
     pre = torch.empty((m, n), device=x.device, dtype=store_dtype) if save_pre else None
+    tensors = tuple(blocks), weight, bias, y, pre, rows
     with on_device(x.device):
-        while m and n and ready.config is not None:
+        while m and n and (tile := ready.config) is not None:  # written out here: six frames to a launch are enough
             try:
-                started = _start(ready, (tuple(blocks), weight, bias, y, pre, rows), stage)
+                if ready.compiled is not None and tile.form == "pointer":
+                    ready.compiled[ready.grid](*tensors, *split_k_scratch(tile, ready.grid[0], x.device), *ready.sizes)
+                    break
+                kernel, grid, operands, sizes, constants = ARGUMENTS[tile.form](tile, tensors, stage)
+                behind = sizes + tuple(constants[name] for name in kernel.arg_names[len(operands) + len(sizes) :])
+                if ready.compiled is not None and ready.sizes == behind:
+                    ready.compiled[grid](*operands, *behind)
+                    break
+                compiled = kernel[grid](*operands, *sizes, **constants, **tile.compiler_options())
             except Exception as error:  # another one is raised again
-                ready = Ready(_instead(ready.config, error, x, exact=config is not None, forced=forced))
+                ready = Ready(_instead(tile, error, x, exact=config is not None, forced=forced))
                 continue
-            if started is not ready:
-                _keep(key, started)
+            if compiled is not None and torch.version.hip is None:
+                _keep(key, Ready(tile, compiled, grid, behind))
             break
     if ready.config is None:
         return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
@@ -107,22 +116,6 @@ def run_stage(
     if store_dtype is not x.dtype:
         y, pre = y.to(x.dtype), None if pre is None else pre.to(x.dtype)
     return y if out is None else out, pre
-
-
-def _start(ready: Ready, tensors: tuple, stage: Stage) -> Ready:
-    """Launch -> what the next call of the same layout repeats."""
-    config = ready.config
-    if ready.compiled is not None and config.form == "pointer":
-        scratch = split_k_scratch(config, ready.grid[0], tensors[1].device)
-        ready.compiled[ready.grid](*tensors, *scratch, *ready.sizes)
-        return ready
-    kernel, grid, operands, sizes, constants = ARGUMENTS[config.form](config, tensors, stage)
-    behind = sizes + tuple(constants[name] for name in kernel.arg_names[len(operands) + len(sizes) :])
-    if ready.compiled is not None and ready.sizes == behind:
-        ready.compiled[grid](*operands, *behind)
-        return ready
-    compiled = kernel[grid](*operands, *sizes, **constants, **config.compiler_options())
-    return ready if compiled is None or torch.version.hip is not None else Ready(config, compiled, grid, behind)
 
 
 def product_of(operands: tuple, stage: Stage, save_pre: bool = False, out: Tensor | None = None) -> first_use.Product:

@@ -139,5 +139,5 @@ def test_operands_that_no_descriptor_names(why, monkeypatch):
     stage = Stage("silu", merge_in=2, grid=(8, 8)) if "merged" in why else Stage("silu")
     with pytest.raises(tma.Refused, match="no descriptor names"):
         compare(config, stage, blocks, 40)
-    monkeypatch.setattr(configs, "choose", lambda *_, **__: config)
+    monkeypatch.setattr(configs, "choose", lambda *_, **__: (config, True))
     compare(None, stage, blocks, 40)

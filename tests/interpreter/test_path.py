@@ -23,6 +23,7 @@ class Kernel:
 
     def __init__(self, real):
         self.real, self.runs, self.running, self.launches, self.callers = real, True, False, [], []
+        self.arg_names = real.arg_names
 
     def __getitem__(self, grid):
         def run(*arguments, **options):

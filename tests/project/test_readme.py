@@ -26,8 +26,7 @@ def quoted(result):
 
 
 def test_the_table_of_the_projector_is_its_file():
-    (file,) = set(re.findall(r"bench/results/[\w-]+/host\.json", README))
-    result = json.loads((ROOT / file).read_text())
+    result = json.loads((ROOT / "bench/results/amd-epyc-2-threads/host.json").read_text())
     for row in result["cpu"]:
         spread = f"{row['ratio']:.2f}x, {row['min']:.2f} to {row['max']:.2f}"
         what = row["what"].removeprefix("projector ")
@@ -37,12 +36,43 @@ def test_the_table_of_the_projector_is_its_file():
 
 def test_the_table_is_the_file():
     """The commit and the versions too."""
-    (file,) = set(re.findall(r"bench/results/[\w-]+/prefill\.json", README))
-    result = json.loads((ROOT / file).read_text())
+    result = json.loads((ROOT / "bench/results/amd-epyc-2-threads/prefill.json").read_text())
     for line in quoted(result):
         assert line in README
     assert f"commit {result['commit'][:7]}" in README
     assert f"torch {result['torch']}, transformers {result['transformers']}" in README.replace("\n", " ")
+
+
+def test_the_tables_of_the_gpu_are_their_files():
+    folder = ROOT / "bench/results/nvidia-h200"
+    result = json.loads((folder / "prefill.json").read_text())
+    for label in ("llava-1.5/mlp2x", "llava-stf/reference", "llava-stf/fused"):
+        said = [NAMES[label]]
+        for row in result["rows"]:
+            if (f"{row['model']}/{row['projector']}", row["mode"]) == (label, "graph"):
+                where = {"row": label, "batch": row["batch"], "mode": "graph", "baseline_mode": "graph"}
+                ratios = [one["ratio"] for one in result["comparisons"] if where.items() <= one.items()]
+                said += [str(row["image_tokens"])] * (len(said) == 1)
+                said += [f"{row['total_ms']:.1f}", f"{ratios[0] if ratios else 1:.2f}x"]
+        assert f"| {' | '.join(said)} |" in README
+    files = (json.loads((folder / f"{name}.json").read_text()) for name in ("kernels", "kernels-batches"))
+    rows = [row for file in files for row in file["rows"] if row["stage"] == "chain"]
+    for run, title in (("forward", "forward"), ("forward+backward", "training step")):
+        times = {(row["provider"], row["batch"]): row["us"] for row in rows if row["pass"] == run}
+        ratios = (f"{times['eager', batch] / times['stf', batch]:.2f}x" for batch in (1, 2, 4, 8, 16, 64))
+        assert f"| {title} | {' | '.join(ratios)} |" in README
+    assert result["commit"][:7] in README
+
+
+def test_the_study_is_its_file():
+    result = json.loads((ROOT / "bench/results/quality/quality.json").read_text())
+    page = (ROOT / "docs/quality.md").read_text(encoding="utf-8")
+    for row in result["rows"]:
+        if row["seeds"] == 3:
+            grades = (row["accuracy"][kind] for kind in ("detail", "coarse"))
+            said = (f"{100 * grade['mean']:.1f} ± {100 * grade['std']:.1f}" for grade in grades)
+            assert f"| {row['model']} | {row['start']} | {row['image_tokens']} | {' | '.join(said)} |" in page
+    assert result["commit"][:7] in page
 
 
 @pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
