@@ -160,8 +160,8 @@ def record(path: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Within the process, by glibc: else the kernel clears the pages of every step's gradients anew, a seventh of a
-    training step and most of its spread."""
+    """Within the process, by glibc: else the operating system clears the pages of every step's gradients anew, from
+    which most of a training step's spread comes."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
