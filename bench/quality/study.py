@@ -62,7 +62,7 @@ class Budget(NamedTuple):
     test_boards: int = 250
 
 
-SMOKE = Budget(400, 600, 300, 50, 150, 16, 1500, 500, 6000, 60)
+SMOKE = Budget(600, 600, 300, 100, 350, 16, 1500, 500, 6000, 60)
 
 
 class StudyError(ValueError):
