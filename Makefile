@@ -162,9 +162,10 @@ CLIENTS := kernels liger lmms-eval transformers-serve trl
 $(CLIENTS:%=test-%): test-%: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/clients/test_$(subst -,_,$*).py
 
+# vLLM's first: a test of TRL's serves with it what it trained.
 test-clients:
 	@status=0; table=""; \
-	for pins in $(filter-out .ci/oldest.txt .ci/newest.txt,$(wildcard .ci/*.txt)); do \
+	for pins in .ci/vllm.txt $(filter-out .ci/oldest.txt .ci/newest.txt .ci/vllm.txt,$(wildcard .ci/*.txt)); do \
 		client=$$(basename $$pins .txt); outcome=passed; \
 		$(MAKE) --no-print-directory test-$$client || { outcome=FAILED; status=1; }; \
 		table="$$table$$(printf '%-19s%-10s%s' $$client $$(grep -m 1 "^$${client%%-*}.*==" $$pins | cut -d= -f3) $$outcome)\n"; \
