@@ -9,6 +9,7 @@ baseline, for the stock model.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,25 +92,32 @@ class PrefillRunner:
         self._prefill_cache = Cache(layers=[_PrefillLayer(layer) for layer in self.cache.layers])
         self._ids = torch.zeros(batch, seq_len, dtype=torch.long, device=self.device)
         self._positions = torch.arange(seq_len, device=self.device).unsqueeze(0)
-        # By the number of images, or by their sizes
-        self._pixels: dict[object, Tensor] = {}
-        self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        # By the number of images, or by their sizes and how they belong together
+        self._pixels: dict[Any, Tensor] = {}
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.no_grad()
     def __call__(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_sizes=None, attention_mask=None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_sizes=None,
+        attention_mask=None,
+        batch_num_images=None,
     ) -> Tensor:
         """input_ids [B, S] int64, pixel_values [N, 3, h, w] or None -> logits [B, vocab]; fills `.cache`.
 
-        Tiles: pixel_values [N, T, 3, h, w] or [tiles, 3, h, w], image_sizes N x (height, width). attention_mask [B, S],
-        of ones only: what a processor gives is taken as it is, but not prompts of unequal length.
+        Tiles: pixel_values [N, T, 3, h, w] or [tiles, 3, h, w], image_sizes N x (height, width), batch_num_images as in
+        OneVision. attention_mask [B, S], of ones only: what a processor gives is taken as it is, but not prompts of
+        unequal length.
         """
-        images: object = 0
+        images: Any = 0
         if pixel_values is not None:
             images = len(pixel_values)
             if self._tiled:
-                pixel_values = flat_tiles(self.model.config, pixel_values, image_sizes)
-                images = tuple(map(tuple, torch.as_tensor(image_sizes).tolist()))
+                pixel_values = flat_tiles(self.model.config, pixel_values, image_sizes, batch_num_images)
+                together = None if batch_num_images is None else tuple(torch.as_tensor(batch_num_images).tolist())
+                images = tuple(map(tuple, torch.as_tensor(image_sizes).tolist())), together
         self._check(input_ids, pixel_values, attention_mask)
         self._ids.copy_(input_ids, non_blocking=True)
         if pixel_values is not None:
@@ -133,7 +141,7 @@ class PrefillRunner:
     def _tiled(self) -> bool:
         return hasattr(self.model.config, "image_grid_pinpoints")
 
-    def _capture(self, images: object) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, images: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
         if images:
             count = len(self._pixels[images])
@@ -149,7 +157,7 @@ class PrefillRunner:
             logits = self._prefill(images)
         return graph, logits
 
-    def _prefill(self, images: object) -> Tensor:
+    def _prefill(self, images: Any) -> Tensor:
         model = self.model.model
         embeds = model.get_input_embeddings()(self._ids)
         if images:
@@ -160,7 +168,7 @@ class PrefillRunner:
             ).last_hidden_state
         return self.model.lm_head(hidden[:, -1])
 
-    def _place_images(self, flat: Tensor, images: object) -> None:
+    def _place_images(self, flat: Tensor, images: Any) -> None:
         """Projected image tokens into the rows of flat [B*S, D] that hold image tokens."""
         model, config, pixels = self.model.model, self.model.config, self._pixels[images]
         mask = self._ids == config.image_token_id
@@ -177,7 +185,7 @@ class PrefillRunner:
                 blocks = [block[:, 1:] for block in blocks]
             features = model.multi_modal_projector(torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0])
         if self._tiled:
-            features = torch.cat(pack_tiles(model, features, model.image_newline, images))
+            features = torch.cat(pack_tiles(model, features, model.image_newline, *images))
         else:
             features = features.flatten(0, 1)
         if self.device.type == "cpu" and int(mask.sum()) != len(features):

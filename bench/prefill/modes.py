@@ -217,7 +217,8 @@ class Captured(Eager):
         self.events[name].record()
 
     def _call(self) -> Tensor:
-        return self.runner(self.inputs["input_ids"], self.inputs["pixel_values"])
+        # The mask, all ones, would be read: a wait for the device.
+        return self.runner(**{name: value for name, value in self.inputs.items() if name != "attention_mask"})
 
     def run(self) -> dict[str, float | None]:
         watch = Stopwatch(self.device)

@@ -21,10 +21,8 @@ from bench.roofline import Ceilings
 JUNIT = '<s><testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><skipped/></testcase></s>'
 
 
-@pytest.fixture(scope="module")
-def pretended(tmp_path_factory):
-    """A prefill as on a GPU: eager, captured and compiled, all rows, in bf16 and with device events."""
-    path = tmp_path_factory.mktemp("gpu") / "prefill.json"
+def pretend(path, *arguments):
+    """A prefill as on a GPU, in bf16 and with device events."""
     with pytest.MonkeyPatch.context() as patch:
         fake_cuda.install(patch)
         build = models.build_stock
@@ -40,11 +38,21 @@ def pretended(tmp_path_factory):
 
         patch.setattr(llava_integration, "PrefillRunner", spy)
         with fake_cuda.OnCpu():
-            arguments = ["--preset", "tiny", "--device", "cuda", "--full", "--rounds", "1", "--images", "2"]
-            arguments += ["--budget", "10000"]  # on a busy machine, too
-            status = main([*arguments, "--json", str(path)])
+            arguments = ["--preset", "tiny", "--device", "cuda", "--rounds", "1", *arguments, "--json", str(path)]
+            status = main([*arguments, "--budget", "10000"])  # on a busy machine, too
         events = list(fake_cuda.Event.made)
     return status, results.read(path), events, towers
+
+
+@pytest.fixture(scope="module")
+def pretended(tmp_path_factory):
+    """Eager, captured and compiled, all rows."""
+    return pretend(tmp_path_factory.mktemp("gpu") / "prefill.json", "--full", "--images", "2")
+
+
+def test_tiles_are_captured_too(tmp_path):
+    status, result, *_ = pretend(tmp_path / "prefill.json", "--family", "llava-next", "--modes", "eager", "graph")
+    assert (status, [row["failed"] for row in result["rows"]]) == (0, [None] * 4)
 
 
 def test_every_mode_is_measured_and_compared_as_on_a_gpu(pretended):

@@ -218,17 +218,17 @@ def test_saved_and_loaded(family, tmp_path):
 
 
 @TILED
-def test_runner(family):
+@pytest.mark.parametrize("together", [False, True])
+def test_runner(family, together):
     """Logits of the model's own forward, of the stock one too; one graph would serve one set of sizes."""
     for model in both(family):
-        made = tiled.inputs(model, SIZES[:2])
+        made = tiled.inputs(model, SIZES[:2], together)
         with torch.no_grad():
             tokens = sum(len(image) for image in model.get_image_features(**made).pooler_output)
             ids = torch.full((1, tokens + 5), build.IMAGE_TOKEN)
             ids[:, :2], ids[:, -3:] = 9, 11
             expected = model(input_ids=ids, **made).logits[:, -1]
         runner = li.PrefillRunner(model, *ids.shape, max_new_tokens=2)
-        made.pop("batch_num_images", None)
         assert torch.allclose(runner(ids, **made), expected, atol=1e-11)
         with pytest.raises(ValueError, match="image_sizes: expected"):
             runner(ids, made["pixel_values"])
