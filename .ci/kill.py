@@ -89,7 +89,8 @@ class Convert(Job):
         self.before = snapshot(self.src)
 
     def run(self) -> None:
-        convert_official(self.src, self.out, auto_map=True, max_shard_bytes=100_000)
+        if not self.out.exists():  # killed after it had finished: DST is refused, and stays as it is
+            convert_official(self.src, self.out, auto_map=True, max_shard_bytes=100_000)
 
     def check(self) -> str:
         assert snapshot(self.src) == self.before

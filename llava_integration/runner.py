@@ -199,6 +199,8 @@ class PrefillRunner:
             raise TypeError(f"input_ids: expected an int64 tensor of dtype torch.int64, got {got}")
         if (got := list(input_ids.shape)) != expected:
             raise ValueError(f"input_ids: expected shape {expected}, got {got}; a PrefillRunner serves one shape")
+        if mask is not None and (got := list(mask.shape)) != expected:
+            raise ValueError(f"attention_mask: expected shape {expected}, got {got}")
         text = config.text_config
         pad = text.pad_token_id if text.pad_token_id not in (text.bos_token_id, text.eos_token_id) else None
         if mask is None and pad is not None and input_ids.device.type == "cpu":

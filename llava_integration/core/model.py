@@ -301,7 +301,7 @@ class CompactModel(_Saved):
 
         Counting on a GPU would wait for it; there the same check comes with the insertion.
         """
-        if input_ids is not None and input_ids.device.type == "cpu" and not is_captured():
+        if isinstance(input_ids, Tensor) and input_ids.device.type == "cpu" and not is_captured():
             self._check_count(input_ids, sum(self.image_token_counts(pixel_values, **options)))
 
     def image_token_counts(self, pixel_values: Tensor, **options) -> list[int]:

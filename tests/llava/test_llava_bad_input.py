@@ -55,6 +55,8 @@ def test_what_get_image_features_does_not_take(stf):
     for pixels, got in ((build.pixels(1).numpy(), "numpy.ndarray"), (build.pixels(1).byte(), "torch.uint8")):
         with pytest.raises(TypeError, match=f"pixel_values: expected a floating-point tensor .* got {got}; .*scaled"):
             stf(input_ids=build.prompt([1])[0], pixel_values=pixels)
+    with pytest.raises(TypeError, match="must be Tensor, not list"):  # torch's own sentence, as in the stock model
+        stf(input_ids=build.prompt([1])[0].tolist(), pixel_values=build.pixels(1))
 
 
 def test_image_tokens_that_the_stock_model_takes(stf):

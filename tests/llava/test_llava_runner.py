@@ -121,6 +121,11 @@ class TestBadInput:
                 r"input_ids: .* padding, .* got it in rows \[0, 1\]",
             ),
             (lambda i, p: (i, p, None, torch.tensor([1, 0])[:, None] * i), ValueError, r"padding, .* in rows \[1\]"),
+            (
+                lambda i, p: (i, p, None, i[:1] > 0),
+                ValueError,
+                r"attention_mask: expected shape \[2, 10\], got \[1, 10\]",
+            ),
             (lambda i, p: (i, p[:1]), ValueError, "input_ids: found 8 image tokens .* 4 are needed"),
             (lambda i, p: (i, None), ValueError, "input_ids: found 8 image tokens .* 0 are needed"),
         ],
