@@ -9,7 +9,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,35 +29,16 @@ def first_line(error: BaseException) -> str:
 
 def write(path: Path, result: dict[str, Any]) -> None:
     """The whole result of an earlier run stays, as NAME.previous.json, until this one is whole, too."""
-    # allow_nan=False: NaN is not JSON, and a NaN that reaches a table is a bug here, not in the reader.
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    from stf_kernels.configs.tables import write_json
+
+    json.dumps(result, allow_nan=False)  # a NaN that reaches a table is a bug here, not in the reader
     previous, whole = path.with_suffix(".previous.json"), result.get("complete")
-    if not whole and _is_complete(path):
-        os.replace(path, previous)
-    write_text(path, text)
+    with contextlib.suppress(ResultError):  # nothing there that is worth to be kept
+        if not whole and read(path)["complete"]:
+            os.replace(path, previous)
+    write_json(path, result)
     if whole:
         previous.unlink(missing_ok=True)
-
-
-def _is_complete(path: Path) -> bool:
-    try:
-        return read(path)["complete"]
-    except ResultError:
-        return False
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from the other users of a machine
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -6,8 +6,7 @@ No mean: one descheduled run would move it, and nobody could see that it did.
 from collections.abc import Sequence
 from statistics import median, quantiles
 
-# Fewer rounds are judged nowhere. Of two equal rows four rounds call one beyond the noise one time in six, and two runs
-# of n rounds lie apart with probability 2 / C(2n, n): 1 in 10 for 3, 1 in 35 for 4.
+# Fewer rounds are judged nowhere: of two equal rows even four call one beyond the noise one time in six.
 ENOUGH_ROUNDS = 4
 
 

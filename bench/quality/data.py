@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import command
-from ..results import write_text
 
 NAME = "bench.quality.data"
 SIDE, PIXELS = 4, 16  # digits along a board, pixels along a digit, which is a patch of the tower
@@ -166,13 +165,12 @@ def make(out: Path, boards: int = 4000, easy: int = 4000, scenes: int = 12000, t
     draw.shuffle(asked["train"])
     draw.shuffle(words)
     train = [{"id": name, "image": name, "conversations": conversation("<image>", t)} for name, t in asked["train"]]
-    write_text(out / "train.json", json.dumps(train))
     records = [{"conversations": conversation(scene, turns)} for scene, turns in words]
-    write_text(out / "scenes.json", json.dumps(records))
-    write_text(out / "patches.json", json.dumps(patches))
+    for name, content in (("train", train), ("scenes", records), ("patches", patches)):
+        (out / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     fields, turns = ("image", "text", "answer", "kind"), [(name, *turn) for name, t in asked["test"] for turn in t]
     test = [{"question_id": i, **dict(zip(fields, turn, strict=True))} for i, turn in enumerate(turns)]
-    write_text(out / "test.jsonl", "".join(json.dumps(question) + "\n" for question in test))
+    (out / "test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in test), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,8 +31,8 @@ from llava_integration import LlavaStfConfig, LlavaStfForConditionalGeneration, 
 from llava_integration.train import from_random, train
 from llava_integration.train_cache import FeatureCache, open_image
 from llava_integration.train_data import Conversations
+from stf_kernels.configs.tables import write_json
 
-from ..results import write_text
 from . import data, score
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
@@ -161,14 +161,12 @@ class Study:
     """The parts of a study in `folder`, made when they are asked for."""
 
     def __init__(self, folder: Path, budget: Budget) -> None:
-        self.folder, self.budget = folder, budget
-        self.data = folder / "data"
-        settings = folder / "budget.json"
-        if settings.exists() and json.loads(settings.read_text()) != list(budget):
+        self.folder, self.budget, settings = folder, budget, folder / "budget.json"
+        if settings.exists() and json.loads(settings.read_text()) != budget._asdict():
             raise StudyError(f"--work: {folder} holds a study of another budget; give another folder, or delete it")
-        if not (self.data / "test.jsonl").exists():
-            data.make(self.data, budget.boards, budget.easy, budget.scenes, budget.test_boards)
-        write_text(settings, json.dumps(list(budget)))
+        write_json(settings, budget._asdict())
+        sizes = budget.boards, budget.easy, budget.scenes, budget.test_boards
+        self.data = self.part("data", lambda out: data.make(out, *sizes))
         self.processor, self.read = make_processor(self.data), {}
 
     def arguments(self, out: Path, steps: int, rate: float, seed: int) -> TrainingArguments:
@@ -183,9 +181,7 @@ class Study:
         if not done.exists():
             beside = self.folder / f".{name}.part"
             shutil.rmtree(beside, ignore_errors=True)
-            began = time.monotonic()
             make(beside)
-            write_text(beside / "seconds.json", json.dumps(round(time.monotonic() - began)))
             beside.rename(done)
         return done
 
@@ -264,7 +260,7 @@ class Study:
                     train(model, self.processor_of(row), records, arguments, recipe=recipe)
             found = {"seconds": round(time.monotonic() - began)}
             found = self.measure(row, model.eval(), done.with_suffix(".jsonl")) | found
-            write_text(done, json.dumps(found))
+            write_json(done, found)
         return json.loads(done.read_text(encoding="utf-8"))
 
     def processor_of(self, row: Row) -> LlavaStfProcessor:

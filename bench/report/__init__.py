@@ -1,1 +1,1 @@
-"""`python -m bench.report`: a page from result files, or the difference of two runs."""
+"""`python -m bench.report`: a page from result files."""

@@ -1,7 +1,4 @@
-"""Result files -> one page and its charts; or the difference between two runs, and whether it is more than noise.
-
-Exit codes: 0, or 2 for a file that is not a result, is cut short, or comes from another device.
-"""
+"""Result files -> one page and its charts. Exit codes: 0, or 2 for a file that is not a result or is cut short."""
 
 import argparse
 from pathlib import Path
@@ -14,21 +11,14 @@ NAME = "bench.report"
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="A page from result files.")
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="prefill.json, kernels.json, tests.json")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="prefill.json, kernels.json, tests.json")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: beside the first FILE")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two runs of the same kind")
     args = parser.parse_args(argv)
-    if not args.files and not args.compare:
-        parser.error("give result FILEs or --compare A B")
-    from .compare import compare
     from .page import write_report
 
     try:
-        if args.compare:
-            print(compare(*args.compare))
-        if args.files:
-            path, note = write_report(args.files, args.out or args.files[0].parent)
-            print("\n".join(filter(None, (note, str(path)))))
+        path, note = write_report(args.files, args.out or args.files[0].parent)
+        print("\n".join(filter(None, (note, str(path)))))
     except ResultError as error:
         return command.bad_input(NAME, str(error))
     except (FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError) as error:

@@ -1,10 +1,10 @@
-"""If this fails, the page shows other numbers than the file, or two runs are called different that are not."""
+"""If this fails, the page shows other numbers than the file."""
 
 import base64
 import re
 
 import pytest
-from sample_results import kernel_row, kernels_result, prefill_result
+from sample_results import kernels_result, prefill_result
 
 from bench.report import page
 from bench.report.__main__ import main
@@ -82,44 +82,8 @@ def test_an_incomplete_or_refused_run_is_marked(tmp_path):
     assert not re.search(r"\d\.\d\dx", text)
 
 
-def test_compare_says_what_is_more_than_noise(files, tmp_path, capsys):
-    other = prefill_result()
-    samples = [[121.0, 124.0, 124.0, 125.5], [40.0, 40.5, 40.5, 41.0], [55.0] * 4, [801.0] * 3, [310.0] * 4]
-    for row, totals in zip(other["rows"], samples, strict=True):
-        row["samples"]["total_ms"] = totals
-    other["comparisons"][0] |= {"ratio": 2.43, "low": 2.41, "high": 2.5}
-    other["comparisons"][1] |= {"ratio": 2.4, "low": 2.3, "high": 2.5}
-    write(tmp_path / "b.json", other)
-    assert main(["--compare", str(files[0]), str(tmp_path / "b.json")]) == 0
-    verdicts = [re.split(r"\s{2,}", line)[-1] for line in capsys.readouterr().out.splitlines()[4:]]
-    rows = ["within noise", "faster", "SLOWER", "too few rounds", "SLOWER"]
-    assert verdicts == [*rows, "within noise", "SLOWER"]  # and two speed-ups
-    write(tmp_path / "k.json", kernels_result(kernel_row("stf", 150.0, samples=[150.0] * 4)))
-    assert main(["--compare", str(tmp_path / "k.json"), str(tmp_path / "k.json")]) == 0
-    assert "us of stf" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"device": "another GPU"}, "device"),
-        ({"dtype": "float16"}, "dtype"),
-        ({"rows": []}, "no measured row in common"),
-        ({"schema": 0}, "schema"),
-    ],
-)
-def test_files_that_cannot_be_compared_are_refused(files, tmp_path, capsys, change, words):
-    write(tmp_path / "b.json", {**prefill_result(), **change})
-    assert main(["--compare", str(files[0]), str(tmp_path / "b.json")]) == 2
-    assert words in capsys.readouterr().err
-
-
 def test_files_that_cannot_be_read_are_refused(files, tmp_path, capsys):
     (tmp_path / "cut.json").write_text(files[0].read_text()[:100])
-    for arguments, named in (
-        ([tmp_path / "cut.json"], "cut.json"),
-        (["--compare", *files], "got 'prefill' and 'kernels'"),
-        ([files[0], "--out", files[1]], "--out"),
-    ):
+    for arguments, named in (([tmp_path / "cut.json"], "cut.json"), ([files[0], "--out", files[1]], "--out")):
         assert main([*map(str, arguments)]) == 2
         assert named in capsys.readouterr().err
