@@ -76,17 +76,18 @@ class Progress:
         self.bar.update(self.task, advance=1, description=text, refresh=True)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """A table as wide as it is, so that a pipe gets whole cells. The first `left` columns are text."""
+def table(rows: Sequence[dict[str, str]], columns: Sequence[str] | None = None, *, left: int = 1) -> str:
+    """`columns`, or all, of rows; as wide as it is, so that a pipe gets whole cells. The first `left` are text."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    columns = list(next(iter(rows), {})) if columns is None else columns
     drawn, text = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False), io.StringIO()
-    for index, name in enumerate(header):
+    for index, name in enumerate(columns):
         drawn.add_column(name, justify="left" if index < left else "right", no_wrap=True)
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(row[name] for name in columns))
     Console(file=text, width=1000, markup=False, highlight=False, color_system=None).print(drawn)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 

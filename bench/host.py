@@ -230,20 +230,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def tables(result: dict[str, Any]) -> Iterator[str]:
-    heads = "us", "reference us", "reference / ours", "min", "max"
-    keys = "us", "reference_us", "ratio", "min", "max"
+    heads = {"us": "us", "reference_us": "reference us", "ratio": "reference / ours", "min": "min", "max": "max"}
+    memory = {"cpu_ratio": "of CPU time", "peak_mb": "MB", "reference_peak_mb": "reference MB"}
 
-    def cells(rows: list[dict[str, Any]], *more: str) -> list[list[str]]:
-        return [[found["what"], *(f"{found[key]:.2f}" for key in (*keys, *more))] for found in rows]
+    def cells(what: str, rows: list[dict[str, Any]], titles: dict[str, str]) -> list[dict[str, str]]:
+        return [{what: one["what"], **{title: f"{one[key]:.2f}" for key, title in titles.items()}} for one in rows]
 
     if result["rows"]:
-        yield f"Driver: {result['driver']}\n\n" + command.table(("host time", *heads), cells(result["rows"]))
+        yield f"Driver: {result['driver']}\n\n" + command.table(cells("host time", result["rows"], heads))
     if "stage" in result:
         said = "A stage that is launched again: {us:.1f} us, of which the driver's call {driver_us:.1f}"
         yield said.format(**result["stage"])
     if result["cpu"]:
-        titles = "CPU, wall time", *heads, "of CPU time", "MB", "reference MB"
-        yield command.table(titles, cells(result["cpu"], "cpu_ratio", "peak_mb", "reference_peak_mb"))
+        yield command.table(cells("CPU, wall time", result["cpu"], heads | memory))
 
 
 if __name__ == "__main__":

@@ -225,12 +225,9 @@ def sentences(result: dict[str, Any]) -> list[str]:
 
 def report(result: dict[str, Any]) -> str:
     head = "{device}   {dtype}, vLLM {vllm}, torch {torch}, transformers {transformers}, commit {commit:.12}\n"
-    head += (
-        "{preset}, {concurrency} requests at once, {requests} a round, {new_tokens} tokens each, medians of rounds\n"
-    )
-    shown, notes = cells(result), [f"note: {note}" for note in result["notes"]]
-    drawn = command.table(list(shown[0]), [list(row.values()) for row in shown])
-    return "\n".join([head.format(**result), drawn, "", *sentences(result), *notes])
+    head += "{preset}, {concurrency} requests at once, {requests} a round, {new_tokens} tokens each, median of rounds\n"
+    notes = [f"note: {note}" for note in result["notes"]]
+    return "\n".join([head.format(**result), command.table(cells(result)), "", *sentences(result), *notes])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -268,18 +265,15 @@ def main(argv: list[str] | None = None) -> int:
                 sent, found = prompts(index, args.requests if index else args.concurrency, args.words), {}
                 for model, url in list(zip(MODELS, urls, strict=True))[:: 1 if index % 2 else -1]:
                     found[model] = asyncio.run(send(url, sent, args.concurrency, args.new_tokens))
-                rounds += [[found[model] for model in MODELS]] * bool(index)
+                if index:
+                    rounds.append([found[model] for model in MODELS])
+                    result["rows"], result["ratios"] = rows_of(rounds)
+                    results.write(path, result | {"complete": index == args.rounds})
     except (ServerError, OpenAIError) as error:
         print(f"python -m {NAME}: error: {error} (what the servers wrote: {logs[0]}, {logs[1]})", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"interrupted after {len(rounds)} rounds", file=sys.stderr)
-    if rounds:
-        result["rows"], result["ratios"] = rows_of(rounds)
-        result["complete"] = len(rounds) == args.rounds
-        results.write(path, result)
-        print(f"{report(result)}\n\n{path}")
-    return 0 if result["complete"] else 130
+    print(f"{report(result)}\n\n{path}")
+    return 0
 
 
 if __name__ == "__main__":

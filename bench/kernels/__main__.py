@@ -5,7 +5,6 @@ written or a value that is not finite, and the row has no time. What torch.compi
 """
 
 import argparse
-import sys
 from itertools import product, starmap
 from typing import NamedTuple
 
@@ -65,16 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = args.json or results.results_folder(device) / "kernels.json"
-    run = Run(steps(args), device, small=args.small, seconds=args.budget)
-    try:
-        for _ in run.measure():
-            results.write(path, run.result)
-    except KeyboardInterrupt:
-        results.write(path, run.result)  # the rows of the step that was under way, too
-        print(f"\ninterrupted; {path} keeps what was measured", file=sys.stderr)
-        return 130
-    results.check(run.result, str(path))
-    results.write(path, run.result)
+    run = Run(steps(args), device, path, small=args.small, seconds=args.budget)
+    run.measure()
     print(f"\n{report(run.result)}\n\n{path}")
     # A rival that does not run here is a row that says so; one of our own paths that fails is a failure.
     return 1 if any(row["failed"] and row["provider"].startswith("stf") for row in run.result["rows"]) else 0

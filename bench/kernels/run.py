@@ -6,8 +6,9 @@ flushed (stf_kernels/ops/first_use.py). On a CPU only us_eager remains, with war
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,10 +28,10 @@ from .providers import PROVIDERS, Provider, of_stage
 
 
 class Run:
-    """Measures into `result`."""
+    """Measures into `result`, which is in its file after every row."""
 
-    def __init__(self, steps: list[Any], device: str, *, small: bool, seconds: float) -> None:
-        self.steps, self.device, self.until = steps, device, time.monotonic() + seconds
+    def __init__(self, steps: list[Any], device: str, path: Path, *, small: bool, seconds: float) -> None:
+        self.steps, self.device, self.path, self.until = steps, device, path, time.monotonic() + seconds
         self.sizes, self.flush = SMALL if small else LLAVA, Flush(device)
         torch.backends.cudnn.benchmark = True  # the convolution rival gets its best algorithm
         self.ceilings = roofline.measure_ceilings(device, side=512 if small else None)
@@ -41,8 +42,7 @@ class Run:
             "not_measured": [],
         }
 
-    def measure(self) -> Iterator[Any]:
-        """Yields after every step."""
+    def measure(self) -> None:
         left, notes = self.result["not_measured"], self.result["notes"]
         with Progress(len(self.steps)) as bar:
             for step in self.steps:
@@ -56,10 +56,11 @@ class Run:
                     notes.append(f"does not fit into memory: {step}")
                 if self.device == "cuda":
                     torch.cuda.empty_cache()
-                yield step
         if left:
             notes.append(f"out of time: {len(left)} not measured, first: {left[0]}; --budget SECONDS raises it")
         self.result["complete"] = not notes
+        results.check(self.result, str(self.path))
+        results.write(self.path, self.result)
 
     def take(self, step: Any) -> None:
         """Append the rows of a step; TimeoutError names the first that the budget did not reach."""
@@ -97,6 +98,7 @@ class Run:
             except Exception as failure:  # one provider that does not run here must not cost the others' rows
                 row["failed"] = first_line(failure)
             self.result["rows"].append(row)
+            results.write(self.path, self.result)
 
     def fill(self, row: dict[str, Any], call: Callable[[], Any], exact: Tensor) -> None:
         error = self.error(call, exact)

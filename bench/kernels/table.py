@@ -49,8 +49,6 @@ def standing(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def report(result: dict[str, Any]) -> str:
-    shown = cells(result["rows"])
-    columns = list(next(iter(shown), {}))
     head = "{device}   torch {torch}, triton {triton}, commit {commit:.12}".format(**result)
-    grid = table(columns, [list(row.values()) for row in shown], left=4)
-    return "\n".join([head, "", grid, *standing(result["rows"]), *(f"note: {note}" for note in result["notes"])])
+    notes = [f"note: {note}" for note in result["notes"]]
+    return "\n".join([head, "", table(cells(result["rows"]), left=4), *standing(result["rows"]), *notes])

@@ -103,13 +103,7 @@ def measure(args: argparse.Namespace, device: str, began: float) -> int:
     name = "prefill" if args.family == "llava-1.5" else f"prefill-{args.family}"
     path = args.json or results.results_folder(device) / f"{'tiny' if args.preset.name == 'tiny' else name}.json"
     run = Run(args, device, began + (args.budget or patience), path, {name: os.environ.get(name) for name in FLAGS})
-    try:
-        run.measure()
-    except KeyboardInterrupt:
-        if run.result["rows"]:
-            run.save()
-            print(f"\ninterrupted; {path} keeps what was measured", file=sys.stderr)
-        return 130
+    run.measure()
     written, note, result = [path], None, run.result
     if args.json is None:
         from ..report.page import write_report

@@ -103,14 +103,14 @@ def report(result: dict[str, Any], *, full: bool) -> str:
         f"{result['preset']}, weights: {result['weights']}, {shown[0]['at'] if shown else 'nothing measured'}, "
         f"median of {rounds} interleaved rounds",
         "",
-        table(columns, [[row[c] for c in columns] for row in shown], left=len(columns) - 7),
+        table(shown, columns, left=len(columns) - 7),
         "",
         "Milliseconds from pixel values on the device to the first token on the host, preprocessing not included.",
     ]
     if full:
         more = [c for c in next(iter(shown), {}) if c not in columns[3:] and c not in ("p10 to p90", "remark")]
         at = f"{ceilings['flops'] / 1e12:.3g} TFLOP/s, {ceilings['bandwidth'] / 1e9:.0f} GB/s ({ceilings['source']})"
-        out += ["", table(more, [[row[c] for c in more] for row in shown], left=3), f"Floors at {at}.", ""]
+        out += ["", table(shown, more, left=3), f"Floors at {at}.", ""]
     out += [f"{label(row)} {row['mode']}, {place(row)}: {row['failed']}" for row in rows if row["failed"]]
     doubted = [(c, why) for c in same_mode(result["comparisons"]).values() if (why := doubt(c))]
     out += [f"note: {c['ratio']:.2f}x of {c['row']} {c['mode']}, {place(c)}: {why}" for c, why in doubted]

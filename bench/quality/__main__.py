@@ -70,8 +70,11 @@ def score_checkpoint(args: argparse.Namespace) -> int:
         found = score.checkpoint(args.checkpoint, args.questions, images, answers, args.batch, args.tokens)
     except (score.QuestionError, OSError) as error:
         return command.bad_input(NAME, str(error).splitlines()[0])
-    rows = [[kind, f"{100 * exact:.1f}", f"{100 * found['vqa'][kind]:.1f}"] for kind, exact in found["exact"].items()]
-    print(command.table(["kind", "exact match %", "VQA accuracy %"], rows))
+    rows = []
+    for kind, exact in found["exact"].items():
+        rows.append({"kind": kind, "exact match %": f"{100 * exact:.1f}"})
+        rows[-1]["VQA accuracy %"] = f"{100 * found['vqa'][kind]:.1f}"
+    print(command.table(rows))
     return 0
 
 
@@ -99,8 +102,7 @@ def run(args: argparse.Namespace, study: Any) -> int:
             result["seeds"].append(seed)
     result["complete"] = True
     results.write(path, result)
-    shown = cells(result["rows"])
-    print(command.table(list(shown[0]), [list(row.values()) for row in shown], left=2))
+    print(command.table(cells(result["rows"]), left=2))
     print(f"\n{path}  {plot(result['rows'], path.with_suffix('.png'))}")
     if args.smoke:
         trained = next(row for row in result["rows"] if row["model"] == "STF")

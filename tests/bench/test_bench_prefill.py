@@ -205,7 +205,7 @@ def test_a_row_that_breaks_or_does_not_fit_costs_only_itself_and_the_exit_code(m
     assert result["speedup"] == {}  # nothing to compare with
 
 
-def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tiny_run):
+def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tiny_run, tmp_path):
     original, runs = Eager.run, []
 
     def interrupted(self):
@@ -215,8 +215,9 @@ def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tiny_run):
         return original(self)
 
     monkeypatch.setattr(Eager, "run", interrupted)
-    status, result = tiny_run("--rounds", "5")
-    assert status == 130
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run("--rounds", "5")
+    result = results.read(tmp_path / "prefill.json")
     assert result["complete"] is False
     assert {row["rounds"] for row in result["rows"]} == {2}
     # Interleaved: each round begins with another row.
