@@ -1,1 +1,1 @@
-"""What answers lose with fewer vision tokens: `python -m bench.quality`; data in data.py, the study in study.py."""
+"""What answers lose with fewer vision tokens: `python -m bench.quality`; the study is in study.py."""

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments, set_seed
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from examples import real_questions as data
 from llava_integration import LlavaStfConfig, LlavaStfForConditionalGeneration, LlavaStfProcessor, from_llava
 from llava_integration.train import from_random, train
 from llava_integration.train_cache import FeatureCache, open_image
 from llava_integration.train_data import Conversations
 from stf_kernels.configs.tables import write_json
 
-from . import data, score
+from . import score
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 TEMPLATE = (

@@ -30,7 +30,7 @@ IMPORTING = {
     "llava_integration.convert": ["official", "/nowhere", "/nowhere/dst"],
     "bench.prefill": ["--preset", "tiny"],
     # without torch, or nothing without a folder that it has read before
-    **dict.fromkeys(("bench.report", "bench.quality", "bench.quality.data", "bench.serving", "stf_kernels.hub")),
+    **dict.fromkeys(("bench.report", "bench.quality", "bench.serving", "stf_kernels.hub")),
     **dict.fromkeys(("llava_integration.chat", "llava_integration.train")),
 }
 

@@ -8,7 +8,8 @@ from support.processes import ROOT, python
 
 pytest.importorskip("transformers")
 
-NOT_HERE = ("tiny_llava.py", "trl_lora.py")  # a module of the others; what tests/clients/test_trl.py runs
+# A module of the others; what tests/clients/test_trl.py and tests/learn/test_quality.py run.
+NOT_HERE = ("tiny_llava.py", "trl_lora.py", "real_questions.py")
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name not in NOT_HERE)
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -1,4 +1,6 @@
-"""Questions on real images, in LLaVA's format: `python -m bench.quality.data OUT`.
+"""Questions on real images, in LLaVA's format: python examples/real_questions.py OUT
+
+`python -m llava_integration.train` reads them, and `python -m bench.quality` asks them.
 
     OUT/images/*.png   64x64: 5,000 of easy-vqa, one coloured shape each; boards of 4x4 handwritten digits
     OUT/train.json     [{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}...]}...]
@@ -11,18 +13,15 @@ stand on a board of the test are on none of the training. What a digit is, which
 how many sevens there are cannot be told from an average of patches that hold one digit each.
 """
 
-import argparse
 import itertools
 import json
 import random
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import command
-
-NAME = "bench.quality.data"
 SIDE, PIXELS = 4, 16  # digits along a board, pixels along a digit, which is a patch of the tower
 ROWS = "ABCD"
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -173,19 +172,10 @@ def make(out: Path, boards: int = 4000, easy: int = 4000, scenes: int = 12000, t
     (out / "test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in test), encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Make the questions of bench.quality.")
-    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    args = parser.parse_args(argv)
-    try:
-        make(args.out)
-    except ImportError as error:
-        return command.bad_input(NAME, f"{error.name} is missing; install it: pip install '.[quality]'")
-    except OSError as error:
-        return command.bad_input(NAME, f"OUT: {error}")
-    print(f"{args.out}: images/, train.json, scenes.json, patches.json, test.jsonl")
-    return 0
-
-
 if __name__ == "__main__":
-    command.run(main)
+    if len(sys.argv) != 2:
+        sys.exit("python examples/real_questions.py OUT    writes into the folder OUT")
+    try:
+        make(Path(sys.argv[1]))
+    except ImportError as error:
+        sys.exit(f"{error.name} is missing: pip install easy-vqa scikit-learn")
