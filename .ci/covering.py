@@ -7,6 +7,8 @@ copy. Every time is the processor's.
 """
 
 import contextlib
+import difflib
+import functools
 import hashlib
 import importlib
 import json
@@ -29,8 +31,9 @@ import pytest
 from mutants import ROOT
 
 WORK = ROOT / ".work" / "mutation"
-TESTED = r"tests/((aot|configs|convert|interpreter|launch|operators|project|training|tune)/test_\w+\.py|"
+TESTED = r"tests/((aot|configs|convert|interpreter|launch|operators|training)/test_\w+\.py|"
 TESTED += r"llava/test_(llava_warm_start|tiles_model)\.py)"
+SLOW = ("/test_attack.py", "/test_compile.py", "/test_distributed.py", "/test_long_runs.py")
 PRELOADED = (
     "torch",
     "transformers.models.llava.modeling_llava",
@@ -162,24 +165,41 @@ def measure(file: str) -> dict[str, Any]:
     return {"tests": mapper.tests, "lines": {place: sorted(contexts) for place, contexts in lines.items()}}
 
 
-def map_file(folder: Path, file: str) -> Path:
-    kept = folder / f"{file.replace('/', '-')}.json"
+def digest_of(path: str) -> str:
+    return hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:16]
+
+
+def map_file(file: str) -> Path:
+    kept = WORK / "map" / f"{file.replace('/', '-')}-{digest_of(file)}.json"
     if not kept.exists():
         found = forked(3600, "/interpreter/" in file, measure, file)
+        covered = {place.partition(":")[0] for place in found.get("lines", ())}
+        found["sources"] = {path: digest_of(path) for path in covered}
+        for path, digest in found["sources"].items():
+            shutil.copyfile(ROOT / path, WORK / "map" / digest)
         kept.with_suffix(".part").write_text(json.dumps(found))
         kept.with_suffix(".part").rename(kept)
     return kept
 
 
+@functools.cache
+def moved(path: str, digest: str) -> dict[int, list[int]]:
+    """Where the lines of a source are that has changed since a file of tests was mapped; new ones are their place's."""
+    old, new = ((file.read_text(encoding="utf-8").splitlines()) for file in (WORK / "map" / digest, ROOT / path))
+    found = defaultdict(list)
+    for kind, i, i_end, j, j_end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        for at in range(i, i_end) if kind == "equal" else range(max(i - 1, 0), i_end + 1):
+            found[at + 1] += [at - i + j + 1] if kind == "equal" else range(j + 1, j_end + 1)
+    return found
+
+
 class Map:
-    """Which tests cover a mutant."""
+    """Which tests cover a mutant. A file of tests is mapped again when it has changed, not when what it tests has."""
 
     def __init__(self, pool: ProcessPoolExecutor) -> None:
-        names = [name for name in listed_files() if name.endswith((".py", ".toml", ".c"))]
-        digest = hashlib.sha256(b"".join(name.encode() + (ROOT / name).read_bytes() for name in names)).hexdigest()
-        folder = WORK / f"map-{digest[:16]}"
-        folder.mkdir(exist_ok=True)
-        jobs = [pool.submit(map_file, folder, name) for name in names if re.fullmatch(TESTED, name)]
+        (WORK / "map").mkdir(exist_ok=True)
+        names = [name for name in listed_files() if re.fullmatch(TESTED, name) and not name.endswith(SLOW)]
+        jobs = [pool.submit(map_file, name) for name in names]
         self.seconds, self.lines, self.at_import = {}, defaultdict(set), set()
         for number, done in enumerate(as_completed(jobs), 1):
             print(f"map {number}/{len(jobs)} {done.result().stem}", flush=True)
@@ -193,8 +213,12 @@ class Map:
                     for context in (node, *test["fixtures"]):
                         of_context[context].add(key)
             for place, contexts in part["lines"].items():
-                self.lines[place] |= set().union(*(of_context[context] for context in contexts))
-                self.at_import |= {place} if "" in contexts else set()
+                path, _, line = place.partition(":")
+                if not (ROOT / path).exists():
+                    continue
+                for now in moved(path, part["sources"][path])[int(line)]:
+                    self.lines[f"{path}:{now}"] |= set().union(*(of_context[context] for context in contexts))
+                    self.at_import |= {f"{path}:{now}"} if "" in contexts else set()
 
     def covering(self, mutant: dict[str, Any]) -> list[Test]:
         """Fastest first."""

@@ -54,10 +54,9 @@ def train(
         resume: go on from the last whole checkpoint in arguments.output_dir, if there is one.
     """
     from transformers import Trainer
-    from transformers.trainer_pt_utils import LengthGroupedSampler
 
     from .train_cache import accept_blocks
-    from .train_data import Collator
+    from .train_data import ByLength, Collator
 
     choose_parameters(model, recipe)
     if data.cache:
@@ -72,8 +71,7 @@ def train(
     arguments.remove_unused_columns = False
     trainer = Trainer(model, arguments, collator, train_dataset=data, processing_class=processor)
     if arguments.train_sampling_strategy == "group_by_length":  # Trainer's own would open every image to count ids
-        whole = arguments.train_batch_size * arguments.gradient_accumulation_steps
-        trainer._get_train_sampler = lambda *_: LengthGroupedSampler(whole, lengths=data.lengths)
+        trainer._get_train_sampler = lambda *_: ByLength(trainer, data.lengths)
     if trainer.is_world_process_zero():
         print(memory(model, arguments, data.lengths), file=sys.stderr)
         if data.cache and data.image_files():

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .train_cache import DataError, FeatureCache, open_image
 
@@ -215,6 +216,23 @@ def encode(processor: ProcessorMixin, turns: Sequence[dict[str, Any]]) -> tuple[
             raise DataError("conversations: expected answers with text in them, got an empty one")
         ranges.append((inside[0], inside[-1] + 1))
     return array("i", encoded["input_ids"]), ranges
+
+
+class ByLength(LengthGroupedSampler):
+    """Records of about one length together; the order of an epoch depends on the seed and its number alone.
+
+    So a run that goes on in the middle of an epoch has the records left that it had not seen.
+    """
+
+    def __init__(self, trainer: Trainer, lengths: list[int]):
+        arguments = trainer.args
+        whole = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        super().__init__(whole, lengths=lengths, generator=torch.Generator())
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.trainer.args.seed + int(self.trainer.state.epoch or 0))
+        return super().__iter__()
 
 
 class Collator:
