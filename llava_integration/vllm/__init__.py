@@ -1,9 +1,11 @@
 """LLaVA-STF for vLLM, which finds `register` by its entry point vllm.general_plugins where this package is.
 
-    vllm serve FOLDER            a folder of llava_integration.convert or save_pretrained, of model_type llava_stf
+    vllm serve FOLDER            a folder of llava_integration.convert or save_pretrained, of any family
 
 Importing llava_integration does not import vLLM, and this module imports no model: vLLM does when it needs one.
 """
+
+from ..core.register import families
 
 TESTED = "0.32"  # .ci/vllm.txt
 
@@ -19,7 +21,9 @@ def register() -> None:
     try:
         from vllm import ModelRegistry
 
-        ModelRegistry.register_model("LlavaStfForConditionalGeneration", f"{__name__}.model:LlavaStf")
+        for family in families():
+            name = family.generator.__name__
+            ModelRegistry.register_model(name, f"{__name__}.model:{name}")
     except Exception as error:
         logger.warning("LLaVA-STF cannot be served (%s); %s", error, advice)
         return

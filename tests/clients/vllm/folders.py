@@ -19,6 +19,8 @@ PROMPTS = [
     ("USER : <image> a <image> cat ASSISTANT :", [2, 3]),
     ("USER : what is a cat ASSISTANT :", []),
 ]
+VIDEO = ("USER : <video> what is ASSISTANT :", [4, 5])  # of two frames
+WORDS = [*build.SPECIAL, *build.WORDS, "<video>"]
 
 
 def images(seeds: list[int]) -> list:
@@ -51,6 +53,7 @@ def converted(folder: Path, family: str = "llava", **options) -> Path:
     source, made, sizes = folder / "stock", folder / "stf", build.wide()
     if family == "onevision":
         sizes["vision"] = build.siglip(image_size=130, vision_use_head=False, hidden_size=128, intermediate_size=256)
+        sizes["video_token_index"] = WORDS.index("<video>")
     stock = (tiled.MODELS | {"llava": build.stock})[family](torch.float32, **sizes)
     stock.save_pretrained(source)
     if family == "llava":
@@ -58,18 +61,19 @@ def converted(folder: Path, family: str = "llava", **options) -> Path:
             LlavaProcessor, num_additional_image_tokens=1, vision_feature_select_strategy="default"
         ).save_pretrained(source)
     else:
-        build.tokenizer(padding_side="left").save_pretrained(source)
+        build.tokenizer(WORDS, padding_side="left").save_pretrained(source)
         tiled.processor(stock).image_processor.save_pretrained(source)
     convert_llava(source, made, **options)
     return made
 
 
-def expected(folder: Path) -> list[list[int]]:
-    """The greedy tokens of transformers for each of PROMPTS."""
+def expected(folder: Path, prompts: list = PROMPTS) -> list[list[int]]:
+    """The greedy tokens of transformers for each of `prompts`."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     reader, answers = AutoProcessor.from_pretrained(folder), []
-    for text, seeds in PROMPTS:
-        inputs = reader(images=images(seeds) or None, text=text, return_tensors="pt")
+    for text, seeds in prompts:
+        given = {"videos": [images(seeds)]} if "<video>" in text else {"images": images(seeds)}
+        inputs = reader(text=text, **given, return_tensors="pt")
         options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
         answers.append(model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist())
     assert len({tuple(answer) for answer in answers}) == len(answers)

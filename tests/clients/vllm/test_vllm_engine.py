@@ -6,6 +6,7 @@ import logging
 import os
 import re
 
+import numpy as np
 import pytest
 import vllm
 from clients.vllm import folders
@@ -36,13 +37,15 @@ def engine(folder, **options):
         llm.llm_engine.engine_core.shutdown()
 
 
-def answers(llm):
-    prompts = [
-        {"prompt": text} | ({"multi_modal_data": {"image": folders.images(seeds)}} if seeds else {})
-        for text, seeds in folders.PROMPTS
-    ]
+def answers(llm, prompts=folders.PROMPTS):
+    prompts = [{"prompt": text} | ({"multi_modal_data": data(text, seeds)} if seeds else {}) for text, seeds in prompts]
     options = {"temperature": 0, "max_tokens": folders.NEW_TOKENS, "ignore_eos": True}
     return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, vllm.SamplingParams(**options), use_tqdm=False)]
+
+
+def data(text, seeds):
+    images = folders.images(seeds)
+    return {"video": np.stack(images)} if "<video>" in text else {"image": images}
 
 
 def fused(model):
@@ -62,10 +65,14 @@ def test_greedy_tokens(tmp_path, monkeypatch, tower, names):
         assert llm.apply_model(fused) == [(CompactTokenProjector.__qualname__, *["torch.nn.modules.linear"] * 4)]
 
 
-def test_a_converted_folder(tmp_path):
-    folder = folders.converted(tmp_path)
-    with engine(folder) as llm:
-        assert answers(llm) == folders.expected(folder)
+@pytest.mark.parametrize("family", ["llava", "next", "onevision"])
+def test_a_converted_folder(tmp_path, monkeypatch, family):
+    folder = folders.converted(tmp_path, family)
+    prompts = folders.PROMPTS + [folders.VIDEO] * (family == "onevision")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    with engine(folder, max_model_len=256) as llm:
+        assert answers(llm, prompts) == folders.expected(folder, prompts)
+        assert llm.apply_model(fused) == [(CompactTokenProjector.__qualname__, *["torch.nn.modules.linear"] * 4)]
 
 
 @pytest.mark.parametrize("family", ["llava", "next", "onevision"])
@@ -107,7 +114,7 @@ def test_the_three_lines_of_the_readme(tmp_path, monkeypatch, capsys):
 
 def test_names_between():
     """transformers 4.52 to 5.x: model.vision_tower.vision_model.*"""
-    from llava_integration.vllm.model import LlavaStf
+    from llava_integration.vllm.model import LlavaStfForConditionalGeneration as LlavaStf
 
     name = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
     assert {LlavaStf.hf_to_vllm_mapper.map_name(before + name) for before in ("", "model.")} == {name}
