@@ -32,7 +32,7 @@ TOWER = WeightsMapper(
 
 
 class Info:
-    """Whose configuration and processor it is, and how many tokens an image or a video becomes."""
+    """Whose configuration and processor it is, and how many tokens an image or a frame becomes."""
 
     family: Family
     ctx: Any
@@ -57,11 +57,19 @@ class Info:
             ) from error
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        counts = self.get_hf_processor()._get_num_multimodal_tokens(image_sizes=[(image_height, image_width)])
-        return counts.num_image_tokens[0]
+        model = without_parts(self.family, self.get_hf_config())
+        return model.image_token_counts([None], image_sizes=[(image_height, image_width)])[0]
 
-    def get_num_video_tokens(self, *, num_frames: int, **size: int) -> int:
-        return self.get_hf_processor()._get_num_multimodal_tokens(video_sizes=[(num_frames,)]).num_video_tokens[0]
+    def _get_num_frame_tokens(self, **size: int) -> int:
+        return self.get_hf_config().image_seq_length
+
+
+def without_parts(family: Family, config: PreTrainedConfig) -> Any:
+    """The family's model as far as it counts and packs the tokens of tiles."""
+    model = family.model.__new__(family.model)
+    nn.Module.__init__(model)
+    model.config = config
+    return model
 
 
 class Compact(nn.Module):
@@ -93,10 +101,7 @@ class Compact(nn.Module):
         sizes = image_input["image_sizes"]
         counts = tile_counts(self.config, sizes)[1]
         tiles = torch.cat([own[:count] for own, count in zip(pixels, counts, strict=True)])
-        packing = self.family.model.__new__(self.family.model)  # without its parts
-        nn.Module.__init__(packing)
-        packing.config = self.config
-        return pack_tiles(packing, self._project(tiles), self.image_newline, sizes)
+        return pack_tiles(without_parts(self.family, self.config), self._project(tiles), self.image_newline, sizes)
 
     def _video_pixels_to_features(self, vision_tower: nn.Module, pixel_values: Tensor) -> Tensor:
         """The windows take the place of a pooling."""
