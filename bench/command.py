@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 import tempfile
 import time
@@ -10,12 +11,17 @@ from pathlib import Path
 
 from stf_kernels.command import run
 
-__all__ = ["Progress", "bad_input", "model_folder", "number", "positive", "run", "table", "writable_file"]
+__all__ = ["Progress", "bad_input", "model_folder", "number", "patient", "positive", "run", "table", "writable_file"]
 
 
 def bad_input(command: str, message: str) -> int:
     print(f"python -m {command}: error: {message}", file=sys.stderr)
     return 2
+
+
+def patient(seconds: float) -> float:
+    """`seconds` of an idle machine: as many times more as processes want each core now."""
+    return seconds * max(1.0, os.getloadavg()[0] / os.cpu_count())
 
 
 def positive(kind: type) -> Callable[[str], float]:

@@ -29,7 +29,7 @@ from typing import Any
 from urllib.request import urlopen
 
 from . import command
-from .command import number
+from .command import number, patient
 from .prefill.__main__ import PHOTOGRAPH
 from .prefill.presets import preset
 
@@ -156,7 +156,7 @@ class ServerError(RuntimeError):
 def serve(folder: Path, *options: str, log: Path, patience: float = 300) -> Iterator[str]:
     """Start one, wait for its first answer -> its address; end it and every process that it started.
 
-    options: vLLM's own. Raises ServerError, also after `patience` seconds without an answer.
+    options: vLLM's own. Raises ServerError, also after `patience` seconds of an idle machine without an answer.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -167,7 +167,7 @@ def serve(folder: Path, *options: str, log: Path, patience: float = 300) -> Iter
         streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, env=SETTINGS | os.environ, start_new_session=True, **streams)
     try:
-        url, end, healthy = f"http://127.0.0.1:{port}", time.monotonic() + patience, False
+        url, end, healthy = f"http://127.0.0.1:{port}", time.monotonic() + patient(patience), False
         while not healthy:
             if process.poll() is not None or time.monotonic() > end:
                 said = log.read_text(encoding="utf-8", errors="replace")

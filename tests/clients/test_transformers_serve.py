@@ -16,7 +16,7 @@ from pathlib import Path
 import openai
 import pytest
 from support.clients import IN_FOLDER, QUESTION, ask, make_folder, readme
-from support.processes import ROOT, clean_environment, python
+from support.processes import ROOT, clean_environment, patient, python
 from tiny_llava import make_image
 
 PIPELINE, (CONVERT, SERVE) = readme("transformers")
@@ -48,7 +48,7 @@ def serving(folder, command):
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + patient(120)
         while time.monotonic() < end and process.poll() is None:
             with contextlib.suppress(urllib.error.URLError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
@@ -56,10 +56,10 @@ def serving(folder, command):
             time.sleep(0.5)
         else:
             pytest.fail(log.read_text()[-3000:])
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=1, timeout=60)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=1, timeout=patient(60))
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(30)
+        process.wait(patient(30))
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["auto_map", "plain"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from support.clients import IN_FOLDER, QUESTION, ask, make_folder, readme
-from support.processes import ROOT, clean_environment, python
+from support.processes import ROOT, clean_environment, patient, python
 from tiny_llava import make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -92,7 +92,9 @@ def test_vllm_serves_what_was_trained(folder, data, tmp_path):
     make_image().save(merged / "asked.png")
     environment = clean_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", **SETTINGS)
     command = [str(VLLM), "-c", SERVED, str(merged), "USER: <image> What is this? ASSISTANT:"]
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=patient(300)
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert json.loads(result.stdout.splitlines()[-1]) == ask(merged, 4)[1]
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.command import patient
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -20,6 +22,6 @@ def clean_environment(**changes: str | None) -> dict[str, str]:
 
 
 def python(*arguments: str, timeout: float = 300, **environment: str | None) -> subprocess.CompletedProcess:
-    """Run python in the checkout; environment: variables to set, None to remove."""
-    options = {"cwd": ROOT, "env": clean_environment(**environment), "timeout": timeout}
+    """Run python in the checkout; timeout: on an idle machine; environment: variables to set, None to remove."""
+    options = {"cwd": ROOT, "env": clean_environment(**environment), "timeout": patient(timeout)}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)

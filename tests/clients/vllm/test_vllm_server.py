@@ -9,7 +9,7 @@ import openai
 import psutil
 import pytest
 from clients.vllm import folders
-from support.processes import python
+from support.processes import patient, python
 
 from bench.results import read
 from bench.serving import ServerError, serve
@@ -25,8 +25,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(folder):
-    with serve(folder, *OPTIONS, log=folder.parent / "log", patience=900) as url:  # on a machine that is busy
-        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    with serve(folder, *OPTIONS, log=folder.parent / "log") as url:
+        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=patient(60))
 
 
 def picture(seed):
@@ -84,7 +84,7 @@ def test_nothing_is_left_running(folder, tmp_path):
     with serve(folder, *OPTIONS, log=tmp_path / "log"):
         started = [process for process in psutil.Process().children(recursive=True) if process not in others]
     assert len(started) >= 3  # the server, its engine, a worker
-    _, left = psutil.wait_procs(started, timeout=10)  # a killed process takes a moment
+    _, left = psutil.wait_procs(started, timeout=patient(10))  # a killed process takes a moment
     assert not left
 
 
