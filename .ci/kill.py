@@ -207,7 +207,7 @@ class Benchmark(Job):
 class Study(Job):
     """What bench.quality has finished stays: parts are folders, rows are files."""
 
-    BUDGET = study.Budget(2, 2, 2, 1, 1, 4, 16, 8, 20, 2)
+    BUDGET = study.Budget(2, 2, 2, 1, 1, 4, 12, 8, 20, 20)  # so many that every kind of question is there
     finished: frozenset[str] = frozenset()
     expected: dict[str, Any] | None = None
 
