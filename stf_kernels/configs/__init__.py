@@ -8,13 +8,14 @@ selection.py   from a product to a configuration: table, cache or model; and wha
 
 from .config import GemmConfig
 from .model import SHARED_MEMORY_LIMIT, default_config
-from .selection import Gemm, choose, listening, reject, uses_tf32
+from .selection import Gemm, Measure, choose, listening, reject, uses_tf32
 from .tables import device_identity, device_slug
 
 __all__ = [
     "SHARED_MEMORY_LIMIT",
     "Gemm",
     "GemmConfig",
+    "Measure",
     "choose",
     "default_config",
     "device_identity",

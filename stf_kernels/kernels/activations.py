@@ -1,4 +1,4 @@
-"""Activations of the epilogue on fp32 values, their derivatives, and the kernel of the backward that applies them.
+"""Activations of the epilogue on fp32 values. The backward's derivatives are torch's own (ops/backward.py).
 
     gelu       x * Phi(x),  Phi the normal distribution function            (exact: erf)
     gelu_tanh  x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
@@ -15,7 +15,6 @@ from triton.knobs import runtime as _runtime
 INTERPRETED: tl.constexpr = tl.constexpr(bool(_runtime.interpret))
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
-_INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
 _TWO_SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(1.5957691216057308)
 
 
@@ -62,55 +61,3 @@ def activate(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "none")
         return x
-
-
-@triton.jit
-def activation_derivative(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
-    """d act(x) / dx. 1 - sigmoid(x) is sigmoid(-x): the difference has no digits left from x = 16 on."""
-    if ACTIVATION == "gelu":
-        return _normal_cdf(x, FAST) + x * _INV_SQRT_2PI * tl.exp2(-0.5 * x * x * _LOG2E)
-    elif ACTIVATION == "gelu_tanh":
-        u = (x + 0.044715 * x * x * x) * _TWO_SQRT_2_OVER_PI
-        gate = _sigmoid(u, FAST)
-        return gate + x * gate * _sigmoid(-u, FAST) * _TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * x * x)
-    elif ACTIVATION == "silu":
-        gate = _sigmoid(x, FAST)
-        return gate + x * gate * _sigmoid(-x, FAST)
-    else:
-        tl.static_assert(ACTIVATION == "none")
-        return x * 0.0 + 1.0
-
-
-@triton.jit(do_not_specialize=["M"])
-def _activation_bwd_kernel(
-    dy_ptr, pre_ptr, dpre_ptr, act_ptr, partial_ptr, M, N,
-    ACTIVATION: tl.constexpr, FAST_ACTIVATION: tl.constexpr, WRITE_ACT: tl.constexpr, SUM_ROWS: tl.constexpr,
-    ROWS_PER_PROGRAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Everything that the backward wants of a pre-activation, read once. A program owns a strip of rows.
-
-    dpre = dy * act'(pre)        may take dy's memory
-    act  = act(pre)              if WRITE_ACT: the input of the next layer's weight gradient, never kept by the forward
-    db   = sum over rows of dpre if SUM_ROWS: one partial sum per program and column, added up by the caller in order
-
-    dy, pre, dpre, act contiguous [M, N]; partial fp32 [strips, N].
-    """
-    strip = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_n = n < N
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for first in range(0, ROWS_PER_PROGRAM, BLOCK_M):
-        m = strip * ROWS_PER_PROGRAM + first + tl.arange(0, BLOCK_M)
-        inside = (m < M)[:, None] & inside_n[None, :]
-        offset = m.to(tl.int64)[:, None] * N + n[None, :]
-        dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        pre = tl.load(pre_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        dpre = dy * activation_derivative(pre, ACTIVATION, FAST_ACTIVATION)
-        tl.store(dpre_ptr + offset, dpre.to(dpre_ptr.dtype.element_ty), mask=inside)
-        if WRITE_ACT:
-            act = activate(pre, ACTIVATION, FAST_ACTIVATION)
-            tl.store(act_ptr + offset, act.to(act_ptr.dtype.element_ty), mask=inside)
-        if SUM_ROWS:
-            total += tl.sum(tl.where(inside, dpre, 0.0), axis=0)
-    if SUM_ROWS:
-        tl.store(partial_ptr + strip.to(tl.int64) * N + n, total, mask=inside_n)

@@ -69,7 +69,7 @@ class ChainOperator:
         if needs:
             lengths = len(blocks), len(weights), len(biases)
             return _Eager.apply(plan, path, lengths, self._kept(static, *lengths[:2], tuple(needs)), *tensors)
-        return chain_fwd(plan, path, blocks, weights, biases)[0]
+        return _no_view(chain_fwd(plan, path, blocks, weights, biases)[0])
 
     def _what_is_kept(self, static: tuple, num_blocks: int, num_weights: int, needs: tuple) -> tuple[list[bool], ...]:
         """For a backward: of which stages (Needs.keeps), and which of [*blocks, *weights]."""
@@ -146,7 +146,7 @@ class _Eager(torch.autograd.Function):
         ctx.plan, ctx.path, ctx.lengths = plan, path, lengths
         ctx.sizes = blocks[0].shape, [weight.shape[0] for weight in weights]  # a backward is given what it reads alone
         ctx.save_for_backward(*saved, *_read(tensors, kept[1]))
-        return y
+        return _no_view(y)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -158,6 +158,11 @@ class _Eager(torch.autograd.Function):
         block, widths = ctx.sizes
         grads = chain_bwd(ctx.plan, ctx.path, grad, saved, blocks, weights, block, widths, needs)
         return None, None, None, None, *grads[: len(needs)]
+
+
+def _no_view(y: Tensor) -> Tensor:
+    """y, which the caller may change in place: autograd forbids that of a view that was made without it."""
+    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
 
 
 def _read(tensors: Sequence[Tensor], flags: Sequence[bool]) -> list[Tensor | None]:

@@ -3,8 +3,8 @@
     db = sum_rows g      dW_s = g^T @ X_s, each segment into its columns of dW      dX_s = g @ W_s
 
 dW and dX run in the library GEMM (cuBLAS, MKL); for the first stage's dW, whose X are the caller's own blocks, see
-weight_grad.py. Where Triton runs, one elementwise kernel reads a pre-activation once and writes act'(pre) * dX,
-act(pre) and the column sums.
+weight_grad.py. One elementwise kernel of our own that made act'(pre) * dX, act(pre) and db of one reading was slower
+than torch's three (bench/TUNING.md, row 34).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import launch, torch_path
+from . import torch_path
 from .chain import Plan, without_autocast
 from .segments import Stage, unmerge_windows
 from .weight_grad import first_weight_grad
@@ -88,47 +88,39 @@ def chain_bwd(
     d_weights: list[Tensor | None] = [None] * len(weights)
     d_biases: list[Tensor | None] = [None] * len(weights)
 
-    def through(i: int, dx: Tensor, pre: Tensor | None, *, own: bool = True, write_act: bool = False):
-        """dL/d(output of stage i) -> (its g, its activation's output if write_act); its db where that is free."""
+    def through(i: int, dx: Tensor, pre: Tensor | None, *, own: bool = True) -> Tensor:
+        """dL/d(output of stage i) -> its g, in dx's memory if that is our own."""
         stage = stages[i]
         if stage.merge_out > 1:
             dx = unmerge_windows(dx, stage.grid, stage.merge_out)
         g = dx.flatten(0, 1)  # rows in the order of the stage's GEMM
         if stage.activation is None:
-            return g, None
-        options = {"overwrite": own, "write_act": write_act, "sum_rows": wants.biases[i]}
-        run = torch_path if path == "torch" else launch
-        g, act, d_biases[i] = run.run_activation_bwd(g.contiguous(), pre, stage.activation, **options)
-        return g, act
+            return g
+        return torch_path.activation_bwd(g.contiguous(), pre, stage.activation, overwrite=own)
 
     with without_autocast(dy.device.type):  # of the region that the backward is called in
-        g, _ = through(last, dy, saved.pop(), own=False)
+        g = through(last, dy, saved.pop(), own=False)
         for i in range(last, -1, -1):
-            if wants.biases[i] and d_biases[i] is None:
+            if wants.biases[i]:
                 d_biases[i] = g.sum(0)
             if i == 0:
                 break
-            before, kept, upstream = stages[i - 1], saved.pop(), wants.upstream_of(i)
-            x = kept if before.activation is None else None
-            if fused := upstream and before.activation is not None and path != "torch":
-                dx = torch.mm(g, weights[i]).view(shapes[i - 1])
-                dx, x = through(i - 1, dx, kept, write_act=wants.weights[i])
+            before, kept = stages[i - 1], saved.pop()
             if wants.weights[i]:
-                x = torch_path.activate(kept, before.activation) if x is None else x
+                x = torch_path.activate(kept, before.activation)
                 d_weights[i] = torch.mm(g.t(), x.reshape(g.shape[0], weight_shapes[i][1]))
-            x = None
-            if not upstream:
+                del x
+            if not wants.upstream_of(i):
                 break
-            if not fused:
-                dx, _ = through(i - 1, torch.mm(g, weights[i]).view(shapes[i - 1]), kept)
-            g, kept = dx, None
+            g = through(i - 1, torch.mm(g, weights[i]).view(shapes[i - 1]), kept)
+            del kept
         if wants.weights[0]:
             d_weights[0] = first_weight_grad(g, blocks, weight_shapes[0], stages[0], path)
         if any(wants.blocks):
             d_blocks = _block_grads(g, block, weights[0], stages[0], wants.blocks)
     if skip:
         d_blocks = [g if g is None else nn.functional.pad(g, (0, 0, skip, 0)) for g in d_blocks]
-    return [*d_blocks, *d_weights, *(None if db is None else db.to(dy.dtype) for db in d_biases)]
+    return [*d_blocks, *d_weights, *d_biases]
 
 
 def _block_grads(g: Tensor, shape: Sequence[int], weight: Tensor, stage: Stage, needs: Sequence[bool]) -> list:

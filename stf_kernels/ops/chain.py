@@ -41,7 +41,7 @@ def chain_fwd(
     stages, skip = plan
     if stages[0].merge_in > 1 and len(blocks) > 1:
         raise ValueError(f"blocks: a stage that merges on load takes one block, got {len(blocks)}")
-    x: Sequence[Tensor] = [block[:, skip:] for block in blocks] if skip else blocks
+    x: Sequence[Tensor] = [block.narrow(1, skip, block.shape[1] - skip) for block in blocks] if skip else blocks
     saved: list[Tensor | None] = []
     last = len(stages) - 1
     for i, (stage, weight) in enumerate(zip(stages, weights, strict=True)):

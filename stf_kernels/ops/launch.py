@@ -1,7 +1,6 @@
 """A stage in Triton: configuration in, kernel started.
 
-    run_stage             y = act(A @ W^T + b)    kernels/segmented_linear.py, tma.py or swap_ab.py
-    run_activation_bwd    dy * act'(pre)          kernels/activations.py
+    y = act(A @ W^T + b)    kernels/segmented_linear.py, tma.py or swap_ab.py
 
 A call that repeats an earlier one on NVIDIA is launched as that one was: binding its arguments costs more than the
 launch. Under the interpreter outputs are fp32 and torch rounds them: a store into bf16 truncates there.
@@ -21,21 +20,20 @@ from ..configs import GemmConfig
 from . import first_use, tma, torch_path
 from .segments import Stage
 
-# The elementwise backward: a program takes a strip of rows, tile by tile; 16 rows a tile spill with Triton 3.6.
-ROWS_PER_PROGRAM, BLOCK_M, BLOCK_N = 128, 8, 128
-
 
 class Ready(NamedTuple):
     """What every call with the same layout of its operands repeats."""
 
-    config: GemmConfig | None  # None: plain torch
+    config: GemmConfig | None  # None: plain torch, after a kernel that did not run
     compiled: Any = None  # Triton's compiled kernel
     grid: tuple[int, int, int] = (0, 0, 0)
     sizes: tuple = ()  # its arguments behind the tensors
 
 
+_chosen: dict[tuple, GemmConfig | None] = {}  # of every problem, whatever the layout of its operands
+_UNKNOWN: Any = object()
 _ready: dict[tuple, Ready] = {}
-_MOST_READY = 4096
+_MOST_KEPT = 4096
 _warned: set[tuple[str, bool]] = set()
 
 
@@ -59,25 +57,26 @@ def run_stage(
     out [R, N], rows [M] int64: row i of the GEMM is written to out[rows[i]], and y is out; rows outside [0, R) are
         not written.
     """
-    key = _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre)
+    x, (n, k) = blocks[0], weight.shape
+    m = x.shape[0] * stage.tokens(x.shape)
+    gemm = configs.Gemm(stage.kind(len(blocks)), x.dtype, m, n, k, save_pre)
+    problem = _problem(x.device, gemm, forced)
+    if config is None and _chosen.get(problem, _UNKNOWN) is None:
+        return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
+    key = _key(problem, config, stage, blocks, weight, bias, out, rows)
     ready = _ready.get(key)
     if ready is None:  # perhaps for operands that are copied first
         blocks, weight = [with_contiguous_last(block) for block in blocks], with_contiguous_last(weight)
         bias, rows = (None if vector is None else with_contiguous_last(vector) for vector in (bias, rows))
-        key = _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre)
+        key, x = _key(problem, config, stage, blocks, weight, bias, out, rows), blocks[0]
         ready = _ready.get(key)
-    x, n = blocks[0], weight.shape[0]
-    m = x.shape[0] * stage.tokens(x.shape)
     if ready is None:
-        ready = Ready(config)
+        tile = config
         if config is None:
-            gemm = configs.Gemm(stage.kind(len(blocks)), x.dtype, m, n, weight.shape[1], save_pre)
             product = functools.partial(product_of, (blocks, weight, bias), stage, save_pre, out)
-            measure = functools.partial(first_use.measure, product) if m and weight.numel() else None
-            chosen, settled = configs.choose(x.device, gemm, forced=forced, measure=measure)
-            ready, key = Ready(chosen), key if settled else None
-        if ready.config is None:
-            _keep(key, ready)
+            tile = chosen(x.device, gemm, forced, functools.partial(first_use.measure, product))
+            key = key if problem in _chosen else None  # the next call may choose otherwise
+        ready = Ready(tile)
     if ready.config is None:
         return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
     store_dtype = torch.float32 if interpreting() else x.dtype
@@ -104,7 +103,7 @@ def run_stage(
                 ready = Ready(_instead(tile, error, x, exact=config is not None, forced=forced))
                 continue
             if compiled is not None and torch.version.hip is None:
-                _keep(key, Ready(tile, compiled, grid, behind))
+                _keep(_ready, key, Ready(tile, compiled, grid, behind))
             break
     if ready.config is None:
         return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
@@ -125,26 +124,47 @@ def product_of(operands: tuple, stage: Stage, save_pre: bool = False, out: Tenso
     )
 
 
-def _keep(key: tuple | None, ready: Ready) -> None:
-    """key None: the next call may choose otherwise."""
-    if key is not None:
-        if len(_ready) >= _MOST_READY:
-            _ready.clear()
-        _ready[key] = ready
+def chosen(device: torch.device, gemm: configs.Gemm, forced: bool, measure: configs.Measure) -> GemmConfig | None:
+    """configs.choose, which is not asked again once no selection is to come. An empty product is not measured."""
+    problem = _problem(device, gemm, forced)
+    config = _chosen.get(problem, _UNKNOWN)
+    if config is _UNKNOWN:
+        worth = gemm.m and gemm.n and gemm.k
+        config, settled = configs.choose(device, gemm, forced=forced, measure=measure if worth else None)
+        if settled:
+            _keep(_chosen, problem, config)
+    return config
+
+
+def reject(device: torch.device, gemm_dtype: torch.dtype, config: GemmConfig, error: Exception, *, wgrad: bool) -> None:
+    """configs.reject, and what was chosen so far is chosen anew."""
+    configs.reject(device, gemm_dtype, config, error, wgrad=wgrad)
+    _chosen.clear()
 
 
 def forget() -> None:
     """The next call of every product chooses anew, from what is known by now."""
+    _chosen.clear()
     _ready.clear()
 
 
-def _key(blocks, weight, bias, out, rows, stage, config, forced, save_pre) -> tuple:
-    """All of a call that its configuration, its compiled kernel or an argument but a pointer can depend on."""
-    x = blocks[0]
+def _keep(kept: dict, key: tuple | None, value: Any) -> None:
+    if key is not None:
+        if len(kept) >= _MOST_KEPT:
+            kept.clear()
+        kept[key] = value
+
+
+def _problem(device: torch.device, gemm: configs.Gemm, forced: bool) -> tuple:
+    """All that a choice can depend on."""
+    return gemm, device, forced, configs.uses_tf32(gemm.dtype), torch.are_deterministic_algorithms_enabled()
+
+
+def _key(problem, config, stage, blocks, weight, bias, out, rows) -> tuple:
+    """All of a call that its compiled kernel or an argument but a pointer can depend on."""
     tensors = [t for t in (*blocks, weight, bias, out, rows) if t is not None]
     return (
-        stage, config, forced, save_pre, x.device, x.shape, weight.shape, bias is None,
-        None if out is None else out.shape[0], input_precision(x.dtype), torch.are_deterministic_algorithms_enabled(),
+        problem, config, stage, blocks[0].shape, bias is None, None if out is None else out.shape[0],
         tuple([(t.stride(), t.dtype, t.data_ptr() % 16, t.is_neg()) for t in tensors]),
     )  # fmt: skip
 
@@ -163,7 +183,7 @@ def _instead(config: GemmConfig, error: Exception, x: Tensor, *, exact: bool, fo
     if exact or not isinstance(error, does_not_run()) or (forced and not refused):
         raise error
     if not refused:
-        configs.reject(x.device, x.dtype, config, error, wgrad=False)
+        reject(x.device, x.dtype, config, error, wgrad=False)
     return config.portable() if forced else None
 
 
@@ -276,29 +296,3 @@ def _swap_ab(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple:
 
 
 ARGUMENTS = {"pointer": _pointer, "tma": _tma, "swap_ab": _swap_ab}
-
-
-def run_activation_bwd(
-    dy: Tensor, pre: Tensor, activation: str, *, overwrite: bool, write_act: bool, sum_rows: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dy [M, N] contiguous, pre [M, N] -> (dpre, in dy's memory if overwrite, act(pre) or None, fp32 column sums of
-    dpre [N] or None)."""
-    from ..kernels.activations import _activation_bwd_kernel
-
-    dy, pre = dy.resolve_neg(), pre.contiguous().resolve_neg()  # a saved-tensor hook may give back another layout
-    m, n = pre.shape
-    store_dtype = torch.float32 if interpreting() else pre.dtype
-    dpre = dy if overwrite and dy.dtype == store_dtype else torch.empty_like(pre, dtype=store_dtype)
-    act = torch.empty_like(pre, dtype=store_dtype) if write_act else None
-    strips = -(-m // ROWS_PER_PROGRAM)
-    partial = torch.empty((strips, n), device=pre.device, dtype=torch.float32) if sum_rows else None
-    if m and n:
-        with on_device(pre.device):
-            _activation_bwd_kernel[(strips, -(-n // BLOCK_N))](
-                dy, pre, dpre, act, partial, m, n,
-                ACTIVATION=activation, FAST_ACTIVATION=fast_activation(pre.dtype),
-                WRITE_ACT=write_act, SUM_ROWS=sum_rows,
-                ROWS_PER_PROGRAM=ROWS_PER_PROGRAM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-            )  # fmt: skip
-    total = None if partial is None else partial.sum(0)
-    return dpre.to(pre.dtype), None if act is None else act.to(pre.dtype), total

@@ -30,31 +30,37 @@ def run_stage(
     out: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As launch.run_stage; y is no view, so that it may be changed."""
+    """As launch.run_stage."""
     n = weight.shape[0]
     y = _linear(blocks, weight, bias, stage)
-    pre = y if save_pre else None
+    pre = y.view(-1, n) if save_pre else None
     y = activate(y, stage.activation, inplace=not save_pre)
     if stage.merge_out > 1:
-        return merge_windows(y.view(*blocks[0].shape[:2], n), stage.grid, stage.merge_out), pre
+        return merge_windows(y, stage.grid, stage.merge_out), pre
     if out is not None:
-        return out.index_copy_(0, rows, y.to(out.dtype)), pre
-    return torch.ops.aten._unsafe_view(y, stage.out_shape(blocks[0].shape, n)), pre
+        return out.index_copy_(0, rows, y.view(-1, n).to(out.dtype)), pre
+    return y, pre
 
 
 def _linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage: Stage) -> Tensor:
-    """A @ W^T + b -> [rows, N], rows in the order of the GEMM."""
-    if stage.num_segments(blocks) == 1 or blocks[0].dtype not in WIDE or is_transformed():
-        segments = [segment.flatten(1, -2) for segment in stage.segments(blocks)]
-        x = segments[0] if len(segments) == 1 else torch.cat(segments, dim=-1)
-        return F.linear(x.flatten(0, 1), weight, bias)
-    c = blocks[0].shape[-1]
+    """A @ W^T + b -> [B, tokens, N], rows in the order of the GEMM."""
+    x = blocks[0]
+    if stage.num_segments(blocks) == 1 or x.dtype not in WIDE or is_transformed():
+        return F.linear(gathered(blocks, stage), weight, bias)
+    c = x.shape[-1]
     y = None
     for s, segment in enumerate(stage.segments(blocks)):
         # flatten copies one segment where its rows have no common stride (a CLS-cropped batch), never all of them
-        x, w = segment.flatten(0, -2), weight[:, s * c : (s + 1) * c]
-        y = F.linear(x, w, bias) if y is None else y.addmm_(x, w.t())
-    return y
+        rows, w = segment.flatten(0, -2), weight[:, s * c : (s + 1) * c]
+        y = F.linear(rows, w, bias) if y is None else y.addmm_(rows, w.t())
+    return y.view(x.shape[0], stage.tokens(x.shape), weight.shape[0])
+
+
+def gathered(blocks: Sequence[Tensor], stage: Stage) -> Tensor:
+    """A of a stage as one operand [B, tokens, K], contiguous: then the bias is the GEMM's."""
+    if stage.merge_in > 1:
+        return merge_windows(blocks[0], stage.grid, stage.merge_in)
+    return torch.cat(list(blocks), -1) if len(blocks) > 1 else blocks[0].contiguous()
 
 
 def activate(x: Tensor, activation: str | None, *, inplace: bool = False) -> Tensor:
@@ -66,16 +72,12 @@ def activate(x: Tensor, activation: str | None, *, inplace: bool = False) -> Ten
     return gelu(x, approximate=_APPROXIMATE[activation])
 
 
-def run_activation_bwd(
-    dy: Tensor, pre: Tensor, activation: str, *, overwrite: bool, write_act: bool, sum_rows: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dy * act'(pre), act(pre) if write_act, column sums of the first if sum_rows; as launch.run_activation_bwd."""
+def activation_bwd(dy: Tensor, pre: Tensor, activation: str, *, overwrite: bool = False) -> Tensor:
+    """dy * act'(pre), in dy's memory if overwrite."""
     out = dy if overwrite else torch.empty_like(dy)
     if activation == "silu":
-        torch.ops.aten.silu_backward.grad_input(dy, pre, grad_input=out)
-    else:
-        torch.ops.aten.gelu_backward.grad_input(dy, pre, approximate=_APPROXIMATE[activation], grad_input=out)
-    return out, activate(pre, activation) if write_act else None, out.sum(0) if sum_rows else None
+        return torch.ops.aten.silu_backward.grad_input(dy, pre, grad_input=out)
+    return torch.ops.aten.gelu_backward.grad_input(dy, pre, approximate=_APPROXIMATE[activation], grad_input=out)
 
 
 def is_transformed() -> bool:

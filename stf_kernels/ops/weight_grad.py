@@ -1,9 +1,8 @@
-"""dW = g^T @ A of a chain's first stage, whose A is never materialised: each segment into its own columns of dW.
+"""dW = g^T @ A of a chain's first stage, whose A the forward has not kept.
 
-library    one GEMM a segment (cuBLAS), or for half of them copied side by side (MKL), into a slice of dW. cuBLAS wants
-           one stride for all rows: a segment of a CLS-cropped batch, or of a merged one, is copied first.
-kernel     kernels/wgrad.py reads such rows where they are; where the device's table or a selection names it
-           ("concat_wgrad", ...) or use_backend("triton") asks for it.
+library    one GEMM (cuBLAS, MKL) over A, which is made again
+kernel     kernels/wgrad.py reads the blocks where they are; where the device's table or a selection names it
+           ("concat_wgrad", ...) or use_backend("triton") asks for it
 """
 
 import functools
@@ -15,7 +14,7 @@ from torch import Tensor
 from .. import configs
 from ..backend import interpreting, on_device
 from ..configs import GemmConfig
-from . import first_use, launch
+from . import first_use, launch, torch_path
 from .segments import Stage
 
 
@@ -24,38 +23,22 @@ def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int],
 
     path: see backend.resolve.
     """
-    copied = stage.merge_in > 1 or not all(map(has_one_row_stride, blocks))
-    if path == "torch" or not copied:
-        return by_library(g, blocks, shape, stage)
+    if path == "torch" or (stage.num_segments(blocks) == 1 and blocks[0].is_contiguous()):
+        return by_library(g, blocks, stage)
     kind, (n, k) = stage.kind(len(blocks)) + "_wgrad", shape
     product = functools.partial(product_of, g, blocks, shape, stage)
-    measure = functools.partial(first_use.measure, product) if g.numel() and k else None
-    gemm = configs.Gemm(kind, g.dtype, n, k, g.shape[0])
-    config, _ = configs.choose(g.device, gemm, forced=path == "triton", measure=measure)
+    measure = functools.partial(first_use.measure, product)
+    config = launch.chosen(g.device, configs.Gemm(kind, g.dtype, n, k, g.shape[0]), path == "triton", measure)
     if config is not None:
         try:
             return launch_wgrad(g, blocks, stage, config)
         except launch.does_not_run() as error:
-            configs.reject(g.device, g.dtype, config, error, wgrad=True)
-    return by_library(g, blocks, shape, stage)
+            launch.reject(g.device, g.dtype, config, error, wgrad=True)
+    return by_library(g, blocks, stage)
 
 
-def has_one_row_stride(block: Tensor) -> bool:
-    """Whether [B, T, C] is [B*T, C] without a copy."""
-    batch, tokens = block.shape[:2]
-    return batch <= 1 or tokens <= 1 or block.stride(0) == tokens * block.stride(1)
-
-
-def by_library(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], stage: Stage) -> Tensor:
-    segments, c = list(stage.segments(blocks)), blocks[0].shape[-1]
-    # A CPU is 6% slower at pieces of dW as narrow as a segment, which is more than a copy of half of them costs.
-    at_once = -(-len(segments) // 2) if g.device.type == "cpu" else 1
-    dw = g.new_empty(shape)
-    for s in range(0, len(segments), at_once):
-        group = segments[s : s + at_once]
-        x = group[0] if len(group) == 1 else torch.cat(group, -1)
-        torch.mm(g.t(), x.flatten(0, -2), out=dw[:, s * c : (s + at_once) * c])
-    return dw
+def by_library(g: Tensor, blocks: Sequence[Tensor], stage: Stage) -> Tensor:
+    return torch.mm(g.t(), torch_path.gathered(blocks, stage).flatten(0, 1))
 
 
 def launch_wgrad(g: Tensor, blocks: Sequence[Tensor], stage: Stage, config: GemmConfig) -> Tensor:
@@ -89,7 +72,7 @@ def product_of(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int], stage:
         return product_of(first_use.draw(g), [first_use.draw(block) for block in blocks], shape, stage)
 
     def library() -> tuple[Tensor, ...]:
-        return (by_library(g, blocks, shape, stage),)
+        return (by_library(g, blocks, stage),)
 
     return first_use.Product(g.device, shape[1], g.t(), lambda: (g.new_empty(shape),), arguments, library, exact, drawn)
 

@@ -18,8 +18,6 @@ from stf_kernels.aot.cases import Case, cases, examine, launch_of, violations
 from stf_kernels.aot.codegen import SASS, Code, compile_for, innermost_math_loop
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
 from stf_kernels.configs.model import tiles
-from stf_kernels.kernels.activations import _activation_bwd_kernel
-from stf_kernels.ops import launch
 
 CONFIG = GemmConfig(128, 128, 64, num_warps=8)
 CONCAT = Case("sm_90", "concat", "bfloat16", CONFIG)
@@ -181,27 +179,6 @@ UNUSUAL = {
 def test_unusual_specialisations_compile(what):
     kernel, arguments = launch_of(Case("sm_80", "concat_train", "float16", GemmConfig(32, 32, 32)))
     assert compile_for("sm_80", kernel, arguments | UNUSUAL[what], num_warps=4, num_stages=3).tensor_core
-
-
-@pytest.mark.parametrize("arch", SHARED_MEMORY_LIMIT)
-def test_the_elementwise_backward_compiles_everywhere(arch):
-    pointer = torch.empty(16, dtype=torch.bfloat16, device="meta")
-    arguments = dict.fromkeys(("dy_ptr", "pre_ptr", "dpre_ptr", "act_ptr"), pointer) | {
-        "partial_ptr": torch.empty(16, device="meta"),
-        "M": 1152,
-        "N": 16384,
-        "FAST_ACTIVATION": 1 if arch.startswith("gfx") else 2,
-        "WRITE_ACT": True,
-        "SUM_ROWS": True,
-        "ROWS_PER_PROGRAM": launch.ROWS_PER_PROGRAM,
-        "BLOCK_M": launch.BLOCK_M,
-        "BLOCK_N": launch.BLOCK_N,
-    }
-    for activation in ("gelu", "gelu_tanh", "silu"):
-        code = compile_for(
-            arch, _activation_bwd_kernel, arguments | {"ACTIVATION": activation}, num_warps=4, num_stages=3
-        )
-        assert code.spills == 0, activation
 
 
 def test_the_innermost_loop_is_the_shortest_that_multiplies():

@@ -150,7 +150,7 @@ def test_what_compute_sanitizer_says(parts, monkeypatch, capsys, status, words):
     assert words in capsys.readouterr().out
     [command] = commands
     assert command[:5] == ["/usr/bin/compute-sanitizer", "--report-api-errors", "no", "--error-exitcode", "99"]
-    kernels.parse(command[command.index("bench.kernels") + 1 :])
+    assert (results.ROOT / command[-1]).is_file()
 
 
 @pytest.mark.parametrize("part", ["tests/gpu", "tests", "kernels", "prefill"])

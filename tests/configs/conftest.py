@@ -30,6 +30,7 @@ def pretend(monkeypatch):
         for name, nothing in (("_attempts", Counter()), ("_said", set())):
             monkeypatch.setattr(selection, name, nothing)
         monkeypatch.setattr(launch, "_ready", {})
+        monkeypatch.setattr(launch, "_chosen", {})
         # These tests ask which kernel serves; test_fallback.py has where plain torch does.
         monkeypatch.setattr(selection, "copy_cycles", lambda *_: float("inf"))
 
@@ -106,7 +107,7 @@ class WgradKernel(Kernel):
     def launch(self, *_, **__):
         blocks, g, dw = self.tensors
         self.gpu.ran.append((self.config, dw.isnan().all().item()))
-        dw.copy_(weight_grad.by_library(g, blocks, dw.shape, self.stage))
+        dw.copy_(weight_grad.by_library(g, blocks, self.stage))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from torch import nn
 
 import stf_kernels
 from stf_kernels import backend
-from stf_kernels.ops import launch, torch_path
 
 SIZES = {"num_blocks": 2, "dim": 16, "out_dim": 24, "skip_tokens": 1, "dtype": torch.bfloat16}
 OF_ONE_IMAGE = [
@@ -20,7 +19,6 @@ OF_ONE_IMAGE = [
 @pytest.fixture
 def served(gpu, monkeypatch):
     monkeypatch.setattr(backend, "triton_serves", lambda device: True)
-    monkeypatch.setattr(launch, "run_activation_bwd", torch_path.run_activation_bwd)
     return gpu
 
 

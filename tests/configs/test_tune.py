@@ -9,7 +9,7 @@ import torch
 from stf_kernels import backend, configs
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, Gemm, GemmConfig, selection, tables
 from stf_kernels.configs.model import every_tile
-from stf_kernels.ops import first_use, launch, torch_path
+from stf_kernels.ops import first_use
 from stf_kernels.tune import __main__ as tune
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -121,7 +121,6 @@ def device(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "PLACE", "cpu")
     monkeypatch.setattr(tune, "SIZES", {"dim": 16, "out_dim": 24})
     monkeypatch.setattr(tables, "_FOLDER", tmp_path)
-    monkeypatch.setattr(launch, "run_activation_bwd", torch_path.run_activation_bwd)
     monkeypatch.setattr(selection, "search", selection.search)
     return gpu
 

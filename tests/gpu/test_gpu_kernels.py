@@ -70,6 +70,7 @@ def test_dependent_launches_give_the_same_bits(monkeypatch, backend):
     with stf_kernels.use_backend(backend), torch.no_grad():
         expected, choose = module(blocks), configs.choose
         monkeypatch.setattr(launch, "_ready", {})
+        monkeypatch.setattr(launch, "_chosen", {})
 
         def dependent(*what, **options):
             config, settled = choose(*what, **options)

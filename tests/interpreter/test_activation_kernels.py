@@ -1,4 +1,4 @@
-"""If this fails, an activation or its derivative is off somewhere: fast GELU, the tails, infinities, NaN."""
+"""If this fails, an activation is off somewhere: fast GELU, the tails, infinities, NaN."""
 
 import math
 
@@ -8,7 +8,7 @@ from support.operators import ACTIVATIONS
 
 from reference.functional import activate
 from stf_kernels.configs import GemmConfig
-from stf_kernels.ops.launch import run_activation_bwd, run_stage
+from stf_kernels.ops.launch import run_stage
 from stf_kernels.ops.segments import Stage
 
 NAMES = pytest.mark.parametrize("name", ACTIVATIONS[1:])
@@ -28,75 +28,23 @@ def activated(x, name):
     return y.flatten()
 
 
-def derivative(x, name):
-    dpre, act, total = run_activation_bwd(
-        torch.ones(1, x.numel(), dtype=x.dtype), x[None], name, overwrite=False, write_act=True, sum_rows=True
-    )
-    return dpre.flatten(), act.flatten(), total
-
-
-def exact_pair(x, name):
-    x = x.double().requires_grad_()
-    y = activate(x, name)
-    return y.detach(), torch.autograd.grad(y.sum(), x)[0]
-
-
 @NAMES
 @DTYPES
 def test_error_along_a_line(name, dtype):
-    """1e-6 of the formula, in units of x where that is above one, and half a unit in the last place of 16 bits; sums of
-    columns are fp32, without that rounding. In fp32 the unit is the value, and derivatives keep their digits."""
+    """1e-6 of the formula, in units of its value where that is above one (in 16 bits of x), and half a unit in the last
+    place of 16 bits."""
     x = LINE.to(dtype).unique()
-    y, dy = exact_pair(x, name)
-    found, (slope, again, total) = activated(x, name), derivative(x, name)
-    ulp, tiny = 0.0, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    of_value = of_slope = 1e-6 * x.double().abs().clamp(min=1)
-    if dtype == torch.float32:
-        of_value, of_slope = 1e-6 * y.abs().clamp(min=1), 3e-7
-    else:
-        ulp = 1.0001 * torch.finfo(dtype).eps / 2
-    for mine, exact, most, unit in (
-        (found, y, of_value, ulp),
-        (again, y, of_value, ulp),
-        (slope, dy, of_slope, ulp),
-        (total, dy, of_slope, 0.0),
-    ):
-        assert bool(((mine.double() - exact).abs() <= most + unit * exact.abs() + tiny).all())
+    exact, tiny = activate(x.double(), name), torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    wide = dtype == torch.float32
+    most = 1e-6 * (exact if wide else x.double()).abs().clamp(min=1)
+    ulp = 0.0 if wide else 1.0001 * torch.finfo(dtype).eps / 2
+    assert bool(((activated(x, name).double() - exact).abs() <= most + ulp * exact.abs() + tiny).all())
 
 
 @NAMES
 @DTYPES
-def test_infinities_nan_and_derivatives_far_out(name, dtype):
-    """Values are torch's in float64 (its fp32 GELU makes NaN of +inf on CPUs with AVX-512); so are derivatives where
-    torch's are finite."""
+def test_infinities_and_nan(name, dtype):
+    """Values are torch's in float64: its fp32 GELU makes NaN of +inf on CPUs with AVX-512."""
     x = SPECIAL.to(dtype)
     expected = activate(x.double(), name).to(dtype)
     torch.testing.assert_close(activated(x, name), expected, equal_nan=True, rtol=1e-2, atol=1e-30)
-    leaf = x.clone().requires_grad_()
-    slope = torch.autograd.grad(activate(leaf, name).sum(), leaf)[0]
-    finite = slope.isfinite()
-    torch.testing.assert_close(derivative(x, name)[0][finite], slope[finite], rtol=1e-2, atol=1e-30)
-
-
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (17, 129), (129, 5), (300, 130), (0, 4)])
-@pytest.mark.parametrize("overwrite", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backward_tiles(m, n, overwrite, dtype):
-    """Tails of rows and columns, the column sums over several strips, dy's memory reused or left alone."""
-    dy, pre = torch.randn(m, n).to(dtype), torch.randn(m, n).to(dtype)
-    before, kept = dy.clone(), pre.clone()
-    alone, *nothing = run_activation_bwd(dy, pre, "gelu", overwrite=False, write_act=False, sum_rows=False)
-    assert nothing == [None, None]
-    dpre, act, total = run_activation_bwd(dy, pre, "gelu", overwrite=overwrite, write_act=True, sum_rows=True)
-    assert torch.equal(dpre, alone)
-    y, slope = exact_pair(pre, "gelu")
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(dpre.double(), before.double() * slope, rtol=eps, atol=4 * eps)
-    torch.testing.assert_close(act.double(), y, rtol=eps, atol=4 * eps)
-    torch.testing.assert_close(total.double(), (before.double() * slope).sum(0), rtol=1e-5, atol=1e-4)
-    assert total.dtype == torch.float32
-    assert torch.equal(pre, kept)
-    if not overwrite:
-        assert torch.equal(dy, before)
-    elif dtype == torch.float32 and m:
-        assert dpre.data_ptr() == dy.data_ptr()

@@ -13,7 +13,7 @@ from support.modules import ARGUMENTS, build, draw
 
 import stf_kernels
 from stf_kernels.kernels import segmented_linear
-from stf_kernels.ops import autograd, launch
+from stf_kernels.ops import autograd, launch, weight_grad
 
 PACKAGE = str(Path(stf_kernels.__file__).parent)
 
@@ -100,9 +100,9 @@ def test_the_environment_is_not_read(what, kernel, monkeypatch):
 def test_a_backward_in_another_thread_takes_the_backend_of_its_forward(way, monkeypatch):
     """As CUDA's does, where no block of the caller is seen; a graph is compiled once a backend."""
     module, x, launches = build("CompactTokenProjector"), draw("CompactTokenProjector"), []
-    for name in ("run_stage", "run_activation_bwd"):
-        real = getattr(launch, name)
-        monkeypatch.setattr(launch, name, lambda *a, _r=real, _n=name, **k: launches.append(_n) or _r(*a, **k))
+    for place, name in ((launch, "run_stage"), (weight_grad, "launch_wgrad")):
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, _r=real, _n=name, **k: launches.append(_n) or _r(*a, **k))
     if way == "dispatcher":
         monkeypatch.setattr(autograd, "is_ordinary", lambda tensors: False)
     torch._dynamo.reset()
@@ -114,7 +114,7 @@ def test_a_backward_in_another_thread_takes_the_backend_of_its_forward(way, monk
         thread = threading.Thread(target=y.backward)
         thread.start()
         thread.join()
-        assert set(launches) == ({"run_stage", "run_activation_bwd"} if backend == "triton" else set())
+        assert set(launches) == ({"run_stage", "launch_wgrad"} if backend == "triton" else set())
 
 
 def test_an_fp32_out_under_autocast_is_written_itself(kernel, monkeypatch):

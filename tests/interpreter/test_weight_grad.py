@@ -61,13 +61,6 @@ def test_nothing_to_sum_is_zero():
         assert torch.equal(dw, torch.zeros(7, 4))
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (2, 3), (3, 0)], ids=str)
-def test_one_row_stride_is_what_flattens_without_a_copy(shape):
-    memory = torch.randn(4, 5, 8)
-    for block in (memory[: shape[0], 1 : 1 + shape[1]], torch.randn(*shape, 8), torch.randn(1, 1, 8).expand(*shape, 8)):
-        assert weight_grad.has_one_row_stride(block) == (block.flatten(0, 1).data_ptr() == block.data_ptr())
-
-
 @pytest.fixture
 def launches(monkeypatch):
     """Shapes of the gradients that the kernel was launched for."""
@@ -81,13 +74,13 @@ def launches(monkeypatch):
     return noted
 
 
-@pytest.mark.parametrize(("skip_tokens", "batch", "runs"), [(1, 2, True), (1, 1, False), (0, 2, False)])
-def test_it_runs_where_the_library_would_copy(launches, skip_tokens, batch, runs):
+@pytest.mark.parametrize(("num_blocks", "skip_tokens", "runs"), [(3, 0, True), (1, 1, True), (1, 0, False)])
+def test_it_runs_where_the_library_would_copy(launches, num_blocks, skip_tokens, runs):
     """And the gradients are the reference's either way."""
-    modules = twins("CompactTokenProjector", 3, 8, 12, skip_tokens=skip_tokens, dtype=torch.float32)
-    blocks = [torch.randn(batch, 16 + skip_tokens, 8) for _ in range(3)]
+    modules = twins("CompactTokenProjector", num_blocks, 8, 12, skip_tokens=skip_tokens, dtype=torch.float32)
+    blocks = [torch.randn(2, 16 + skip_tokens, 8) for _ in range(num_blocks)]
     compare_modules(modules, blocks, torch.float32, gradients=True)
-    assert launches == ([(batch * 16, 32)] if runs else [])
+    assert launches == ([(32, 32)] if runs else [])
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("triton", [(4, 12)]), ("torch", [])])

@@ -20,6 +20,7 @@ TILE = GemmConfig(64, 64, 32, num_warps=4, num_stages=2)
 TMA = replace(TILE, form="tma")
 SWAP_AB = replace(TILE, form="swap_ab", tail_m=16)
 GELU = Stage("gelu")
+MERGE = Stage("gelu", merge_in=2, grid=(24, 24))
 
 
 def tower(count: int, batch: int, tokens: int, c: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
@@ -70,9 +71,9 @@ def calls():
 
     yield "tf32", tf32
     yield stage("split K", config=replace(TILE, split_k=4))
-    yield stage("merged on load", [x], merged, stage=Stage("gelu", merge_in=2, grid=(24, 24)))
+    yield stage("merged on load", [x], merged, stage=MERGE)
     across = torch.zeros(2, 256, 576, dtype=bf16).transpose(1, 2)
-    yield stage("merged on load once copied", [across], merged, stage=Stage("gelu", merge_in=2, grid=(24, 24)))
+    yield stage("merged on load once copied", [across], merged, stage=MERGE)
     yield stage("merged on store", [x], square, stage=Stage(merge_out=2, grid=(24, 24)))
     yield stage("indexed", [x], square, out=out, rows=rows)
     yield stage("indexed in fewer rows", [x], square, out=out[:1500], rows=rows)

@@ -26,7 +26,7 @@ import reference
 import stf_kernels
 from stf_kernels.backend import interpreting
 from stf_kernels.configs import GemmConfig
-from stf_kernels.ops import launch, tma
+from stf_kernels.ops import tma
 from stf_kernels.ops.launch import run_stage
 from stf_kernels.ops.segments import Stage
 from stf_kernels.ops.weight_grad import launch_wgrad
@@ -397,7 +397,6 @@ def main():
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    launch.ROWS_PER_PROGRAM = 16  # a strip of the elementwise backward: 128 rows take the interpreter most of its time
     every = [
         name for name in KINDS if interpreting() or name not in ("stages", "weight_gradient")
     ]  # kernels themselves

@@ -15,7 +15,7 @@ LAYERS = ("mbtf.linear_1", "mbtf.linear_2", "stf.linear_1", "stf.linear_2")
 BLOCKS = COUNT * BATCH * 16 * DIM
 U, V, H = BATCH * 16 * 4 * DIM, BATCH * 16 * DIM, BATCH * 4 * 16 * DIM
 W1, W2, W3, W4 = 4 * DIM * COUNT * DIM, DIM * 4 * DIM, 16 * DIM * 4 * DIM, OUT * 16 * DIM
-DW1, DX1 = 2, COUNT  # products: one for half of the segments, one a segment
+DW1, DX1 = 1, COUNT  # products: one, and one a segment
 
 CASES = {
     # prefixes of the parameters trained, number of blocks trained -> elements kept, products of the backward

@@ -80,7 +80,7 @@ def test_an_error_in_the_middle_leaves_nothing_behind(monkeypatch, where):
         return activate(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch_path, "activate" if where == "forward" else "run_activation_bwd", fails)
+        patch.setattr(torch_path, "activate" if where == "forward" else "activation_bwd", fails)
         with pytest.raises(KeyError), use_backend("torch"):
             step(3, projector)
     assert current_backend() == "auto"
