@@ -55,21 +55,12 @@ def fused(model):
     return type(projector).__qualname__, *(type(layer).__module__ for layer in linears)
 
 
-@pytest.mark.parametrize(("tower", "names"), [("clip", "new"), ("siglip", "oldest")])
-def test_greedy_tokens(tmp_path, monkeypatch, tower, names):
-    """One image, two, none."""
-    folder = folders.make(tmp_path, tower, names)
+@pytest.mark.parametrize("kind", ["siglip", "llava", "next", "onevision"])
+def test_greedy_tokens(tmp_path, monkeypatch, kind):
+    """One image, two, none, and a video. "siglip" has the tensor names of 2023, the others are converted."""
+    folder = folders.make(tmp_path, "siglip", "oldest") if kind == "siglip" else folders.converted(tmp_path, kind)
+    prompts = folders.PROMPTS + [folders.VIDEO] * (kind == "onevision")
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # apply_model sends a function
-    with engine(folder) as llm:
-        assert answers(llm) == folders.expected(folder)
-        assert llm.apply_model(fused) == [(CompactTokenProjector.__qualname__, *["torch.nn.modules.linear"] * 4)]
-
-
-@pytest.mark.parametrize("family", ["llava", "next", "onevision"])
-def test_a_converted_folder(tmp_path, monkeypatch, family):
-    folder = folders.converted(tmp_path, family)
-    prompts = folders.PROMPTS + [folders.VIDEO] * (family == "onevision")
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     with engine(folder, max_model_len=256) as llm:
         assert answers(llm, prompts) == folders.expected(folder, prompts)
         assert llm.apply_model(fused) == [(CompactTokenProjector.__qualname__, *["torch.nn.modules.linear"] * 4)]
