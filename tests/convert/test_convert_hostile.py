@@ -2,7 +2,7 @@
 the library underneath, is executed, or is answered outside DST.
 
 Bytes are changed, cut and moved; in JSON any value becomes any other, as deep, long or odd as JSON allows. STF_HOSTILE
-says how many of each are drawn; `make fuzz` draws 2,000.
+says how many of each are drawn; `make fuzz` draws 500.
 """
 
 import contextlib
