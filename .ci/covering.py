@@ -9,6 +9,7 @@ copy. Every time is the processor's.
 import contextlib
 import difflib
 import functools
+import gc
 import hashlib
 import importlib
 import json
@@ -53,6 +54,7 @@ def own_tree() -> Path:
 def start_worker(numbers: Any) -> None:
     """A tree of its own, and in memory what takes long to import; nothing of the checkout, so that mutants are."""
     os.environ |= {"MUTATION_WORKER": str(numbers.get()), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # importing them takes longer than most tests
     shutil.rmtree(own_tree(), ignore_errors=True)
     for name in listed_files():
         (own_tree() / name).parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +63,7 @@ def start_worker(numbers: Any) -> None:
     sys.dont_write_bytecode = True
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # pytest collects garbage twice
 
 
 def listed_files() -> list[str]:

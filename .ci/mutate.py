@@ -5,8 +5,9 @@
     draw   mutants.py; what runs.jsonl knows is not run again, and a file that has changed has other mutants
     run    those tests, fastest first, up to the first failure; in the interpreter those that run kernels
 
-A failure is a kill only if the same test passes right after, without the mutant. Where the tests of a line take longer
-than --most seconds the fastest of them are run, and what only the others would see counts as survived.
+A failure is a kill only if the same test passes right after, without the mutant, which a worker asks once of a test.
+Where the tests of a line take longer than --most seconds the fastest of them are run, and what only the others would
+see counts as survived.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from covering import FORK, WORK, Map, forked, own_tree, run_tests, start_worker
 from mutants import ROOT, STRATA, draw, mutated
 
 FILES = 3  # of tests that a mutant meets first
+FINE: dict[str, Any] = {"failed": None}
+PASSED: set[str] = set()  # without a mutant, in this worker
 OUTCOMES = ("killed", "survived", "not covered", "time-out", "import error")
 
 
@@ -77,7 +80,8 @@ def run_mutant(mutant: dict[str, Any], tests: list[tuple[bool, str, float]]) -> 
                 return mutant | {"outcome": "killed" if crashed else found["ended"], "test": found.get("test")}
             if found["failed"] is None:
                 left = {node: seconds for node, seconds in left.items() if node not in nodes}
-            elif forked(limit, interpreted, attempt, module, [found["failed"]]) == {"failed": None}:
+            elif found["failed"] in PASSED or forked(limit, interpreted, attempt, module, [found["failed"]]) == FINE:
+                PASSED.add(found["failed"])
                 return mutant | {"outcome": "killed", "test": found["failed"]}
             else:
                 left.pop(found["failed"])
