@@ -1,8 +1,8 @@
 """dW = g^T @ A of a chain's first stage, whose A the forward has not kept.
 
 library    one GEMM (cuBLAS, MKL) over A, which is made again
-kernel     kernels/wgrad.py reads the blocks where they are; where the device's table or a selection names it
-           ("concat_wgrad", ...) or use_backend("triton") asks for it
+kernel     kernels/wgrad.py reads cropped or merged blocks where they are; where the device's table or a selection
+           names it ("concat_wgrad", ...) or use_backend("triton") asks for it
 """
 
 import functools
@@ -23,7 +23,7 @@ def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int],
 
     path: see backend.resolve.
     """
-    if path == "torch" or (stage.num_segments(blocks) == 1 and blocks[0].is_contiguous()):
+    if path == "torch" or (stage.merge_in == 1 and all(map(has_one_row_stride, blocks))):
         return by_library(g, blocks, stage)
     kind, (n, k) = stage.kind(len(blocks)) + "_wgrad", shape
     product = functools.partial(product_of, g, blocks, shape, stage)
@@ -35,6 +35,12 @@ def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int],
         except launch.does_not_run() as error:
             launch.reject(g.device, g.dtype, config, error, wgrad=True)
     return by_library(g, blocks, stage)
+
+
+def has_one_row_stride(block: Tensor) -> bool:
+    """Whether [B, T, C] is [B*T, C] without a copy; then a concatenation is quick."""
+    batch, tokens = block.shape[:2]
+    return batch <= 1 or tokens <= 1 or block.stride(0) == tokens * block.stride(1)
 
 
 def by_library(g: Tensor, blocks: Sequence[Tensor], stage: Stage) -> Tensor:

@@ -135,8 +135,7 @@ def test_the_table_says_what_is_fastest_and_is_gone_on_with(device, capsys):
         (stage, m, training)
         for stage, m, training in (
             ("concat", 768, False), ("linear_merge", 768, False), ("linear", 192, False), ("merge", 192, False),
-            ("concat", 768, True), ("linear", 192, True), ("merge", 192, True),
-            ("concat_wgrad", 768, False), ("merge_wgrad", 192, False),
+            ("concat", 768, True), ("linear", 192, True), ("merge", 192, True), ("merge_wgrad", 192, False),
         )
     }  # fmt: skip
     for known in table.known.values():

@@ -74,13 +74,13 @@ def launches(monkeypatch):
     return noted
 
 
-@pytest.mark.parametrize(("num_blocks", "skip_tokens", "runs"), [(3, 0, True), (1, 1, True), (1, 0, False)])
-def test_it_runs_where_the_library_would_copy(launches, num_blocks, skip_tokens, runs):
+@pytest.mark.parametrize(("skip_tokens", "batch", "runs"), [(1, 2, True), (1, 1, False), (0, 2, False)])
+def test_it_runs_where_blocks_are_cropped(launches, skip_tokens, batch, runs):
     """And the gradients are the reference's either way."""
-    modules = twins("CompactTokenProjector", num_blocks, 8, 12, skip_tokens=skip_tokens, dtype=torch.float32)
-    blocks = [torch.randn(2, 16 + skip_tokens, 8) for _ in range(num_blocks)]
+    modules = twins("CompactTokenProjector", 3, 8, 12, skip_tokens=skip_tokens, dtype=torch.float32)
+    blocks = [torch.randn(batch, 16 + skip_tokens, 8) for _ in range(3)]
     compare_modules(modules, blocks, torch.float32, gradients=True)
-    assert launches == ([(32, 32)] if runs else [])
+    assert launches == ([(batch * 16, 32)] if runs else [])
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("triton", [(4, 12)]), ("torch", [])])
