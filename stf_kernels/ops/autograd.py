@@ -60,7 +60,7 @@ class ChainOperator:
             needs = []
         if is_transformed() and is_ordinary(tensors):
             plan = self._traced_plan(*static)
-            return chain_fwd(plan, "torch", blocks, weights, biases, keep=[True] * len(weights))[0]
+            return chain_fwd(plan, "torch", blocks, weights, biases, keep=[True] * 2 * len(weights))[0]
         # asking for the backend makes it a guard of torch.compile's, whose graph holds the backend of its backward
         traced = torch.compiler.is_compiling() and chosen_backend() in (None, *BACKENDS)
         if traced or not is_ordinary(tensors) or is_recorded(blocks[0]):
@@ -72,7 +72,7 @@ class ChainOperator:
         return _no_view(chain_fwd(plan, path, blocks, weights, biases)[0])
 
     def _what_is_kept(self, static: tuple, num_blocks: int, num_weights: int, needs: tuple) -> tuple[list[bool], ...]:
-        """For a backward: of which stages (Needs.keeps), and which of [*blocks, *weights]."""
+        """For a backward: of the stages (Needs.keeps), and of [*blocks, *weights]."""
         found = Needs.of(needs, num_blocks, num_weights)
         return found.keeps(self.plan(*static).stages), found.reads()
 
@@ -88,12 +88,10 @@ class ChainOperator:
         (stages, skip), saved = self.plan(*static), []
         keep, _ = self._kept(tuple(static), len(blocks), len(weights), tuple(needs))
         block = blocks[0][:, skip:]
-        for stage, weight, kept in zip(stages, weights, keep, strict=True):
+        for stage, weight, pre, out in zip(stages, weights, keep[::2], keep[1::2], strict=True):
             rows, n = block.shape[0] * stage.tokens(block.shape), weight.shape[0]
-            y = block.new_empty(stage.out_shape(block.shape, n))
-            if kept:
-                saved.append(y if stage.activation is None else block.new_empty((rows, n)))
-            block = y
+            block, saved_pre = block.new_empty(stage.out_shape(block.shape, n)), [block.new_empty((rows, n))] * pre
+            saved += [*saved_pre, *[block] * out]
         return [block, *saved]
 
     def _setup_context(self, ctx, inputs, output) -> None:
@@ -115,7 +113,7 @@ class ChainOperator:
                 f"needs: the gradient of tensor {missing[0]} is wanted, and the forward was told {list(ctx.kept_for)}; "
                 "pass the operator a flag for every tensor, true where a gradient will be wanted"
             )
-        kept = _split(ctx.saved_tensors, (ctx.lengths[1], *ctx.lengths))[:3]
+        kept = _split(ctx.saved_tensors, (2 * ctx.lengths[1], *ctx.lengths))[:3]
         found = iter(self._backward_op(grads[0], *kept, *ctx.sizes, *ctx.static, ctx.backend, wanted))
         in_order = [next(found) if want else None for want in wanted]
         return (*_split(in_order, ctx.lengths), *(None for _ in ctx.static), None)
@@ -151,7 +149,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         _refuse_unsupported(grad)
-        saved, blocks, weights = _split(ctx.saved_tensors, (ctx.lengths[1], *ctx.lengths))[:3]
+        saved, blocks, weights = _split(ctx.saved_tensors, (2 * ctx.lengths[1], *ctx.lengths))[:3]
         # Without retain_graph the node lets go of what it saved, and the backward frees it piece by piece.
         ctx.maybe_clear_saved_tensors()
         needs = ctx.needs_input_grad[4:]

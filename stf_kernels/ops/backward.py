@@ -37,12 +37,11 @@ class Needs(NamedTuple):
         return any(self.blocks) or any(self.weights[:stage]) or any(self.biases[:stage])
 
     def keeps(self, stages: Sequence[Stage]) -> list[bool]:
-        """Of which stages the backward reads the pre-activation, or the output where there is no activation.
-
-        Between two stages it is X of the next one's dW, and what act'(pre) * dX is made of on the way further up.
-        """
+        """[pre-activation, output] of every stage: which the backward reads, for act'(pre) * dX on the way further up,
+        and as X of the next stage's dW."""
         of_next = [*self.weights[1:], False]
-        return [of_next[i] or (s.activation is not None and self.upstream_of(i + 1)) for i, s in enumerate(stages)]
+        flags = [(s.activation is not None and self.upstream_of(i + 1), of_next[i]) for i, s in enumerate(stages)]
+        return [flag for pair in flags for flag in pair]
 
     def reads(self) -> list[bool]:
         """Which of [*blocks, *weights] the backward reads: X of the first dW, W of each product further up; no bias."""
@@ -76,9 +75,10 @@ def chain_bwd(
 ) -> list[Tensor | None]:
     """Gradients of [*blocks, *weights, *biases], None where not needed, with zeros for the skipped tokens.
 
-    dy has the shape of the chain's output. `saved` has an entry for every stage, None where `Needs.keeps` has no flag;
-    it is consumed from its end, so that it is freed as the backward passes it. Blocks and weights that `Needs.reads`
-    does not flag may be None; block is the shape of each block, widths are N of each weight. path: see backend.resolve.
+    dy has the shape of the chain's output. `saved` has an entry for every flag of `Needs.keeps`, None where it is
+    false; it is consumed from its end, so that it is freed as the backward passes it. Blocks and weights that
+    `Needs.reads` does not flag may be None; block is the shape of each block, widths are N of each weight. path: see
+    backend.resolve.
     """
     (stages, skip), wants, last = plan, Needs.of(needs, len(blocks), len(weights)), len(weights) - 1
     blocks = [None if x is None else x[:, skip:] for x in blocks]
@@ -99,21 +99,21 @@ def chain_bwd(
         return torch_path.activation_bwd(g.contiguous(), pre, stage.activation, overwrite=own)
 
     with without_autocast(dy.device.type):  # of the region that the backward is called in
+        saved.pop()  # the last stage's output is nobody's X
         g = through(last, dy, saved.pop(), own=False)
         for i in range(last, -1, -1):
             if wants.biases[i]:
                 d_biases[i] = g.sum(0)
             if i == 0:
                 break
-            before, kept = stages[i - 1], saved.pop()
+            x, pre = saved.pop(), saved.pop()
             if wants.weights[i]:
-                x = torch_path.activate(kept, before.activation)
                 d_weights[i] = torch.mm(g.t(), x.reshape(g.shape[0], weight_shapes[i][1]))
-                del x
             if not wants.upstream_of(i):
                 break
-            g = through(i - 1, torch.mm(g, weights[i]).view(shapes[i - 1]), kept)
-            del kept
+            del x
+            g = through(i - 1, torch.mm(g, weights[i]).view(shapes[i - 1]), pre)
+            del pre  # of the first stage before the largest product
         if wants.weights[0]:
             d_weights[0] = first_weight_grad(g, blocks, weight_shapes[0], stages[0], path)
         if any(wants.blocks):

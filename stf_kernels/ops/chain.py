@@ -1,8 +1,8 @@
 """Stages in a row: the forward, and what it keeps for the backward (backward.py).
 
-Kept at most, beside the caller's own blocks and weights: of each stage with an activation its pre-activation, of which
-the backward makes act(pre) again, of each other stage but the last its output. For the projector of LLaVA-1.5 in 16 bit
-that is 10.6 MB an image; plain PyTorch also keeps the concatenation and both activations' outputs, 9.4 MB twice.
+Kept at most, beside the caller's own blocks and weights: of each stage but the last its output, of each with an
+activation its pre-activation, too. For the projector of LLaVA-1.5 in 16 bit that is 20 MB an image; plain PyTorch also
+keeps the concatenation, 9.4 MB.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def chain_fwd(
     out: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Run the stages -> (output of the last, what is kept of each stage: None unless `keep` flags it).
+    """Run the stages -> (output of the last, [pre-activation, output] of every stage: None unless `keep` flags it).
 
     path: see backend.resolve. biases may be empty. With out and rows the last stage writes its row i to out[rows[i]].
     """
@@ -46,15 +46,15 @@ def chain_fwd(
     last = len(stages) - 1
     for i, (stage, weight) in enumerate(zip(stages, weights, strict=True)):
         bias = biases[i] if biases else None
-        kept = bool(keep) and keep[i]
-        save_pre = kept and stage.activation is not None
+        save_pre, save_out = keep[2 * i : 2 * i + 2] if keep else (False, False)
+        save_pre = save_pre and stage.activation is not None
         into, at = (out, rows) if i == last else (None, None)
         if path == "torch":
             y, pre = torch_path.run_stage(x, weight, bias, stage, save_pre, out=into, rows=at)
         else:
             forced = path == "triton"
             y, pre = launch.run_stage(x, weight, bias, stage, forced=forced, save_pre=save_pre, out=into, rows=at)
-        saved.append((y if pre is None else pre) if kept else None)
+        saved += [pre, y if save_out else None]
         x = [y]
     return y, saved
 

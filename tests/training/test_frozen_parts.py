@@ -19,13 +19,13 @@ DW1, DX1 = 1, COUNT  # products: one, and one a segment
 
 CASES = {
     # prefixes of the parameters trained, number of blocks trained -> elements kept, products of the backward
-    "all": (LAYERS, 3, BLOCKS + U + V + H + W1 + W2 + W3 + W4, DX1 + DW1 + 3 + 3),
-    "frozen-tower": (LAYERS, 0, BLOCKS + U + V + H + W2 + W3 + W4, DW1 + 3 + 3),
+    "all": (LAYERS, 3, BLOCKS + 2 * U + V + 2 * H + W1 + W2 + W3 + W4, DX1 + DW1 + 3 + 3),
+    "frozen-tower": (LAYERS, 0, BLOCKS + 2 * U + V + 2 * H + W2 + W3 + W4, DW1 + 3 + 3),
     "frozen-projector": ((), 3, U + H + W1 + W2 + W3 + W4, DX1 + 3),
     "one-block": ((), 1, U + H + W1 + W2 + W3 + W4, 1 + 3),
     "last-layer": (("stf.linear_2",), 0, H, 1),
     "last-bias": (("stf.linear_2.bias",), 0, 0, 0),
-    "stf": (("stf",), 0, V + H + W4, 2 + 1),
+    "stf": (("stf",), 0, V + 2 * H + W4, 2 + 1),
     "third-layer": (("stf.linear_1",), 0, V + H + W4, 1 + 1),
     "third-bias": (("stf.linear_1.bias",), 0, H + W4, 1),
     "second-weight": (("mbtf.linear_2.weight",), 0, U + H + W3 + W4, 1 + 2),

@@ -59,7 +59,7 @@ def test_backward_operator(wanted):
     blocks, weights, biases = operands("concat_linear")
     options = static("concat_linear")
     y, *saved = OPS.concat_linear(blocks, weights, biases, *options, [True] * 5)
-    kept = saved, blocks if any(wanted[:4]) else [None] * 3, weights
+    kept = [*saved, None], blocks if any(wanted[:4]) else [None] * 3, weights
     opcheck(OPS.concat_linear_bwd.default, (torch.randn_like(y), *kept, [2, 25, 4], [6], *options, "auto", wanted))
 
 
