@@ -1,10 +1,11 @@
 """One stage in plain torch: for CPUs, for GPUs that Triton does not serve, for float64, and where cuBLAS is faster.
 
-In fp32 and fp64 the GEMM runs segment by segment, without a concatenation or an unfolded copy:
+On a CPU, in fp32 and fp64, the GEMM runs segment by segment, without a concatenation or an unfolded copy:
 
     y = b + sum_s X_s @ W_s^T
 
-In 16 bit the segments are concatenated and one GEMM runs: a sum of rounded partial products has three times its error.
+Else the segments are copied side by side and one GEMM runs: in 16 bit a sum of rounded partial products has three times
+its error, and on a GPU every part is a pass over y and a launch.
 """
 
 from collections.abc import Sequence
@@ -45,7 +46,8 @@ def run_stage(
 def _linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage: Stage) -> Tensor:
     """A @ W^T + b -> [B, tokens, N], rows in the order of the GEMM."""
     x = blocks[0]
-    if stage.num_segments(blocks) == 1 or x.dtype not in WIDE or is_transformed():
+    by_segments = x.device.type == "cpu" and x.dtype in WIDE and stage.num_segments(blocks) > 1
+    if not by_segments or is_transformed():
         return F.linear(gathered(blocks, stage), weight, bias)
     c = x.shape[-1]
     y = None

@@ -1,4 +1,4 @@
-"""If this fails, fp32 pays for what the library promises to avoid: a concatenation or an unfold copy."""
+"""If this fails, fp32 pays on a CPU for a concatenation or an unfold copy, or elsewhere for going without."""
 
 import torch
 from support.recording import Recorder
@@ -16,6 +16,15 @@ def test_no_unfold_of_a_merge():
         largest[package] = recorder.largest
     assert largest[reference] == x.numel()  # or the test sees nothing
     assert largest[stf_kernels] < x.numel()
+
+
+def test_beside_a_cpu_a_stage_is_one_product():
+    """Where every part of a sum would be a launch and a pass over the result."""
+    for device, products in (("cpu", 3), ("meta", 1)):
+        blocks, weight = [torch.ones(2, 9, 4, device=device)] * 3, torch.ones(5, 12, device=device)
+        with Recorder() as recorder:
+            stf_kernels.concat_linear(blocks, weight, weight[:, 0], skip_tokens=1)
+        assert recorder.matrix_products() == products
 
 
 def peak_bytes(call):
