@@ -6,6 +6,7 @@ copy of the checkout, and in memory what takes long to import: a process of its 
 copy. Every time is the processor's.
 """
 
+import ast
 import contextlib
 import difflib
 import functools
@@ -33,7 +34,7 @@ from mutants import ROOT
 
 WORK = ROOT / ".work" / "mutation"
 TESTED = r"tests/((aot|configs|convert|interpreter|launch|operators|training)/test_\w+\.py|"
-TESTED += r"llava/test_(llava_warm_start|tiles_model)\.py)"
+TESTED += r"llava/test_(llava_warm_start|tiles_model)\.py|project/test_commands\.py)"
 SLOW = ("/test_attack.py", "/test_compile.py", "/test_distributed.py", "/test_long_runs.py")
 PRELOADED = (
     "torch",
@@ -185,6 +186,11 @@ def map_file(file: str) -> Path:
     return kept
 
 
+def lines_in_functions(text: str) -> set[int]:
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return {line for node in functions for line in range(node.body[0].lineno, node.end_lineno + 1)}
+
+
 @functools.cache
 def moved(path: str, digest: str) -> dict[int, list[int]]:
     """Where the lines of a source are that has changed since a file of tests was mapped; new ones are their place's."""
@@ -203,7 +209,7 @@ class Map:
         (WORK / "map").mkdir(exist_ok=True)
         names = [name for name in listed_files() if re.fullmatch(TESTED, name) and not name.endswith(SLOW)]
         jobs = [pool.submit(map_file, name) for name in names]
-        self.seconds, self.lines, self.at_import = {}, defaultdict(set), set()
+        self.seconds, self.lines = {}, defaultdict(set)
         for number, done in enumerate(as_completed(jobs), 1):
             print(f"map {number}/{len(jobs)} {done.result().stem}", flush=True)
             part, of_context = json.loads(done.result().read_text()), defaultdict(set)
@@ -221,19 +227,19 @@ class Map:
                     continue
                 for now in moved(path, part["sources"][path])[int(line)]:
                     self.lines[f"{path}:{now}"] |= set().union(*(of_context[context] for context in contexts))
-                    self.at_import |= {f"{path}:{now}"} if "" in contexts else set()
 
     def covering(self, mutant: dict[str, Any]) -> list[Test]:
         """Fastest first, and of every file as much: one that asks other things than the rest is not the last."""
         path, own = mutant["path"], range(mutant["line"], mutant["end"] + 1)
         statement = f"{path}:{mutant['statement']}"
         tests = set().union(*(self.lines[f"{path}:{line}"] for line in own)) or self.lines[statement]
-        if not tests and statement in self.at_import:
-            text = (ROOT / path).read_text(encoding="utf-8").splitlines()
-            name = re.search(r"(?:(?:def|class) |@)?([\w.]+)", text[mutant["statement"] - 1])[1]
-            said = [number for number, line in enumerate(text, 1) if re.search(rf"\b{re.escape(name)}\b", line)]
-            for lines in (said, range(1, len(text) + 1)):
-                tests = tests or set().union(*(self.lines.get(f"{path}:{line}", ()) for line in lines))
+        text = (ROOT / path).read_text(encoding="utf-8")
+        called = lines_in_functions(text)
+        if mutant["line"] not in called:  # it runs at import, in whichever test is the first that does
+            name = re.search(r"(?:(?:def|class) |@)?([\w.]+)", text.splitlines()[mutant["statement"] - 1])[1]
+            said = {n for n, line in enumerate(text.splitlines(), 1) if re.search(rf"\b{re.escape(name)}\b", line)}
+            naming = set().union(*(self.lines[f"{path}:{line}"] for line in said & called))
+            tests = naming or set().union(*(self.lines[f"{path}:{line}"] for line in called))
         of_file, until = Counter(), {}
         for test in sorted(tests, key=lambda test: (self.seconds[test], test)):
             of_file[test[1].partition("::")[0]] += self.seconds[test]

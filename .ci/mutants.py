@@ -61,6 +61,7 @@ class Source:
             yield where | {"kind": kind, "old": self.content[start:stop].decode(), "new": new}
         said = isinstance(node, ast.Call) and SAID.search(self.text(node.func))
         unreached = isinstance(node, ast.If) and self.text(node.test) in ("TYPE_CHECKING", '__name__ == "__main__"')
+        unreached |= isinstance(node, ast.keyword) and node.arg == "strict"  # of zip: says what holds already
         for name, value in ast.iter_fields(node) if not (said or unreached or isinstance(node, ast.JoinedStr)) else ():
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST) and name not in ("annotation", "returns"):

@@ -184,6 +184,7 @@ def test_unusual_specialisations_compile(what):
 def test_the_innermost_loop_is_the_shortest_that_multiplies():
     inner = [".L_x_1:", "LDGSTS", "HMMA.16816", "BRA `(.L_x_1)"]
     behind = ["BRA `(.L_x_0)", ".L_x_2:", "BRA `(.L_x_2)"]
-    found = innermost_math_loop([".L_x_0:", "LDG", *inner, *behind], SASS)
+    longer = [".L_x_3:", "HMMA.16816", *["LDG"] * 5, "BRA `(.L_x_3)"]
+    found = innermost_math_loop([*longer, ".L_x_0:", "LDG", *inner, *behind], SASS)
     assert found == (inner, behind)
     assert innermost_math_loop(["HMMA.16816"], SASS) == ([], [])

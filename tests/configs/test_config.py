@@ -6,7 +6,7 @@ import pytest
 
 from stf_kernels.aot.cases import PROBLEMS
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig, default_config
-from stf_kernels.configs.model import ARCHITECTURES, cycles, others, tiles, waves
+from stf_kernels.configs.model import ARCHITECTURES, cycles, every_tile, others, tiles, waves
 
 CONFIG = GemmConfig(128, 256, 64, 8, 8, 3)
 
@@ -29,7 +29,7 @@ def test_a_number_that_is_no_positive_int(field, value):
         ({"form": "descriptors"}, "form.*tma.*descriptors"),
         ({"form": "tma", "block_m": 32}, "block_m of 64"),
         ({"form": "tma", "split_k": 2}, "does not split K"),
-        ({"form": "swap_ab"}, "tail_m.*16.*got 0"),
+        ({"form": "swap_ab"}, r"tail_m.*\[16, 32, 64, 128\].*got 0"),
         ({"form": "swap_ab", "block_m": 64, "tail_m": 128}, "tail_m.*64.*got 128"),
         ({"tail_m": 16}, r"tail_m.*\[0\] for pointer.*16"),
         ({"warps": 4}, "unknown field 'warps'"),
@@ -54,6 +54,16 @@ def test_the_models_tiles_fit_every_architecture(arch, itemsize):
         assert config.portable().form == "pointer"
         assert config.form == "pointer" or (itemsize == 2 and arch in ("sm_90", "sm_100", "sm_103"))
         assert config.split_k == 1 or arch.startswith("sm_"), "AMD's barrier does not publish a part of a split K"
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_what_a_search_with_time_tries(itemsize):
+    """All of it is taken by a form, and holds 4 to 128 elements of its tile a thread."""
+    found = list(every_tile("sm_90", itemsize))
+    assert len(set(found)) == len(found)
+    for config in found:
+        assert config.group_m == 8
+        assert 4 <= config.rows * config.block_n / (32 * config.num_warps) <= 128
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY_LIMIT)

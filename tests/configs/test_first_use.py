@@ -340,6 +340,15 @@ def test_the_exact_rows_are_those_of_the_results(stage, dtype):
     assert first_use.draw(blocks[0]).stride() == blocks[0].stride()
 
 
+def test_the_variable_that_turns_it_off(monkeypatch):
+    for value, selects in (("off", False), ("first_use", True), ("", True)):
+        monkeypatch.setenv("STF_KERNELS_SELECT", value)
+        assert selection.selects.__wrapped__() is selects
+    monkeypatch.setenv("STF_KERNELS_SELECT", "on")
+    with pytest.raises(ValueError, match="STF_KERNELS_SELECT: expected 'first_use' or 'off', got 'on'"):
+        selection.selects.__wrapped__()
+
+
 def test_nothing_to_compute_selects_nothing(gpu):
     launch.run_stage([X[:0]], WEIGHT, BIAS, GELU)
     launch.run_stage([X], WEIGHT[:0], None, GELU)

@@ -39,6 +39,18 @@ def test_triton_refuses_float64_by_name():
         stf_kernels.concat_linear([b.double() for b in BLOCKS], WEIGHT.double())
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "served"), [((7, 5), None, False), ((8, 0), None, True), ((), "6", True)]
+)
+def test_gpus_that_triton_serves(monkeypatch, capability, hip, served):
+    monkeypatch.setattr(backend, "has_triton", lambda: True)
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert backend.triton_serves.__wrapped__(torch.device("cuda", 0)) is served
+    assert not backend.triton_serves.__wrapped__(torch.device("cpu"))
+
+
 def test_nesting_and_the_way_back():
     with stf_kernels.use_backend("torch"):
         with stf_kernels.use_backend("auto"):
