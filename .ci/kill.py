@@ -38,6 +38,7 @@ from bench import results  # noqa: E402
 from bench.quality import study  # noqa: E402
 from llava_integration import train  # noqa: E402
 from llava_integration.convert import convert_official  # noqa: E402
+from llava_integration.convert import folder as converter  # noqa: E402
 from stf_kernels.configs import tables  # noqa: E402
 from stf_kernels.ops import launch  # noqa: E402
 from stf_kernels.ops.segments import Stage  # noqa: E402
@@ -89,8 +90,9 @@ class Convert(Job):
         self.before = snapshot(self.src)
 
     def run(self) -> None:
+        converter.MAX_SHARD_BYTES = 100_000
         if not self.out.exists():  # killed after it had finished: DST is refused, and stays as it is
-            convert_official(self.src, self.out, auto_map=True, max_shard_bytes=100_000)
+            convert_official(self.src, self.out, auto_map=True)
 
     def check(self) -> str:
         assert snapshot(self.src) == self.before

@@ -46,10 +46,8 @@ def read_parts(src: Path, base: Path | None, projector_name: Callable[[str], str
         base = _base(src, base, None, f"{PRETRAIN_FILE} alone")
         projector = open_file(src / PRETRAIN_FILE)
         if strange := [name for name in projector if projector_name(name) is None]:
-            raise ConversionError(
-                f"{src / PRETRAIN_FILE}: expected the tensors of mm_projector and mm_projector_crosslayer, "
-                f"got {', '.join(strange[:3])}"
-            )
+            got = ", ".join(strange[:3])
+            raise ConversionError(f"{src / PRETRAIN_FILE}: expected the tensors of mm_projector alone, got {got}")
         # The base may be a LLaVA with a projector of its own: only the new one counts.
         entries = rename(open_weights(base, "--base"), _plain)
         entries = {name: entry for name, entry in entries.items() if not projector_name(name)}
@@ -66,10 +64,8 @@ def _base(src: Path, given: Path | None, named: str | None, what: str) -> Path:
     for folder in (Path(named), src / named) if named else ():
         if folder.is_dir():
             return folder
-    raise ConversionError(
-        f"--base: SRC is {what} and its base {f'{named} ' if named else ''}is not a local folder; "
-        "name the folder of the language model with --base DIR"
-    )
+    base = f"{named} is not a local folder" if named else "is not named"
+    raise ConversionError(f"--base: SRC is {what} and its base {base}; name the folder of the language model")
 
 
 def _config(*folders: Path) -> dict:
@@ -87,7 +83,13 @@ def _plain(name: str) -> str:
 
 def _merge_lora(folder: Path, base: Entries) -> Entries:
     """`base` with the adapter of `folder` merged and its other trained tensors in place of the base's."""
-    config = _lora_config(folder)
+    config = read_json(folder / LORA_CONFIG)
+    unsupported = [name for name in ("use_dora", "lora_bias") if config.get(name)]
+    if (start := config.get("init_lora_weights")) not in KEEP_THE_BASE:
+        unsupported.append(f"init_lora_weights {start!r}, which changes the base")
+    if config.get("peft_type") != "LORA" or unsupported:
+        got = ", ".join(unsupported) or f"peft_type {config.get('peft_type')!r}"
+        raise ConversionError(f"SRC: {LORA_CONFIG}: expected plain LoRA, got {got}; merge the adapter with PEFT first")
     file = next((folder / name for name in LORA_FILES if (folder / name).is_file()), None)
     if file is None:
         raise ConversionError(f"SRC: expected {' or '.join(LORA_FILES)} beside {LORA_CONFIG}, found neither")
@@ -97,10 +99,8 @@ def _merge_lora(folder: Path, base: Entries) -> Entries:
         if found := FACTOR.match(_plain(name)):
             factors.setdefault(found["module"], {})[found["side"]] = entry
         elif "lora_" in name or _plain(name) not in base:
-            raise ConversionError(
-                f"{file}: {name} is neither a LoRA factor of a linear layer nor a tensor of the base; merge it with "
-                "PEFT first"
-            )
+            what = "neither a LoRA factor of a linear layer nor a tensor of the base"
+            raise ConversionError(f"{file}: {name} is {what}; merge it with PEFT first")
         else:
             merged[_plain(name)] = entry
     for module, pair in factors.items():
@@ -108,18 +108,6 @@ def _merge_lora(folder: Path, base: Entries) -> Entries:
     if (folder / LORA_OTHERS_FILE).is_file():
         merged |= rename(open_file(folder / LORA_OTHERS_FILE), _plain)
     return merged
-
-
-def _lora_config(folder: Path) -> dict:
-    file = folder / LORA_CONFIG
-    config = read_json(file)
-    unsupported = [name for name in ("use_dora", "lora_bias") if config.get(name)]
-    if (start := config.get("init_lora_weights")) not in KEEP_THE_BASE:
-        unsupported.append(f"init_lora_weights {start!r}, which changes the base")
-    if config.get("peft_type") != "LORA" or unsupported:
-        got = ", ".join(unsupported) or f"peft_type {config.get('peft_type')!r}"
-        raise ConversionError(f"{file}: expected plain LoRA, got {got}; merge the adapter with PEFT first")
-    return config
 
 
 def _merged(module: str, pair: dict[str, Entry], base: Entries, config: dict, file: Path) -> Entry:
@@ -130,23 +118,16 @@ def _merged(module: str, pair: dict[str, Entry], base: Entries, config: dict, fi
         raise ConversionError(f"{file}: expected lora_A and lora_B of {module}, got lora_{next(iter(pair))} only")
     first, second = pair["A"], pair["B"]
     if first.shape[0] != second.shape[1] or (second.shape[0], first.shape[1]) != target.shape:
-        raise ConversionError(
-            f"{file}: the factors of {module}, {list(first.shape)} and {list(second.shape)}, do not fit the base's "
-            f"{list(target.shape)}; name the right base with --base"
-        )
+        what = f"the factors of {module}, {list(first.shape)} and {list(second.shape)}, do not fit the base's"
+        raise ConversionError(f"{file}: {what} {list(target.shape)}; name the right base with --base")
     with blamed_on(f"SRC: {LORA_CONFIG}"):
-        scale = float(_scale(module, first.shape[0], config))
+        own = (config.get("alpha_pattern") or {}).items()
+        alphas = [alpha for pattern, alpha in own if re.fullmatch(rf"(.*\.)?({pattern})", module)]
+        alpha, rank = alphas[0] if alphas else config.get("lora_alpha", 8), first.shape[0]
+        scale = float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
     def read() -> Tensor:
         delta = second.read().float() @ first.read().float()
         return target.read().float().add(delta, alpha=scale).to(target.dtype)
 
     return replace(target, read=read, origin=file.name, how="merged")
-
-
-def _scale(module: str, rank: int, config: dict) -> float:
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

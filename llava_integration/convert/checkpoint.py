@@ -1,7 +1,7 @@
 """A checkpoint as a dict of names to `Entry`: shape and dtype at once, values only when read, one tensor at a time.
 
-Renaming, overlaying and merging checkpoints are then operations on dicts. `.safetensors` files are mapped;
-`.bin` files are mapped too, and read with weights_only=True, which executes no code that a pickle may carry.
+Renaming, overlaying and merging checkpoints are then operations on dicts. Files are mapped, and `.bin` files read with
+weights_only=True, which executes no code that a pickle may carry.
 """
 
 import json
@@ -9,11 +9,10 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,7 +25,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that a folder is written in
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 # What older checkpoints stored and the model computes or ties: the only tensors that may be left over.
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.embeddings\.position_ids$|^lm_head\.weight$")
@@ -39,7 +38,7 @@ class Entry:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None: not a floating dtype
+    dtype: torch.dtype
     read: Callable[[], Tensor]
     origin: str
     how: str = "mapped"
@@ -70,10 +69,8 @@ def open_weights(folder: Path, what: str = "SRC") -> Entries:
             raise ConversionError(f"{file}: names {shard}, which is not in the folder; complete the checkpoint")
         entries |= open_file(folder / shard)
     if missing := sorted(weight_map.keys() - entries.keys()):
-        raise ConversionError(
-            f"{file}: names {len(missing)} tensors that its files do not hold, first {missing[0]}; "
-            "complete the checkpoint"
-        )
+        what = f"names {len(missing)} tensors that its files do not hold, first {missing[0]}"
+        raise ConversionError(f"{file}: {what}; complete the checkpoint")
     return entries
 
 
@@ -86,7 +83,26 @@ def open_file(path: Path) -> Entries:
         raise ConversionError(f"{path}: cannot be read ({error.strerror})") from error
     if start.startswith(b"version https://git-lfs"):
         raise ConversionError(f"{path}: expected weights, got a git-lfs pointer; run git lfs pull in its folder")
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path}: expected tensors only, got a pickle with other objects or code in it, which was not executed; "
+            "get the weights as safetensors or from a source you trust"
+        ) from error
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise ConversionError(f"{path}: truncated or not a file of weights; get the file again") from error
+    values = content.values() if isinstance(content, dict) else [content]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in values):
+        got = ", ".join(sorted({type(value).__name__ for value in values}))
+        raise ConversionError(f"{path}: expected a dict of tensors, got {got}")
+    return {
+        str(name): Entry(str(name), tuple(tensor.shape), tensor.dtype, tensor.detach, path.name)
+        for name, tensor in content.items()
+    }
 
 
 def read_json(path: Path, missing_ok: bool = False) -> dict:
@@ -100,40 +116,6 @@ def read_json(path: Path, missing_ok: bool = False) -> dict:
     if not isinstance(content, dict):
         raise ConversionError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def _open_safetensors(path: Path) -> Entries:
-    try:
-        handle = safe_open(path, framework="pt")
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path}: truncated or not safetensors ({error}); get the file again") from error
-    entries = {}
-    for name, view in slices.items():
-        dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
-        entries[name] = Entry(name, tuple(view.get_shape()), dtype, partial(handle.get_tensor, name), path.name)
-    return entries
-
-
-def _open_torch(path: Path) -> Entries:
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConversionError(
-            f"{path}: expected tensors only, got a pickle with other objects or code in it, which was not executed; "
-            "get the weights as safetensors or from a source you trust"
-        ) from error
-    except Exception as error:  # what a damaged pickle raises depends on where it is damaged
-        raise ConversionError(f"{path}: truncated or not a torch checkpoint; get the file again") from error
-    values = content.values() if isinstance(content, dict) else [content]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in values):
-        got = ", ".join(sorted({type(value).__name__ for value in values}))
-        raise ConversionError(f"{path}: expected a dict of tensors, got {got}")
-    entries = {}
-    for name, tensor in content.items():
-        dtype = tensor.dtype if tensor.is_floating_point() else None
-        entries[str(name)] = Entry(str(name), tuple(tensor.shape), dtype, tensor.detach, path.name)
-    return entries
 
 
 def rename(entries: Entries, name_of: Callable[[str], str | None]) -> Entries:
@@ -193,16 +175,12 @@ def match(model: PreTrainedModel, entries: Entries, report: Report) -> Entries:
         )
     for name, shape in wanted.items():
         entry = entries[name]
-        where = f"SRC: {entry.name} in {entry.origin}"
+        where = f"SRC: {entry.name} in {entry.origin}: expected"
         if entry.shape != shape:
-            raise ConversionError(
-                f"{where}: expected shape {list(shape)} by the configuration, got {list(entry.shape)}"
-            )
-        if entry.dtype is None:
-            raise ConversionError(
-                f"{where}: expected float32, float16 or bfloat16, got another dtype; convert a checkpoint that is not "
-                "quantized"
-            )
+            raise ConversionError(f"{where} shape {list(shape)} by the configuration, got {list(entry.shape)}")
+        if entry.dtype not in (*DTYPES, torch.float64):
+            what = f"float32, float16 or bfloat16, got {entry.dtype}"
+            raise ConversionError(f"{where} {what}; convert a checkpoint that is not quantized")
         report.tensors[entry.how].append(f"{name} <- {entry.name}")
     report.tensors["left over"] += [f"{entries[name].name}: computed by the model" for name in left]
     return {name: entries[name] for name in wanted}

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,10 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from ..core.register import family_of
 from .auto_map import write_auto_map
-from .checkpoint import EMBEDDINGS, Entries, Entry, read_json
+from .checkpoint import DTYPES, EMBEDDINGS, Entries, Entry, read_json
 from .report import CARD_FILE, ConversionError, Report, blamed_on, model_card
 
 REPORT_FILE = "conversion.json"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SHARD_BYTES = 2 * 10**9  # what is held in memory, too
 HEADER_BYTES = 160  # at most, of a file and of every tensor in it besides its name
 SMALL_FILES = 16 * 2**20  # room for a tokenizer and the JSON files
@@ -42,7 +40,6 @@ class Target:
     Args:
         dtype: float32, float16 or bfloat16; default: the embeddings' own.
         auto_map: write the code that trust_remote_code=True takes; without stf_kernels it runs in plain torch.
-        max_shard_bytes: upper limit of a file, 2 GB by default; about as much is held in memory.
         progress: show a bar on a terminal.
         allow_nonfinite: a weight that holds NaN or infinity is a warning of the report, not a refusal.
     """
@@ -50,7 +47,6 @@ class Target:
     dst: Path
     dtype: torch.dtype | None = None
     auto_map: bool = False
-    max_shard_bytes: int | None = None
     progress: bool = False
     allow_nonfinite: bool = False
 
@@ -62,10 +58,7 @@ class Target:
                 raise ConversionError(f"{name}: expected a local folder, got {folder}; download the checkpoint first")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConversionError(f"--dtype: expected float32, float16 or bfloat16, got {self.dtype}")
-        size = self.max_shard_bytes
-        if size is not None and (type(size) is not int or size < 1):
-            raise ConversionError(f"max_shard_bytes: expected a positive int or None, got {size!r}")
-        _check_destination(self.dst, list(folders.values()))
+        _check_destination(self.dst, *folders.values())
 
     def write(self, config: PreTrainedConfig, entries: Entries, processor, generation: dict, report: Report) -> Report:
         """Write everything beside `dst`, then rename; returns the report.
@@ -82,15 +75,12 @@ class Target:
         size = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
         needed, free = size + SMALL_FILES, shutil.disk_usage(self.dst.parent).free
         if free < needed:
-            raise ConversionError(
-                f"DST: expected {needed / 1e9:.2f} GB free at {self.dst.parent}, got {free / 1e9:.2f} GB; "
-                "free some or choose another disk"
-            )
+            what = f"expected {needed / 1e9:.2f} GB free at {self.dst.parent}, got {free / 1e9:.2f} GB"
+            raise ConversionError(f"DST: {what}; free some or choose another disk")
         with whole_folder(self.dst) as folder:
-            hidden = not (self.progress and sys.stderr.isatty())
-            with tqdm(total=size, unit="B", unit_scale=True, disable=hidden) as bar:
+            with tqdm(total=size, unit="B", unit_scale=True, disable=None if self.progress else True) as bar:
                 warnings = report.warnings if self.allow_nonfinite else None
-                _write_weights(folder, entries, dtype, self.max_shard_bytes or MAX_SHARD_BYTES, bar.update, warnings)
+                _write_weights(folder, entries, dtype, bar.update, warnings)
             config.save_pretrained(folder)
             _write_json(folder / "generation_config.json", generation)
             if processor is not None:
@@ -128,14 +118,13 @@ def whole_folder(dst: Path) -> Iterator[Path]:
         yield partial
         for path in [*sorted(partial.rglob("*")), partial]:
             _sync(path)
-        _check_destination(dst, [])  # somebody else may have been faster
+        _check_destination(dst)  # somebody else may have been faster
         partial.rename(dst)
         _sync(dst.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConversionError(
-            f"DST: could not write {dst}: {reason}; nothing is left there, make room or choose another"
-        ) from error
+        what = f"could not write {dst}: {reason}; nothing is left there"
+        raise ConversionError(f"DST: {what}, make room or choose another") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -148,12 +137,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_destination(dst: Path, sources: Sequence[Path]) -> None:
+def _check_destination(dst: Path, *sources: Path) -> None:
     """ConversionError unless `dst` can be made: it is not there, its parent is, and it lies in no source."""
     if os.path.lexists(dst):
-        raise ConversionError(
-            f"DST: expected a path where nothing is, got {dst}, which exists; choose another or move it"
-        )
+        raise ConversionError(f"DST: expected a path where nothing is, got {dst}, which exists; choose another")
     if not dst.parent.is_dir():
         raise ConversionError(f"DST: expected its parent to be a folder, got {dst.parent}, which is not; make it first")
     place = dst.parent.resolve() / dst.name
@@ -163,20 +150,15 @@ def _check_destination(dst: Path, sources: Sequence[Path]) -> None:
 
 
 def _write_weights(
-    folder: Path,
-    entries: Entries,
-    dtype: torch.dtype,
-    max_bytes: int,
-    advance: Callable[[int], object],
-    warnings: list[str] | None,
+    folder: Path, entries: Entries, dtype: torch.dtype, advance: Callable[[int], object], warnings: list[str] | None
 ) -> None:
-    """`entries` as `dtype` in files of at most `max_bytes`; only a tensor that alone is larger makes a larger file."""
+    """`entries` as `dtype` in files of MAX_SHARD_BYTES; only a tensor that alone is larger makes a larger one."""
     sizes = {name: math.prod(entry.shape) * dtype.itemsize for name, entry in entries.items()}
     split = split_state_dict_into_shards_factory(
         {name: sizes[name] + len(name.encode()) + HEADER_BYTES for name in entries},
         get_storage_size=lambda size: size,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_bytes - HEADER_BYTES,
+        max_shard_size=MAX_SHARD_BYTES - HEADER_BYTES,
     )
     for file, names in split.filename_to_tensors.items():
         tensors = {}
@@ -192,8 +174,6 @@ def _write_weights(
 
 def _cast(name: str, entry: Entry, dtype: torch.dtype, warnings: list[str] | None) -> Tensor:
     tensor = entry.read()
-    if tuple(tensor.shape) != entry.shape:
-        raise ConversionError(f"{name}: expected shape {entry.shape}, got {tuple(tensor.shape)}")
     if bad := tensor.numel() - int(tensor.isfinite().sum()):
         found = f"{entry.name} in {entry.origin}: {bad} of {tensor.numel()} values are NaN or infinite"
         if warnings is None:
@@ -202,10 +182,8 @@ def _cast(name: str, entry: Entry, dtype: torch.dtype, warnings: list[str] | Non
     # A copy: two names of one tensor are refused by save_file.
     cast = torch.empty(entry.shape, dtype=dtype).copy_(tensor)
     if dtype == torch.float16 and tensor.dtype != dtype and not cast.isfinite().all() and tensor.isfinite().all():
-        raise ConversionError(
-            f"--dtype: {name} has values up to {tensor.abs().max().item():.3g}, which float16 cannot hold; "
-            "use bfloat16 or float32"
-        )
+        what = f"{name} has values up to {tensor.abs().max().item():.3g}, which float16 cannot hold"
+        raise ConversionError(f"--dtype: {what}; use bfloat16 or float32")
     return cast
 
 

@@ -48,7 +48,7 @@ def convert_llava(
 
     Args:
         blocks, merge_size, truncate: as for `from_llava`.
-        dtype, auto_map, max_shard_bytes, progress, allow_nonfinite: as in `Target`.
+        dtype, auto_map, progress, allow_nonfinite: as in `Target`.
 
     Raises ConversionError, one line; then there is nothing at `dst`.
     """
@@ -112,10 +112,8 @@ def _read_config(src: Path) -> tuple[Family, PreTrainedConfig]:
             hint = "this folder is converted already"
         elif str(kind).startswith("llava"):
             hint = "an official LLaVA-STF is converted with `official`"
-        names = ", ".join(map(repr, sorted(known)))
-        raise ConversionError(
-            f"{CONFIG}: expected model_type {names} with text_config and vision_config, got {kind!r}; {hint}"
-        )
+        what = f"expected model_type {', '.join(map(repr, known))} with text_config and vision_config, got {kind!r}"
+        raise ConversionError(f"{CONFIG}: {what}; {hint}")
     if "quantization_config" in content:
         raise ConversionError(f"{CONFIG}: expected no quantization_config; convert a checkpoint that is not quantized")
     with blamed_on(CONFIG):

@@ -64,7 +64,7 @@ def convert_official(
         blocks: layers of the tower in concatenation order, where the checkpoint is not the published one.
         base: folder of the language model, for the pretrain form and for LoRA.
         vision_tower: folder of the CLIP or SigLIP model, where config.json does not name a local one.
-        dtype, auto_map, max_shard_bytes, progress, allow_nonfinite: as in `Target`.
+        dtype, auto_map, progress, allow_nonfinite: as in `Target`.
 
     Raises ConversionError, one line; then there is nothing at `dst`.
     """
@@ -85,9 +85,7 @@ def convert_official(
     tokenizer = read_tokenizer(parts.folders, report)
     embeddings = _shape(entries, EMBEDDINGS)
     if embeddings is None:
-        raise ConversionError(
-            f"SRC: {EMBEDDINGS}: expected a matrix [tokens, width], got none; complete the checkpoint"
-        )
+        raise ConversionError(f"SRC: {EMBEDDINGS}: expected a matrix of embeddings, got none; complete the checkpoint")
     vocabulary = settle_vocabulary(tokenizer, embeddings[0])
     text = _text_config(parts.config, vocabulary, tied)
     if tower.config.model_type == "siglip_vision_model":  # its pooling head is not in every checkpoint; nobody reads it
@@ -99,7 +97,6 @@ def convert_official(
             vision_config=tower.config,
             text_config=text,
             image_token_index=vocabulary.image_token_id,
-            projector_hidden_act="gelu",
             tie_word_embeddings=tied,
             vision_feature_layer=layers,
             spatial_merge_truncate=any(side % geometry["spatial_merge_size"] for side in grid),
@@ -143,11 +140,8 @@ def _check_config(content: dict) -> None:
     for name, value in EXPECTED.items():
         if content.get(name, value) != value:
             raise ConversionError(f"{CONFIG}: {name}: expected {value!r}, got {content[name]!r}, another model")
-    if "anyres" in str(content.get("image_aspect_ratio")):
-        raise ConversionError(
-            f"{CONFIG}: image_aspect_ratio: expected 'pad' or 'square', got {content['image_aspect_ratio']!r}; "
-            "images cut in tiles are another model"
-        )
+    if "anyres" in str(ratio := content.get("image_aspect_ratio")):
+        raise ConversionError(f"{CONFIG}: image_aspect_ratio: expected 'pad' or 'square', got {ratio!r}, another model")
 
 
 def derive(entries: Entries, channels: int) -> tuple[int, dict]:
@@ -155,15 +149,12 @@ def derive(entries: Entries, channels: int) -> tuple[int, dict]:
     stf, mbtf = (_shape(entries, f"{child}.linear_1.weight") for child in ("stf", "mbtf"))
     if stf is None:
         raise ConversionError(
-            "SRC: expected an official LLaVA-STF checkpoint with mm_projector.{0,2}.weight and "
-            f"mm_projector_crosslayer.{{0,2}}.weight, got tensors such as {', '.join(list(entries)[:3])}; a LLaVA-1.5 "
-            "folder of transformers is converted with `llava`"
+            "SRC: expected an official LLaVA-STF checkpoint with mm_projector.{0,2}.weight, got tensors such as "
+            f"{', '.join(list(entries)[:3])}; a LLaVA-1.5 folder of transformers is converted with `llava`"
         )
     if mbtf is None and stf[1] == channels:
-        raise ConversionError(
-            "SRC: mm_projector reads single tokens and there is no mm_projector_crosslayer, so this is LLaVA-1.5, not "
-            "LLaVA-STF; convert its transformers version with `llava`"
-        )
+        what = "mm_projector reads single tokens without mm_projector_crosslayer, so this is LLaVA-1.5, not LLaVA-STF"
+        raise ConversionError(f"SRC: {what}; convert its transformers version with `llava`")
     area = _multiple(stf[1], channels, "mm_projector.0.weight")
     merge_size = math.isqrt(area)
     if merge_size**2 != area:
@@ -187,10 +178,8 @@ def _shape(entries: Entries, name: str) -> tuple[int, ...] | None:
 
 def _multiple(columns: int, channels: int, name: str) -> int:
     if columns % channels:
-        raise ConversionError(
-            f"SRC: {name}: expected columns in multiples of the vision tower's {channels} channels, got {columns}; "
-            "name the right tower with --vision-tower DIR"
-        )
+        what = f"expected columns in multiples of the vision tower's {channels} channels, got {columns}"
+        raise ConversionError(f"SRC: {name}: {what}; name the right tower with --vision-tower DIR")
     return columns // channels
 
 
@@ -200,9 +189,7 @@ def block_layers(count: int, layers: int, selected: object, given: list[int] | N
         with passed_on():
             blocks = resolve_layers(given, layers, "--blocks")
         if len(blocks) != count:
-            raise ConversionError(
-                f"--blocks: expected {count} layers, as many as mm_projector_crosslayer.0.weight reads, got {given}"
-            )
+            raise ConversionError(f"--blocks: expected {count} layers, as many as the checkpoint's, got {given}")
         return blocks
     if isinstance(selected, list) and len(selected) == count:
         with passed_on():
@@ -214,9 +201,8 @@ def block_layers(count: int, layers: int, selected: object, given: list[int] | N
     if selected == PUBLISHED_SELECT and len(published) == count:
         return published
     raise ConversionError(
-        f"--blocks: the checkpoint does not name its {count} blocks of a tower of {layers} layers, and the "
-        f"rule of the published model, {published} behind layer {PUBLISHED_SELECT}, does not give them; name them, "
-        "e.g. --blocks 5,3,1 with the first of the concatenation first"
+        f"--blocks: the checkpoint does not name its {count} blocks of a tower of {layers} layers, and the published "
+        f"rule gives others, {published}; name them, e.g. --blocks 5,3,1 with the first of the concatenation first"
     )
 
 
@@ -224,10 +210,7 @@ def _text_config(content: dict, vocabulary: Vocabulary, tied: bool) -> PreTraine
     """`content`: config.json, in which vision and training fields lie beside those of the language model."""
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in LANGUAGE_MODELS or "text_config" in content:
-        hints = {
-            "llava": "; a LLaVA-1.5 folder of transformers is converted with `llava`",
-            "llava_stf": "; this folder is converted already",
-        }
+        hints = {"llava": "; a LLaVA-1.5 is converted with `llava`", "llava_stf": "; this folder is converted already"}
         raise ConversionError(f"{CONFIG}: expected model_type llava_llama, got {kind!r}{hints.get(str(kind), '')}")
     make = MistralConfig if kind.endswith("mistral") else LlamaConfig
     known = make().to_dict().keys() - set(NOT_FIELDS) | set(ROPE_FIELDS)

@@ -2,21 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import transformers
 from PIL import Image
 from tokenizers import AddedToken, pre_tokenizers
-from transformers import (
-    AutoTokenizer,
-    LlamaTokenizer,
-    LlavaImageProcessorPil,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
-    SiglipImageProcessorPil,
-)
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ..core.register import family_of
 from .checkpoint import read_json
@@ -25,11 +18,7 @@ from .report import ConversionError, Report, blamed_on, passed_on
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 SPECIAL_TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 SETTINGS_FILE = "preprocessor_config.json"
-SETTINGS = ["do_normalize", "do_rescale", "do_resize", "do_convert_rgb", "image_mean", "image_std", "resample"]
-SETTINGS += ["rescale_factor", "size"]
 TILES = "image_grid_pinpoints"
-CROP_SETTINGS = ["do_center_crop", "crop_size"]
-SIGLIP_NORMALIZATION = [0.5, 0.5, 0.5]
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 ROWS_MULTIPLE = 64  # 32000 rows of embeddings become 32064, as in transformers' LLaVA checkpoints
 
@@ -37,7 +26,7 @@ ROWS_MULTIPLE = 64  # 32000 rows of embeddings become 32064, as in transformers'
 VICUNA_V1 = Path(__file__).with_name("vicuna_v1.jinja").read_text(encoding="utf-8")
 
 
-def read_tokenizer(folders: Sequence[Path], report: Report) -> PreTrainedTokenizerBase | None:
+def read_tokenizer(folders: Sequence[Path], report: Report) -> Tokenizer | None:
     """The tokenizer of the first folder that has one; None, and a warning, where none has."""
     folder = next((f for f in folders if any((f / name).is_file() for name in TOKENIZER_FILES)), None)
     if folder is None:
@@ -51,14 +40,13 @@ def read_tokenizer(folders: Sequence[Path], report: Report) -> PreTrainedTokeniz
         try:
             return _tried(AutoTokenizer.from_pretrained(folder, local_files_only=True))
         except Exception:  # a model_type that transformers does not know; the tokenizers library raises bare Exception
-            return _tried(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
+            return _tried(FastTokenizer.from_pretrained(folder, local_files_only=True))
     except Exception as error:
-        raise ConversionError(
-            f"{folder / 'tokenizer.json'}: expected a tokenizer, got {error}; get the files again"
-        ) from error
+        what = f"expected a tokenizer, got {error}"
+        raise ConversionError(f"{folder / 'tokenizer.json'}: {what}; get the files again") from error
 
 
-def read_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
+def read_sentencepiece(folder: Path) -> Tokenizer:
     """The tokenizer of tokenizer.model, with the settings and added tokens of the JSON files beside it."""
     file = folder / "tokenizer.model"
     try:
@@ -84,7 +72,7 @@ def read_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
         return _tried(tokenizer)
 
 
-def _check_added_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _check_added_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     """Embeddings behind the pieces are found by id: a tokenizer that numbers its tokens otherwise reads wrong rows."""
     added = read_json(folder / "added_tokens.json", missing_ok=True)
     settings = read_json(folder / "tokenizer_config.json", missing_ok=True)
@@ -92,12 +80,11 @@ def _check_added_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Non
         added.setdefault(token["content"] if isinstance(token, dict) else token, int(index))
     for token, index in sorted(added.items(), key=lambda item: item[1]):
         if (got := tokenizer.convert_tokens_to_ids(token)) != index:
-            raise ConversionError(
-                f"{folder}: added token {token!r}: expected id {got}, the next one, got {index}; get the files again"
-            )
+            what = f"added token {token!r}: expected id {got}, the next one, got {index}"
+            raise ConversionError(f"{folder}: {what}; get the files again")
 
 
-def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _tried(tokenizer: Tokenizer) -> Tokenizer:
     """`tokenizer` such that the text behind an image starts as a text of its own, which LLaVA was trained on.
 
     LLaVA encodes the pieces between its images one by one, and a Llama tokenizer puts a word boundary before each. In
@@ -109,7 +96,7 @@ def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         if backend.normalizer is None and hasattr(backend.pre_tokenizer, "prepend_scheme"):
             backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=False)
         kept = {name: getattr(tokenizer, name) for name in (*SPECIAL_TOKENS, "model_max_length", "padding_side")}
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **kept)
+        tokenizer = FastTokenizer(tokenizer_object=backend, clean_up_tokenization_spaces=False, **kept)
     tokenizer.encode(IMAGE_TOKEN)  # settings of a wrong type break it only now
     return tokenizer
 
@@ -120,7 +107,7 @@ class Vocabulary(NamedTuple):
     pad_token_id: int
 
 
-def settle_vocabulary(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> Vocabulary:
+def settle_vocabulary(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
     """Give `tokenizer` an image and a padding token, in place; `rows`: embeddings that the checkpoint has.
 
     Without a tokenizer the ids are those that transformers' LLaVA checkpoints have: behind the last row.
@@ -130,20 +117,17 @@ def settle_vocabulary(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> V
     present = tokenizer.get_vocab()
     last = max((index for token, index in present.items() if token not in (IMAGE_TOKEN, PAD_TOKEN)), default=-1)
     if last >= rows:
-        raise ConversionError(
-            f"tokenizer: expected ids below {rows}, the rows of the checkpoint's embeddings, got {last}; there is no "
-            f"room for {IMAGE_TOKEN}: give SRC the tokenizer it was trained with"
-        )
+        what = f"expected ids below {rows}, the rows of the checkpoint's embeddings, got {last}"
+        remedy = f"there is no room for {IMAGE_TOKEN}: give SRC the tokenizer it was trained with"
+        raise ConversionError(f"tokenizer: {what}; {remedy}")
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.unk_token:
         # The unknown token as padding, as LLaVA has it, would mask unknown words in training.
         tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, normalized=False, special=True)})
     image, pad = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.pad_token_id
     if (ids := tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False)) != [image]:
-        raise ConversionError(
-            f"tokenizer: expected {IMAGE_TOKEN} to be one token after adding it, got {ids}; give SRC a tokenizer that "
-            "takes new tokens"
-        )
+        what = f"expected {IMAGE_TOKEN} to be one token after adding it, got {ids}"
+        raise ConversionError(f"tokenizer: {what}; give SRC a tokenizer that takes new tokens")
     needed = max(image, pad, last) + 1
     return Vocabulary(_padded(needed) if needed > rows else rows, image, pad)
 
@@ -168,34 +152,29 @@ def image_processor(config: PreTrainedConfig, settings: dict) -> object:
     """The PIL image processor, which needs no torchvision, for images or tiles of the tower's size."""
     side, pad = config.vision_config.image_size, bool(settings.get("do_pad"))
     square = {"height": side, "width": side}
-    siglip = config.vision_config.model_type == "siglip_vision_model"
+    siglip, tiled = config.vision_config.model_type == "siglip_vision_model", hasattr(config, TILES)
     stock = family_of(config).stock.__name__.replace("ForConditionalGeneration", "ImageProcessorPil")
-    kind = SiglipImageProcessorPil if siglip and not pad else LlavaImageProcessorPil
-    names = SETTINGS if kind is SiglipImageProcessorPil else SETTINGS + CROP_SETTINGS
-    options = {"size": {"shortest_edge": side}, "crop_size": square, "do_pad": pad}
-    if tiled := hasattr(config, "image_grid_pinpoints"):
-        kind, names = getattr(transformers, stock), [*SETTINGS, *CROP_SETTINGS, TILES, "do_pad"]
-        options = {"size": square, "crop_size": square, TILES: config.image_grid_pinpoints}
+    kind = getattr(transformers, "SiglipImageProcessorPil" if siglip and not pad and not tiled else stock)
+    size = square if siglip or tiled else {"shortest_edge": side}
+    options: dict[str, Any] = {"size": size, "crop_size": square}
+    if tiled:
+        options[TILES] = config.image_grid_pinpoints
         if settings.get(TILES, options[TILES]) != options[TILES]:
-            raise ConversionError(
-                f"{SETTINGS_FILE}: expected the {TILES} of config.json, {options[TILES]}, got {settings[TILES]}; "
-                "tokens would not fit their tiles: correct the one or the other"
-            )
-    elif siglip:
-        options = {"size": square}
+            what = f"expected the {TILES} of config.json, {options[TILES]}, got {settings[TILES]}"
+            raise ConversionError(f"{SETTINGS_FILE}: {what}; tokens would not fit their tiles: correct one of them")
     if siglip:
-        options |= {"image_mean": SIGLIP_NORMALIZATION, "image_std": SIGLIP_NORMALIZATION}
-    options |= {name: settings[name] for name in names if settings.get(name) is not None}
-    if siglip and pad and not tiled:
-        options |= {"do_pad": True, "do_center_crop": False}
-    with blamed_on(SETTINGS_FILE, "correct the file or remove it, and the processor is built from the tower"):
+        options |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    known = kind.valid_kwargs.__annotations__
+    options |= {name: value for name, value in settings.items() if name in known and value is not None}
+    if not tiled:
+        options |= {"do_pad": pad} | ({"do_center_crop": False} if siglip else {})
+    remedy = "correct the file or remove it, and the processor is built from the tower"
+    with blamed_on(SETTINGS_FILE, remedy):
         made = kind(**options)
         shape = tuple(made(Image.new("RGB", (2 * side, side)), return_tensors="pt")["pixel_values"].shape[-2:])
     if shape != (side, side):
-        raise ConversionError(
-            f"{SETTINGS_FILE}: expected images of {side}x{side}, the vision tower's, got {shape[0]}x{shape[1]}; "
-            "correct the file or remove it, and the processor is built from the tower"
-        )
+        what = f"expected images of {side}x{side}, the vision tower's, got {shape[0]}x{shape[1]}"
+        raise ConversionError(f"{SETTINGS_FILE}: {what}; {remedy}")
     return made
 
 
@@ -207,14 +186,9 @@ def make_processor(
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     kind = family_of(config).processor
     with passed_on():
-        processor = kind(
-            image_processor(config, settings),
-            tokenizer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            chat_template=template,
-            image_token=image_token,
-            **kind.sizes(config),
-        )
+        options = kind.sizes(config) | {"chat_template": template, "image_token": image_token}
+        options["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+        processor = kind(image_processor(config, settings), tokenizer, **options)
     rows = config.text_config.vocab_size
     if processor.image_token_id != config.image_token_index or len(tokenizer) > rows:
         raise ConversionError(

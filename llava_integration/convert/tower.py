@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, PreTrainedConfig, Siglip
 from .checkpoint import Entries, open_weights, read_json, weights_file
 from .report import CONFIG, ConversionError, blamed_on
 
-CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
+CONFIGS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
 KNOWN = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224}  # pixels a side
 PREFIX = "model.vision_tower."
 
@@ -25,17 +25,12 @@ class Tower:
     def weights(self) -> Entries:
         """The folder's vision tensors under the model's names; those of a text tower are not taken."""
         if self.folder is None or weights_file(self.folder) is None:
-            raise ConversionError(
-                f"SRC: expected the weights of the vision tower {self.name} in it, found none; "
-                "name a local folder that has them with --vision-tower DIR"
-            )
+            what = f"expected the weights of the vision tower {self.name} in it, found none"
+            raise ConversionError(f"SRC: {what}; name a local folder that has them with --vision-tower DIR")
         entries = open_weights(self.folder, "--vision-tower")
         inner = "vision_model." if any(name.startswith("vision_model.") for name in entries) else ""
-        return {
-            PREFIX + name.removeprefix(inner): replace(entry, name=f"{self.name}: {name}")
-            for name, entry in entries.items()
-            if name.startswith(inner)
-        }
+        named = {name: replace(entry, name=f"{self.name}: {name}") for name, entry in entries.items()}
+        return {PREFIX + name.removeprefix(inner): entry for name, entry in named.items() if name.startswith(inner)}
 
 
 def tower_name(name: str) -> str:
@@ -50,18 +45,14 @@ def find_tower(named: str | None, src: Path, option: Path | None) -> Tower:
             raise ConversionError(f"--vision-tower: expected a folder with config.json, got {option}")
         return Tower(read_config(option), option, option.name)
     if not named or not isinstance(named, str):
-        raise ConversionError(
-            f"{CONFIG}: mm_vision_tower: expected a name, got {named!r}; name a local folder with --vision-tower DIR"
-        )
+        raise ConversionError(f"{CONFIG}: mm_vision_tower: expected a name, got {named!r}; give --vision-tower DIR")
     for folder in (Path(named), src / named, src.parent / named):
         if (folder / "config.json").is_file():
             return Tower(read_config(folder), folder, folder.name)
     name = Path(named).name
     if name not in KNOWN:
-        raise ConversionError(
-            f"SRC: mm_vision_tower in config.json is {named!r}, neither a local folder nor one of "
-            f"{', '.join(KNOWN)}; name a local folder with --vision-tower DIR"
-        )
+        what = f"{named!r} is neither a local folder nor one of {', '.join(KNOWN)}"
+        raise ConversionError(f"{CONFIG}: mm_vision_tower: {what}; give --vision-tower DIR")
     config = LlavaConfig().vision_config  # CLIP-L
     config.image_size = KNOWN[name]
     return Tower(config, None, name)
@@ -70,14 +61,11 @@ def find_tower(named: str | None, src: Path, option: Path | None) -> Tower:
 def read_config(folder: Path) -> PreTrainedConfig:
     """The vision configuration in the folder of a CLIP or SigLIP model, whole or vision tower alone."""
     file = folder / "config.json"
-    content = read_json(file)
-    kind = content.get("model_type")
-    if kind in ("clip", "siglip"):
-        content, kind = content.get("vision_config") or {}, f"{kind}_vision_model"
-    if not isinstance(kind, str) or kind not in CONFIGS:
+    kind = read_json(file).get("model_type")
+    if not isinstance(kind, str) or kind.removesuffix("_vision_model") not in CONFIGS:
         raise ConversionError(f"{file}: expected the vision tower of CLIP or SigLIP, got {kind!r}")
     with blamed_on(str(file)):
-        config = CONFIGS[kind].from_dict({name: content[name] for name in content if name != "_name_or_path"})
+        config = CONFIGS[kind.removesuffix("_vision_model")].from_pretrained(folder, local_files_only=True)
         if not 1 <= config.patch_size <= config.image_size:
             raise ValueError(f"patch_size {config.patch_size} for images of {config.image_size}")
     return config

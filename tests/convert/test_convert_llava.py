@@ -140,7 +140,6 @@ class TestBadInput:
             ({"merge_size": 3}, r"^--merge-size: expected a divisor of the 4x4 grid, got 3; --truncate drops"),
             ({"merge_size": 0}, r"^--merge-size: "),
             ({"truncate": 1}, r"^--truncate: expected a bool, got 1"),
-            ({"max_shard_bytes": 0}, r"^max_shard_bytes: expected a positive int"),
         ],
     )
     def test_options(self, refused, stock, dst, options, match):

@@ -215,7 +215,6 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("options", "match"),
         [({"blocks": blocks}, r"^--blocks: expected ") for blocks in (3, [], ["a"] * 8, [99] * 8, ck.BLOCKS[:3])]
-        + [({"max_shard_bytes": size}, r"^max_shard_bytes: expected a positive int or None") for size in (0, -5, 2.5e9)]
         + [({"dtype": torch.int8}, r"^--dtype: expected float32, float16 or bfloat16, got torch.int8")],
     )
     def test_options(self, refused, src, dst, options, match):
