@@ -39,10 +39,4 @@ class LlavaNextStfProcessor(CompactProcessor, LlavaNextProcessor):
     """Image processor and tokenizer in one; `patch_size` is the side of a window in pixels, p * r."""
 
 
-register(
-    LlavaNextStfConfig,
-    LlavaNextStfModel,
-    LlavaNextStfForConditionalGeneration,
-    LlavaNextStfProcessor,
-    stock=LlavaNextForConditionalGeneration,
-)
+register(LlavaNextStfForConditionalGeneration, LlavaNextStfProcessor)

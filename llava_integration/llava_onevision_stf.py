@@ -17,9 +17,7 @@ from transformers import (
     LlavaOnevisionModel,
     LlavaOnevisionProcessor,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import MultiModalData
-from transformers.utils.generic import can_return_tuple
 
 from .core.config import CompactConfig, default_blocks, prefix_tokens
 from .core.model import CompactGeneration, forward_of
@@ -40,28 +38,12 @@ class LlavaOnevisionStfModel(TiledModel, LlavaOnevisionModel):
     """Vision tower, compact projector and language model, without the language modeling head."""
 
     config: LlavaOnevisionStfConfig
-    has_videos = True
     forward = forward_of(LlavaOnevisionModel)
+    get_video_features = TiledModel.video_features
 
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        whole_tower: bool = True,
-        **kwargs,
-    ) -> tuple | BaseModelOutputWithPooling:
-        """[videos, frames, 3, S, S] -> `.pooler_output` [videos, frames * (H//r)*(W//r) + 1, D], a newline at the end.
-
-        In transformers 5.17 the first argument is `pixel_values`.
-        """
-        videos = kwargs.pop("pixel_values", pixel_values_videos)
-        options = (vision_feature_layer, vision_feature_select_strategy, whole_tower)
-        outputs = self.video_outputs(videos, *options, **kwargs)
-        newline = self.image_newline.to(outputs.pooler_output).expand(len(videos), 1, -1)
-        outputs.pooler_output = torch.cat([outputs.pooler_output, newline], dim=1)
-        return outputs
+    def end_videos(self, tokens: Tensor) -> Tensor:
+        """A newline behind each video."""
+        return torch.cat([tokens, self.image_newline.to(tokens).expand(len(tokens), 1, -1)], dim=1)
 
 
 class LlavaOnevisionStfForConditionalGeneration(
@@ -110,10 +92,4 @@ class LlavaOnevisionStfProcessor(CompactProcessor, LlavaOnevisionProcessor):
         return counts
 
 
-register(
-    LlavaOnevisionStfConfig,
-    LlavaOnevisionStfModel,
-    LlavaOnevisionStfForConditionalGeneration,
-    LlavaOnevisionStfProcessor,
-    stock=LlavaOnevisionForConditionalGeneration,
-)
+register(LlavaOnevisionStfForConditionalGeneration, LlavaOnevisionStfProcessor)

@@ -8,8 +8,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .core.config import CompactConfig
-from .core.model import FIXED_GRID, CompactGeneration, CompactModel, forward_of, takes_videos
+from .core.config import CompactConfig, Layers
+from .core.model import FIXED_GRID, CompactGeneration, CompactModel, forward_of
 from .core.register import register
 from .processing import LlavaStfProcessor
 
@@ -29,15 +29,14 @@ class LlavaStfModel(CompactModel, LlavaModel):
     """Vision tower, compact projector and language model, without the language modeling head."""
 
     config: LlavaStfConfig
-    has_videos = True
     input_modalities = ("image", "video", "text")
-    forward = takes_videos(forward_of(LlavaModel))
+    forward = forward_of(LlavaModel, "pixel_values_videos")
 
     @can_return_tuple
     def get_image_features(
         self,
         pixel_values: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_layer: Layers = None,
         vision_feature_select_strategy: str | None = None,
         image_sizes: Tensor | None = None,
         whole_tower: bool = True,
@@ -57,23 +56,7 @@ class LlavaStfModel(CompactModel, LlavaModel):
 
     own_image_features = get_image_features
 
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        whole_tower: bool = True,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
-        """As get_image_features, for videos [V, T, 3, S, S] whose frames are images.
-
-        `.pooler_output`: V tensors [T*(H//r)*(W//r), D], the tokens of the frames in order.
-        """
-        options = (vision_feature_layer, vision_feature_select_strategy, whole_tower)
-        outputs = self.video_outputs(pixel_values_videos, *options, **kwargs)
-        outputs.pooler_output = list(outputs.pooler_output)
-        return outputs
+    get_video_features = CompactModel.video_features
 
     def check_options(self, vision_feature_select_strategy=None, image_sizes=None, **options) -> None:
         super().check_options(vision_feature_select_strategy, **options)
@@ -87,13 +70,7 @@ class LlavaStfForConditionalGeneration(CompactGeneration, LlavaForConditionalGen
     config: LlavaStfConfig
     model_class = LlavaStfModel
     input_modalities = ("image", "video", "text")
-    forward = takes_videos(LlavaForConditionalGeneration.forward)
+    forward = forward_of(LlavaForConditionalGeneration, "pixel_values_videos")
 
 
-register(
-    LlavaStfConfig,
-    LlavaStfModel,
-    LlavaStfForConditionalGeneration,
-    LlavaStfProcessor,
-    stock=LlavaForConditionalGeneration,
-)
+register(LlavaStfForConditionalGeneration, LlavaStfProcessor)

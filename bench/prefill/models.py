@@ -85,7 +85,7 @@ def randomise(module: nn.Module, seed: int) -> None:
 class AsStock(LlavaStfModel):
     """The tower with every layer, all images in one piece, their tokens inserted by a copy: as the stock model does."""
 
-    def _encode_all(self, pixel_values: Tensor, layers: int | list[int] | None) -> list[Tensor]:
+    def encode_blocks(self, pixel_values: Tensor, layers: int | list[int] | None = None) -> list[Tensor]:
         return tower_hidden_states(self.vision_tower, pixel_values, self._layers(layers), run_all=True)
 
     def _writes_in_place(self, inputs_embeds: Tensor) -> bool:

@@ -16,16 +16,12 @@ from transformers import PreTrainedConfig
 PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 # transformers' activation names -> the names of stf_kernels.
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_tanh": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-}
+ACTIVATIONS = {"gelu": "gelu", "silu": "silu", "swish": "silu"}
+ACTIVATIONS |= dict.fromkeys(("gelu_pytorch_tanh", "gelu_tanh"), "gelu_tanh")
 
 FEATURE_ORDER = "patch_major"
 DEFAULT_BLOCKS = 8
+Layers = int | list[int] | None  # as vision_feature_layer; None: the configuration's
 
 
 def published_blocks(selected: int) -> list[int]:
@@ -84,12 +80,6 @@ def smallest_window(side: int, *, truncate: bool = False) -> int:
     return next((r for r in range(2, side + 1) if truncate or side % r == 0), 1)
 
 
-# What depends on each other; every way to change one of them ends in `settled`.
-FIELDS = {"vision_config", "projector_hidden_act", "feature_order", "use_mbtf", "vision_feature_layer"}
-FIELDS |= {"vision_feature_select_strategy", "spatial_merge_size", "spatial_merge_truncate", "image_seq_length"}
-FIELDS |= {"mbtf_hidden_size", "stf_hidden_size"}
-
-
 @dataclass(kw_only=True, init=False, repr=False, eq=False)
 class CompactConfig:
     r"""What a configuration has beside the stock one's fields, in front of whose class it stands.
@@ -145,10 +135,10 @@ class CompactConfig:
     def _settle(self, tokens: int | None) -> None:
         found = settled(self)
         if tokens not in (None, found["image_seq_length"]):
-            (height, width), r = vision_grid(self.vision_config), self.spatial_merge_size
+            side, _ = vision_grid(self.vision_config)
             raise ValueError(
-                f"image_seq_length: expected {found['image_seq_length']} for a {height}x{width} grid and "
-                f"spatial_merge_size={r}, got {tokens}; leave it out, it is derived"
+                f"image_seq_length: expected {found['image_seq_length']} for a {side}x{side} grid and "
+                f"spatial_merge_size={self.spatial_merge_size}, got {tokens}; leave it out, it is derived"
             )
         vars(self).update(found)
 
@@ -176,6 +166,10 @@ class CompactConfig:
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
 
+# What depends on each other; every way to change one of them ends in `settled`.
+FIELDS = {"vision_config", "projector_hidden_act", *CompactConfig.__annotations__}
+
+
 def settled(config: PreTrainedConfig) -> dict[str, Any]:
     """Layers resolved and what is None filled in; ValueError for what contradicts the tower or itself."""
     vision, act = config.vision_config, config.projector_hidden_act
@@ -195,26 +189,20 @@ def settled(config: PreTrainedConfig) -> dict[str, Any]:
             f"vision_feature_select_strategy: expected {strategy!r} for a {vision.model_type} tower, which has {cls} "
             f"CLS token, got {config.vision_feature_select_strategy!r}"
         )
-    tokens = _tokens_per_image(config)
-    given_and_default = {
-        "mbtf_hidden_size": (config.mbtf_hidden_size, 4 * vision.hidden_size),
-        "stf_hidden_size": (config.stf_hidden_size, 4 * config.spatial_merge_size**2 * vision.hidden_size),
-    }
-    widths = {name: default if given is None else given for name, (given, default) in given_and_default.items()}
-    for name, width in widths.items():
-        if width < 1:
-            raise ValueError(f"{name}: expected a positive width, got {width}")
-    found = {"vision_feature_layer": layers, "vision_feature_select_strategy": strategy, "image_seq_length": tokens}
-    return found | widths
-
-
-def _tokens_per_image(config: PreTrainedConfig) -> int:
-    (height, width), r = vision_grid(config.vision_config), config.spatial_merge_size
-    if not 1 <= r <= min(height, width):
-        raise ValueError(f"spatial_merge_size: expected 1 to {min(height, width)} for a {height}x{width} grid, got {r}")
-    if (height % r or width % r) and not config.spatial_merge_truncate:
+    (side, _), r = vision_grid(vision), config.spatial_merge_size
+    if not 1 <= r <= side:
+        raise ValueError(f"spatial_merge_size: expected 1 to {side} for a {side}x{side} grid, got {r}")
+    if side % r and not config.spatial_merge_truncate:
         raise ValueError(
-            f"spatial_merge_size: {r} does not divide the {height}x{width} grid of the vision tower; "
-            "choose another or set spatial_merge_truncate=True to drop the last rows and columns"
+            f"spatial_merge_size: {r} does not divide the {side}x{side} grid of the vision tower; choose another or "
+            "set spatial_merge_truncate=True to drop the last rows and columns"
         )
-    return (height // r) * (width // r)
+    found: dict[str, Any] = {"vision_feature_layer": layers, "vision_feature_select_strategy": strategy}
+    found |= {"image_seq_length": (side // r) ** 2}
+    defaults = {"mbtf_hidden_size": 4 * vision.hidden_size, "stf_hidden_size": 4 * r**2 * vision.hidden_size}
+    for name, default in defaults.items():
+        given = getattr(config, name)
+        found[name] = default if given is None else given
+        if found[name] < 1:
+            raise ValueError(f"{name}: expected a positive width, got {given}")
+    return found

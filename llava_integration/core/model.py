@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
-from transformers.utils import output_capturing
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, output_capturing
 from transformers.utils.generic import can_return_tuple
 
-from .config import CompactConfig, resolve_layers, vision_grid
+from .config import CompactConfig, Layers, resolve_layers, vision_grid
 from .insertion import check_token_count, image_rows, images_in_parts, is_captured
 from .projector import build_projector
 from .tower import check_pixels, image_chunks, to_device_of, tower_hidden_states
@@ -58,21 +59,18 @@ class _Saved:
         """Says which field of the configuration is not the stored projector's, before transformers speaks of sizes."""
         unplaced = sorted(name for name in loading_info.unexpected_keys if ".multi_modal_projector." in name)
         if unplaced:
-            raise ValueError(
-                f"use_mbtf, multimodal_projector_bias: expected a place for the stored {unplaced[0]}, got use_mbtf="
-                f"{model.config.use_mbtf}, multimodal_projector_bias={model.config.multimodal_projector_bias}; leave "
-                "them as config.json has them"
-            )
+            names = ("use_mbtf", "multimodal_projector_bias")
+            got = ", ".join(f"{name}={getattr(model.config, name)}" for name in names)
+            what = f"expected a place for the stored {unplaced[0]}, got {got}"
+            raise ValueError(f"{', '.join(names)}: {what}; leave them as config.json has them")
         dim = model.config.vision_config.hidden_size
         for name, stored, built in [] if load_config.ignore_mismatched_sizes else loading_info.mismatched_keys:
             for ending, axis, field, what in BUILT_BY:
                 if name.endswith(ending) and stored[axis] != built[axis]:
                     old, new = (shape[axis] // (dim if axis else 1) for shape in (stored, built))
-                    raise ValueError(
-                        f"{field}: expected {what.format(old)}, for which the stored {name} was built, got {new}: "
-                        f"{getattr(model.config, field)}; leave it as config.json has it, or train that weight anew "
-                        "with ignore_mismatched_sizes=True"
-                    )
+                    got = f"for which the stored {name} was built, got {new}: {getattr(model.config, field)}"
+                    remedy = "leave it as config.json has it, or train that weight anew: ignore_mismatched_sizes=True"
+                    raise ValueError(f"{field}: expected {what.format(old)}, {got}; {remedy}")
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
 
@@ -88,29 +86,22 @@ def _without_projector(quantization_config):
     return given
 
 
-def forward_of(stock: type[PreTrainedModel]) -> Callable:
-    """The forward of a family's CompactModel: the signature of `stock`, and all that `stock` does after the images."""
-    names = [*inspect.signature(stock.forward).parameters][1:]
+def forward_of(stock: type[PreTrainedModel], *more: str) -> Callable:
+    """A forward with the signature of `stock` and the keywords `more`, which generate() asks for.
+
+    Of a family's CompactModel it does all that `stock` does after the images, of its CompactGeneration all.
+    """
+    signature = inspect.signature(stock.forward)
+    *known, rest = signature.parameters.values()
+    known += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor) for name in more]
+    names = [parameter.name for parameter in known[1:]]
 
     @can_return_tuple
     @functools.wraps(stock.forward)
     def forward(self, *args, **kwargs):
         return self.run(stock, **dict(zip(names, args, strict=False)), **kwargs)
 
-    return forward
-
-
-def takes_videos(stock_forward: Callable) -> Callable:
-    """`stock_forward`, with pixel_values_videos in the signature, which generate() asks."""
-
-    @functools.wraps(stock_forward)
-    def forward(self, *args, **kwargs):
-        return stock_forward(self, *args, **kwargs)
-
-    signature = inspect.signature(stock_forward)
-    *others, rest = signature.parameters.values()
-    videos = inspect.Parameter("pixel_values_videos", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
-    forward.__signature__ = signature.replace(parameters=[*others, videos, rest])
+    forward.__signature__ = signature.replace(parameters=[*known, rest])
     return forward
 
 
@@ -123,7 +114,6 @@ class CompactModel(_Saved):
 
     multi_modal_projector: nn.Module
     own_image_features: Callable
-    has_videos = False  # whether the family gives `get_video_features`, by `video_outputs`
     # What `get_image_features` takes besides the pixels, of what `forward` does.
     feature_options: tuple[str, ...] = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
@@ -134,10 +124,8 @@ class CompactModel(_Saved):
 
     def __init__(self, config: PreTrainedConfig):
         if not isinstance(config, CompactConfig):
-            raise TypeError(
-                f"config: expected a {type(self).config_class.__name__}, got a {type(config).__name__}; "
-                "llava_integration.from_llava makes a model of a stock one"
-            )
+            what = f"expected a {type(self).config_class.__name__}, got a {type(config).__name__}"
+            raise TypeError(f"config: {what}; llava_integration.from_llava makes a model of a stock one")
         PreTrainedModel.__init__(self, config)  # not the stock model's, which builds a stock projector
         self.build(config)
         self.post_init()
@@ -153,12 +141,17 @@ class CompactModel(_Saved):
         """Patches (H, W) of one image."""
         return vision_grid(self.config.vision_config)
 
-    def encode_blocks(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> list[Tensor]:
-        """pixel_values [N, 3, S, S] -> the tower's blocks, M x [N, prefix + H*W, C], on the projector's device."""
-        blocks = tower_hidden_states(self.vision_tower, pixel_values, self._layers(vision_feature_layer))
+    def encode_blocks(self, pixel_values: Tensor, vision_feature_layer: Layers = None) -> list[Tensor]:
+        """pixel_values [N, 3, S, S] -> the tower's blocks, M x [N, prefix + H*W, C], on the projector's device.
+
+        Encoded chunk by chunk, and whole for the projector, which takes all images at once.
+        """
+        tower, layers = self.vision_tower, self._layers(vision_feature_layer)
+        parts = [tower_hidden_states(tower, part, layers) for part in image_chunks(tower, pixel_values)]
+        blocks = parts[0] if len(parts) == 1 else [torch.cat(states) for states in zip(*parts, strict=True)]
         return [to_device_of(self.multi_modal_projector, block) for block in blocks]
 
-    def _layers(self, given: int | list[int] | None) -> list[int]:
+    def _layers(self, given: Layers) -> list[int]:
         given = self.config.vision_feature_layer if given is None else given  # a list, which anybody may change
         layers = resolve_layers(given, self.config.vision_config.num_hidden_layers)
         expected = getattr(self.multi_modal_projector, "num_blocks", len(layers))
@@ -166,17 +159,12 @@ class CompactModel(_Saved):
             raise ValueError(f"vision_feature_layer: expected {expected} layers for this projector, got {layers}")
         return layers
 
-    def project_images(self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None) -> Tensor:
+    def project_images(self, pixel_values: Tensor, vision_feature_layer: Layers = None) -> Tensor:
         """pixel_values [N, 3, S, S] -> [N, (H//r)*(W//r), D]. Tensor in, tensor out: what torch.compile takes whole."""
-        return self.multi_modal_projector(self._encode_all(pixel_values, vision_feature_layer), self.vision_grid)
-
-    def _encode_all(self, pixel_values: Tensor, layers: int | list[int] | None) -> list[Tensor]:
-        """`encode_blocks` chunk by chunk, and whole for the projector, which takes all images at once."""
-        parts = [self.encode_blocks(part, layers) for part in image_chunks(self.vision_tower, pixel_values)]
-        return parts[0] if len(parts) == 1 else [torch.cat(states) for states in zip(*parts, strict=True)]
+        return self.multi_modal_projector(self.encode_blocks(pixel_values, vision_feature_layer), self.vision_grid)
 
     def image_outputs(
-        self, pixel_values: Tensor, layers: int | list[int] | None = None, whole_tower: bool = True, **kwargs
+        self, pixel_values: Tensor, layers: Layers = None, whole_tower: bool = True, **kwargs
     ) -> BaseModelOutputWithPooling:
         """What the tower returns for pixel_values [N, 3, S, S], and as pooler_output the tokens [N, (H//r)*(W//r), D].
 
@@ -212,10 +200,8 @@ class CompactModel(_Saved):
         """ValueError for options of `get_image_features` that have no meaning for this tower or family."""
         expected = self.config.vision_feature_select_strategy
         if vision_feature_select_strategy not in (None, expected):
-            raise ValueError(
-                f"vision_feature_select_strategy: expected {expected!r}, got {vision_feature_select_strategy!r}; the "
-                "projector's windows cover the grid of patches, without a CLS token"
-            )
+            what = f"expected {expected!r}, got {vision_feature_select_strategy!r}"
+            raise ValueError(f"vision_feature_select_strategy: {what}; windows cover the patches, and no CLS token")
         if options.get("interpolate_pos_encoding"):
             raise ValueError(f"interpolate_pos_encoding: expected False, {FIXED_GRID}; got True")
 
@@ -238,11 +224,9 @@ class CompactModel(_Saved):
         options = {name: kwargs.pop(name) for name in self.feature_options if name in kwargs}
         videos = kwargs.pop("pixel_values_videos", None)
         kwargs.pop("image_sizes_videos", None)  # frames have the size of the tower's images
-        if videos is not None and not self.has_videos:
-            raise ValueError(
-                f"pixel_values_videos: expected none, {type(self).__name__} takes images alone; give the frames as "
-                "images, each with a placeholder of its own"
-            )
+        if videos is not None and not hasattr(self, "get_video_features"):
+            what = f"expected none, {type(self).__name__} takes images alone"
+            raise ValueError(f"pixel_values_videos: {what}; give the frames as images")
         if pixel_values is not None:
             self.check_options(**options)
             self.check_pixels(pixel_values)
@@ -270,17 +254,31 @@ class CompactModel(_Saved):
                 outputs[f"{kind}_hidden_states"] = tokens
         return outputs
 
-    def video_outputs(
-        self, videos: Tensor, layers: int | list[int] | None, strategy: str | None, whole_tower: bool, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        """As `image_outputs` for all frames of videos [V, T, 3, S, S], with the tokens [V, T*(H//r)*(W//r), D]."""
+    @can_return_tuple
+    def video_features(
+        self,
+        pixel_values_videos: Tensor | None = None,
+        vision_feature_layer: Layers = None,
+        vision_feature_select_strategy: str | None = None,
+        whole_tower: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """`get_video_features` of families that have it: as get_image_features, for videos [V, T, 3, S, S].
+
+        `.pooler_output`: V tensors [T*(H//r)*(W//r) and what `end_videos` adds, D], the tokens of the frames in order.
+        """
+        videos = kwargs.pop("pixel_values", pixel_values_videos)  # so called in transformers 5.17
         if not isinstance(videos, Tensor) or videos.ndim != 5:
             got = list(getattr(videos, "shape", [])) or type(videos).__name__
             raise ValueError(f"pixel_values_videos: expected [videos, frames, channels, height, width], got {got}")
-        self.check_options(strategy, **kwargs)
-        outputs = self.image_outputs(videos.flatten(0, 1), layers, whole_tower, **kwargs)
-        outputs.pooler_output = outputs.pooler_output.unflatten(0, videos.shape[:2]).flatten(1, 2)
+        self.check_options(vision_feature_select_strategy, **kwargs)
+        outputs = self.image_outputs(videos.flatten(0, 1), vision_feature_layer, whole_tower, **kwargs)
+        outputs.pooler_output = self.end_videos(outputs.pooler_output.unflatten(0, videos.shape[:2]).flatten(1, 2))
         return outputs
+
+    def end_videos(self, tokens: Tensor) -> Tensor | list[Tensor]:
+        """tokens [V, T*(H//r)*(W//r), D] -> one item a video."""
+        return list(tokens)
 
     def placeholders(self, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor) -> Tensor:
         """bool [B, S, 1], True at the tokens of "image" or "video"; ValueError unless as many as `features` [rows, D].
@@ -308,11 +306,6 @@ class CompactModel(_Saved):
         """Tokens of every image; `options`: those of `feature_options`."""
         return [self.config.image_seq_length] * len(pixel_values)
 
-    def images_in_rows(self, input_ids: Tensor, pixel_values: Tensor, **options) -> list[int]:
-        """How many images stand in each row of input_ids [B, S]."""
-        tokens = (input_ids == self.config.image_token_id).sum(1).tolist()
-        return images_in_parts(tokens, self.image_token_counts(pixel_values, **options))
-
     def uncached_images(self, input_ids: Tensor, cached: int, pixel_values: Tensor, **options) -> Tensor | None:
         """[N] bool, False for images that stand in the first `cached` of input_ids [B, S].
 
@@ -330,37 +323,29 @@ class CompactModel(_Saved):
     def _check_count(self, input_ids: Tensor, needed: int) -> None:
         check_token_count(input_ids == self.config.image_token_id, needed, self.config.image_token_id)
 
-    def _write_images(
-        self, input_ids: Tensor, inputs_embeds: Tensor, pixel_values: Tensor, layers: int | list[int] | None
-    ) -> Tensor:
+    def _write_images(self, input_ids: Tensor, inputs_embeds: Tensor, pixel_values: Tensor, layers: Layers) -> Tensor:
         """The projector's last product writes its rows into inputs_embeds; returns a copy of those rows [rows, D]."""
         count = len(pixel_values) * self.config.image_seq_length
         if input_ids.device.type != "cpu":
             self._check_count(input_ids, count)
         rows = image_rows(input_ids == self.config.image_token_id, count)
         flat = inputs_embeds.view(-1, inputs_embeds.shape[-1])
-        self.multi_modal_projector(self._encode_all(pixel_values, layers), self.vision_grid, out=flat, rows=rows)
+        self.multi_modal_projector(self.encode_blocks(pixel_values, layers), self.vision_grid, out=flat, rows=rows)
         return flat[rows]
 
     def _writes_in_place(self, inputs_embeds: Tensor) -> bool:
         """Whether the rows may go straight into inputs_embeds: inference, one device and dtype, nothing watching."""
         if torch.compiler.is_compiling():  # first: torch 2.11 cannot trace the question about autocast
             return False
-        projector = self.multi_modal_projector
+        projector, kind = self.multi_modal_projector, inputs_embeds.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return False
+        if "forward" in vars(projector) or projector._forward_hooks or projector._forward_pre_hooks:
+            return False
         weight = next(projector.parameters(), None)
-        kind = inputs_embeds.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        watched = "forward" in vars(projector) or projector._forward_hooks or projector._forward_pre_hooks
-        return not (
-            torch.is_grad_enabled()
-            or autocast
-            or watched
-            or not self._own_features()
-            or weight is None
-            or weight.device != inputs_embeds.device
-            or weight.dtype != inputs_embeds.dtype
-            or not inputs_embeds.is_contiguous()
-        )
+        if weight is None or (weight.device, weight.dtype) != (inputs_embeds.device, inputs_embeds.dtype):
+            return False
+        return inputs_embeds.is_contiguous() and self._own_features() and not torch.is_grad_enabled()
 
 
 class CompactGeneration(_Saved):
@@ -373,6 +358,9 @@ class CompactGeneration(_Saved):
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def run(self, stock: type[PreTrainedModel], **kwargs):
+        return stock.forward(self, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """As GenerationMixin.generate; counts image tokens before it encodes images, and generates none.
@@ -423,7 +411,8 @@ class CompactGeneration(_Saved):
         images = {}
         if expand_size > 1 and input_ids is not None and model_kwargs.get("pixel_values") is not None:
             options = {name: model_kwargs[name] for name in self.model.feature_options if name in model_kwargs}
-            counts = self.model.images_in_rows(input_ids, model_kwargs["pixel_values"], **options)
+            tokens = (input_ids == self.config.image_token_id).sum(1).tolist()
+            counts = images_in_parts(tokens, self.model.image_token_counts(model_kwargs["pixel_values"], **options))
             images = {name: model_kwargs.pop(name) for name in ("pixel_values", "image_sizes") if name in model_kwargs}
             for name, value in images.items():
                 groups = [group.repeat(expand_size, *[1] * (value.ndim - 1)) for group in value.split(counts)]

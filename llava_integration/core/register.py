@@ -37,12 +37,14 @@ def family_of(config: Config) -> Family:
     return _FAMILIES[config.model_type]
 
 
-def register(config: type[Config], model: type, generator: type, processor: type, *, stock: Any) -> None:
-    """Make the family of `stock`, a ForConditionalGeneration of transformers, known; again changes nothing.
+def register(generator: Any, processor: type) -> None:
+    """Make the family of `generator`, its ForConditionalGeneration, known; again changes nothing.
 
     A class outside transformers inherits no renames of tensors, and language_model.model.* of older checkpoints would
     be lost: ours are those of the stock classes.
     """
+    config, model = generator.config_class, generator.model_class
+    stock = next(base for base in generator.__mro__ if base.__module__.startswith("transformers."))
     _FAMILIES[config.model_type] = Family(stock, config, model, generator, processor)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
@@ -56,27 +58,16 @@ def register(config: type[Config], model: type, generator: type, processor: type
     stock_model = stock.__name__.replace("ForConditionalGeneration", "Model")
     for ours, theirs in ((config.model_type, stock.config_class.model_type), (model.__name__, stock_model)):
         register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
-        _register_with_liger(ours, theirs)
-    for package in _packages():
-        for cls in (config, model, generator, processor):
-            setattr(package, cls.__name__, cls)
-
-
-def _packages() -> list[ModuleType]:
-    """All that somebody has imported as `transformers`: vLLM, TRL and `transformers serve` ask it for a model by name.
-
-    Its own processing_utils runs its __init__ once more, and leaves another module object in sys.modules.
-    """
-    held = [getattr(module, "__dict__", {}).get("transformers") for module in [*sys.modules.values()]]
-    found = [module for module in held if isinstance(module, ModuleType) and module.__name__ == "transformers"]
-    return [sys.modules["transformers"], *found]
-
-
-def _register_with_liger(ours: str, theirs: str) -> None:
-    """Liger-Kernel patches a model by its model_type: ours as the stock family's, where it is installed."""
-    try:
+    try:  # Liger-Kernel patches a model by its model_type
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
     except ImportError:
-        return
-    if theirs in patches:
-        patches[ours] = patches[theirs]
+        patches = {}
+    if stock.config_class.model_type in patches:
+        patches[config.model_type] = patches[stock.config_class.model_type]
+    # vLLM, TRL and `transformers serve` ask transformers for a model by name, and there may be more than one module
+    # object of it: its own processing_utils runs its __init__ once more, and leaves another one in sys.modules.
+    held = [getattr(module, "__dict__", {}).get("transformers") for module in [*sys.modules.values()]]
+    found = [module for module in held if isinstance(module, ModuleType) and module.__name__ == "transformers"]
+    for package in [sys.modules["transformers"], *found]:
+        for cls in (config, model, generator, processor):
+            setattr(package, cls.__name__, cls)

@@ -21,6 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .config import Layers
 from .model import CompactModel
 
 
@@ -62,7 +63,7 @@ class TiledModel(CompactModel):
         self,
         pixel_values: Tensor,
         image_sizes: Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_layer: Layers = None,
         vision_feature_select_strategy: str | None = None,
         vision_aspect_ratio: str | None = None,
         batch_num_images: Tensor | None = None,

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import llava_integration as li
+from llava_integration.core.insertion import images_in_parts
 from tests.llava import build, tiled
 
 FAMILIES = pytest.mark.parametrize("family", tiled.ALL)
@@ -27,7 +28,8 @@ def test_logits_are_those_of_the_stock_language_model_on_the_packed_averages(fam
     stock, stf = both(family)
     made = tiled.inputs(stock, SIZES)
     inputs = tiled.prompts(stf, made, groups)
-    assert stf.model.images_in_rows(inputs["input_ids"], **made) == groups
+    tokens = (inputs["input_ids"] == build.IMAGE_TOKEN).sum(1).tolist()
+    assert images_in_parts(tokens, stf.model.image_token_counts(**made)) == groups
     with torch.no_grad():
         embeds = stock.get_input_embeddings()(inputs["input_ids"])
         features = torch.cat(tiled.expected(stock, made, SIZES, stf.config.spatial_merge_size))
