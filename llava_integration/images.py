@@ -16,7 +16,6 @@ import binascii
 import io
 import math
 import os
-import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -39,6 +38,7 @@ def pictures(images: Any, *, name: str = "images", image_processor: Any = None, 
             return [convert(item, f"{place or f' at {name}'}[{i}]") for i, item in enumerate(value)]
         try:
             if options.get("do_rescale") is False and not isinstance(value, (str, os.PathLike, Image.Image)):
+                _channels_last(value, options.get("input_data_format"))
                 return value
             return _without_ends(picture(value, options.get("input_data_format")), image_processor, options)
         except Exception as error:  # files, network and codecs raise what they like
@@ -61,20 +61,17 @@ def picture(value: Any, layout: Any = None) -> Image.Image:
 
 
 def _open(source: str) -> Image.Image:
-    if source.startswith(("http://", "https://")):
+    if source.startswith(("http://", "https://", "file:", "data:")):
         with urllib.request.urlopen(source, timeout=60) as answer:
             return Image.open(io.BytesIO(answer.read()))
-    if source.startswith("file:"):
-        source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
-    if not source.startswith("data:") and (len(source) < 1024 or os.path.exists(source)):
+    if len(source) < 1024 or os.path.exists(source):
         try:
             return Image.open(source)
         except FileNotFoundError:
             if len(source) < 64:  # no image is so short
                 raise
     try:
-        encoded = source.partition(",")[2] if source.startswith("data:") else source
-        return Image.open(io.BytesIO(base64.b64decode("".join(encoded.split()), validate=True)))
+        return Image.open(io.BytesIO(base64.b64decode("".join(source.split()), validate=True)))
     except binascii.Error:
         raise FileNotFoundError("there is no such file, and it is no base64") from None
 
@@ -95,7 +92,7 @@ def _of_pil(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _of_array(value: Any, layout: Any) -> Image.Image:
+def _channels_last(value: Any, layout: Any) -> np.ndarray:
     """[h, w], [h, w, c] or [c, h, w] with one, three or four channels; where both would do, `layout` decides."""
     if isinstance(value, torch.Tensor):
         if value.requires_grad:
@@ -111,6 +108,11 @@ def _of_array(value: Any, layout: Any) -> Image.Image:
         if array.shape[-1] not in (1, 3, 4):
             raise ValueError(f"expected one, three or four channels, got {list(array.shape)}")
         array = array[..., 0] if array.shape[-1] == 1 else array
+    return array
+
+
+def _of_array(value: Any, layout: Any) -> Image.Image:
+    array = _channels_last(value, layout)
     kind = array.dtype.kind
     if kind == "f":
         array = np.rint(_within(array, 1, "; scale to 0..1, or give uint8 for 0..255") * 255.0)

@@ -4,10 +4,8 @@ LLaVA-STF: (h // p // r) * (w // p // r) for an image, 144 for 336x336 pixels, p
 video of T frames has T times as many. Tiles: what the stock processor counts for patches of p * r pixels.
 """
 
-import contextlib
 import inspect
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import BatchFeature, LlavaProcessor, PreTrainedConfig, ProcessorMixin
@@ -17,7 +15,7 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.video_utils import VideoInput
 
 from .core.config import prefix_tokens, smallest_window
-from .images import pictures, said, shape_of, short
+from .images import pictures, said, shape_of
 
 
 class CompactProcessor(ProcessorMixin):
@@ -91,16 +89,10 @@ class CompactProcessor(ProcessorMixin):
             images = (images if self.groups_images else _flat(images)) if any(images) else None
         if videos is not None:
             if not hasattr(self, "video_token"):
-                raise ValueError(
-                    f"videos: expected none, {type(self).__name__} takes images alone; give the frames as images, each "
-                    "with a placeholder of its own"
-                )
+                what = f"expected none, {type(self).__name__} takes images alone"
+                raise ValueError(f"videos: {what}; give the frames as images, each with its own placeholder")
             videos = pictures(_videos(videos), name="videos", **options)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
-
-    def _process_images(self, images, **kwargs):
-        with _refusing(images):
-            return super()._process_images(images, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -121,8 +113,7 @@ class CompactProcessor(ProcessorMixin):
         if tiled := hasattr(self.image_processor, "image_grid_pinpoints"):
             # The base tile of a picture that is cut once: the whole frame, resized.
             options["image_grid_pinpoints"] = [[self.image_processor.size["height"]] * 2]
-        with _refusing(frames, "videos"):
-            pixels = self.image_processor(frames, **options)["pixel_values"]
+        pixels = self.image_processor(frames, **options)["pixel_values"]
         pixels = pixels[:, 0] if tiled else pixels
         processed = {"pixel_values_videos": pixels.reshape(len(videos), lengths[0], *pixels.shape[1:])}
         return processed, [self.replace_video_token(processed, index) for index in range(len(videos))]
@@ -134,10 +125,8 @@ class CompactProcessor(ProcessorMixin):
         video_token = getattr(self, "video_token", None)
         shared = video_token == self.image_token
         if shared and images is not None and videos is not None:
-            raise ValueError(
-                f"videos: expected images or videos, which share the placeholder {self.image_token}, got both; add "
-                "'<video>' to the tokenizer"
-            )
+            shared = f"images or videos, which share the placeholder {self.image_token}"
+            raise ValueError(f"videos: expected {shared}, got both; add '<video>' to the tokenizer")
         if not shared or videos is None:
             images = images if isinstance(images, list) else [] if images is None else [images]
             self._check_count("image", text, _flat(images), **kwargs)
@@ -153,9 +142,9 @@ class CompactProcessor(ProcessorMixin):
         needed = sum(self._counts(kind, given, **kwargs)) if given else 0
         if found != needed:
             raise ValueError(
-                f"The total number of {token} tokens in the prompts should be the same as the number of {kind}s "
-                f"passed. text: found {found} {token} tokens{where} for {len(given)} {kind}(s); expected "
-                f"{len(given)}, one per {kind}, or {needed} where this processor has expanded them already"
+                f"The total number of {token} tokens in the prompts should be the same as the number of {kind}s passed."
+                f" text: found {found} {token} tokens{where} for {len(given)} {kind}(s); expected {len(given)}, one "
+                f"per {kind}, or {needed} where they are expanded already"
             )
 
     def _counts(self, kind: str, given: list, **kwargs) -> list[int]:
@@ -214,21 +203,12 @@ class LlavaStfProcessor(CompactProcessor, LlavaProcessor):
         for placeholder in (token, video_token):
             ids = tokenizer.encode(placeholder, add_special_tokens=False)
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-                raise ValueError(
-                    f"tokenizer: expected one token for {placeholder!r}, got {ids}; add it with tokenizer.add_tokens"
-                    f"(AddedToken({placeholder!r}, special=True)) and give the model as many embeddings"
-                )
+                remedy = f"tokenizer.add_tokens(AddedToken({placeholder!r}, special=True)), and as many embeddings"
+                raise ValueError(f"tokenizer: expected one token for {placeholder!r}, got {ids}; add it: {remedy}")
         self.spatial_merge_size, self.video_token, self.video_token_id = spatial_merge_size, video_token, ids[0]
-        super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size=patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template,
-            image_token=image_token,
-            num_additional_image_tokens=num_additional_image_tokens,
-            **kwargs,
-        )
+        options = {"patch_size": patch_size, "vision_feature_select_strategy": vision_feature_select_strategy}
+        options |= {"image_token": image_token, "num_additional_image_tokens": num_additional_image_tokens}
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **options, **kwargs)
 
     @staticmethod
     def windows(processor: ProcessorMixin, r: int) -> dict[str, int]:
@@ -307,13 +287,3 @@ def _videos(value) -> list[list]:
     if value and all(len(shape_of(frame)) in (2, 3) for frame in value):
         return [list(value)]
     return [video for item in value for video in _videos(item)]
-
-
-@contextlib.contextmanager
-def _refusing(images, name: str = "images") -> Iterator[None]:
-    """Whatever an image processor raises, about one of these."""
-    try:
-        yield
-    except Exception as error:
-        got = f"{said(images)} ({type(error).__name__}: {short(error)})"
-        raise ValueError(f"{name}: expected PIL images, arrays, paths or lists of them, got {got}") from error

@@ -200,6 +200,12 @@ def test_what_is_broken_is_named_by_its_place(what, processor):
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize("what", ["gradient", "complex", "five channels", "no pixels", "one row", "no object of ours"])
+def test_what_is_not_rescaled_has_to_be_an_image_all_the_same(what, processor):
+    with pytest.raises(ValueError, match=r"^images: expected .* at images\[1\] \(ValueError: "):
+        processor(images=[PIXELS / 255, BROKEN[what]()], text="<image> <image>", do_rescale=False)
+
+
 def test_all_that_are_broken_are_named():
     with pytest.raises(ValueError, match=r"at images\[0\]\[1\] .*at images\[2\]\[0\] "):
         pictures([[PIXELS, "nowhere.png"], [PIXELS], [torch.rand(3, 4, 4, requires_grad=True)]])

@@ -226,7 +226,7 @@ class TestBadInput:
             (2, "<image>", 1, "expected 2, one per image, or 8"),
             (1, "a cat", 0, "expected 1"),
             (0, "<image> a cat", 1, "expected 0"),
-            (1, "<image>" * 16, 16, "expected 1, one per image, or 4 where this processor has expanded"),
+            (1, "<image>" * 16, 16, "expected 1, one per image, or 4 where they are expanded"),
         ],
     )
     def test_counts_that_do_not_match(self, processor, images, text, found, expected):
