@@ -132,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         images = [show(path) for path in args.image]
-        speakers = load(args.model, args.compare)
-        converse(speakers, images, args.max_new_tokens)
+        converse(load(args.model, args.compare), images, args.max_new_tokens)
     except (OSError, TypeError, ValueError) as error:
         print(f"python -m {NAME}: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

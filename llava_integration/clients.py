@@ -16,11 +16,8 @@ def check_version(package: str) -> None:
     """A warning where another version of `package` is installed than the tests ran with."""
     found, tested = importlib.metadata.version(package), TESTED[package]
     if found != tested:
-        warnings.warn(
-            f"stf-kernels was tested with {package} {tested}, this is {found}; if something fails: "
-            f"pip install {package}=={tested}",
-            stacklevel=3,
-        )
+        advice = f"if something fails: pip install {package}=={tested}"
+        warnings.warn(f"stf-kernels was tested with {package} {tested}, this is {found}; {advice}", stacklevel=3)
 
 
 def check_folder(folder: str | Path) -> None:
@@ -31,10 +28,8 @@ def check_folder(folder: str | Path) -> None:
     kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
     if kind not in CONFIG_MAPPING or not CONFIG_MAPPING[kind].__module__.startswith(f"{__package__}."):
         got = f"model_type {kind!r}" if config.is_file() else "no config.json"
-        raise ValueError(
-            f"{folder}: expected a LLaVA-STF model, got {got}; python -m llava_integration.convert llava SRC DST makes "
-            "one of a stock LLaVA"
-        )
+        remedy = "python -m llava_integration.convert llava SRC DST makes one of a stock LLaVA"
+        raise ValueError(f"{folder}: expected a LLaVA-STF model, got {got}; {remedy}")
     if not processor.is_file():
         raise ValueError(
             f"{folder}: found no processor_config.json, so prompts cannot be prepared; "

@@ -7,19 +7,17 @@ causal mask needs no tensor and the flash kernels apply, under capture too. Work
 baseline, for the stock model.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import AttentionInterface, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stf_kernels import prepare
 
-from .core.config import resolve_layers
+from .core.config import resolve_layers, vision_grid
 from .core.insertion import check_token_count, image_rows
 from .core.model import CompactModel
 from .core.register import families
@@ -87,7 +85,7 @@ class PrefillRunner:
         if len(devices) != 1:
             raise ValueError(f"model: expected all parameters on one device, got {sorted(devices)}")
         self.model, self.batch, self.seq_len, self.full_tower = model, batch, seq_len, full_tower
-        self.device = model.device
+        self.device, self._tiled = model.device, hasattr(model.config, "image_grid_pinpoints")
         self.cache = _static_cache(model, batch, seq_len + max_new_tokens)
         self._prefill_cache = Cache(layers=[_PrefillLayer(layer) for layer in self.cache.layers])
         self._ids = torch.zeros(batch, seq_len, dtype=torch.long, device=self.device)
@@ -111,22 +109,20 @@ class PrefillRunner:
         OneVision. attention_mask [B, S], of ones only: what a processor gives is taken as it is, but not prompts of
         unequal length.
         """
-        images: Any = 0
-        if pixel_values is not None:
-            images = len(pixel_values)
-            if self._tiled:
-                pixel_values = flat_tiles(self.model.config, pixel_values, image_sizes, batch_num_images)
-                together = None if batch_num_images is None else tuple(torch.as_tensor(batch_num_images).tolist())
-                images = tuple(map(tuple, torch.as_tensor(image_sizes).tolist())), together
+        images: Any = 0 if pixel_values is None else len(pixel_values)
+        if pixel_values is not None and self._tiled:
+            pixel_values = flat_tiles(self.model.config, pixel_values, image_sizes, batch_num_images)
+            together = None if batch_num_images is None else tuple(torch.as_tensor(batch_num_images).tolist())
+            images = tuple(map(tuple, torch.as_tensor(image_sizes).tolist())), together
         self._check(input_ids, pixel_values, attention_mask)
         self._ids.copy_(input_ids, non_blocking=True)
         if pixel_values is not None:
-            dtype = self.model.model.vision_tower.dtype
             if images not in self._pixels:
                 while len(self._pixels) >= MOST_GRAPHS:
                     oldest = next(iter(self._pixels))
                     del self._pixels[oldest]
                     self._graphs.pop(oldest, None)
+                dtype = self.model.model.vision_tower.dtype
                 self._pixels[images] = torch.empty(pixel_values.shape, dtype=dtype, device=self.device)
             self._pixels[images].copy_(pixel_values, non_blocking=True)
         if self.device.type != "cuda":
@@ -137,15 +133,10 @@ class PrefillRunner:
         graph.replay()
         return logits.clone()
 
-    @property
-    def _tiled(self) -> bool:
-        return hasattr(self.model.config, "image_grid_pinpoints")
-
     def _capture(self, images: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
         if images:
-            count = len(self._pixels[images])
-            prepare(self.model.model.multi_modal_projector, batch_sizes=(count,), grid=(side, side))
+            projector, grid = self.model.model.multi_modal_projector, vision_grid(self.model.config.vision_config)
+            prepare(projector, batch_sizes=(len(self._pixels[images]),), grid=grid)
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -162,10 +153,16 @@ class PrefillRunner:
         embeds = model.get_input_embeddings()(self._ids)
         if images:
             self._place_images(embeds.view(-1, embeds.shape[-1]), images)
-        with _unmasked(model.language_model.config):
+        # No mask tensor for sdpa: transformers 5.17 makes one under capture, and flash kernels take none.
+        config = model.language_model.config
+        attention = config._attn_implementation
+        try:
+            config._attn_implementation = UNMASKED_SDPA if attention == "sdpa" else attention
             hidden = model.language_model(
                 inputs_embeds=embeds, position_ids=self._positions, past_key_values=self._prefill_cache, use_cache=True
             ).last_hidden_state
+        finally:
+            config._attn_implementation = attention
         return self.model.lm_head(hidden[:, -1])
 
     def _place_images(self, flat: Tensor, images: Any) -> None:
@@ -174,11 +171,11 @@ class PrefillRunner:
         mask = self._ids == config.image_token_id
         layers = resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)
         blocks = tower_hidden_states(model.vision_tower, pixels, layers, run_all=self.full_tower)
+        if isinstance(model, CompactModel) and not self._tiled:
+            rows = image_rows(mask, len(pixels) * config.image_seq_length)
+            model.multi_modal_projector(blocks, model.vision_grid, out=flat, rows=rows)
+            return
         if isinstance(model, CompactModel):
-            if not self._tiled:
-                rows = image_rows(mask, len(pixels) * config.image_seq_length)
-                model.multi_modal_projector(blocks, model.vision_grid, out=flat, rows=rows)
-                return
             features = model.multi_modal_projector(blocks, model.vision_grid)
         else:
             if config.vision_feature_select_strategy == "default":
@@ -216,18 +213,6 @@ class PrefillRunner:
         if input_ids.device.type == "cpu" and isinstance(self.model.model, CompactModel) and not self._tiled:
             token, images = config.image_token_id, 0 if pixel_values is None else len(pixel_values)
             check_token_count(input_ids == token, images * config.image_seq_length, token)
-
-
-@contextlib.contextmanager
-def _unmasked(config: PreTrainedConfig) -> Iterator[None]:
-    """No mask tensor for sdpa: transformers 5.17 makes one when a stream is captured, and flash kernels take none."""
-    given = config._attn_implementation
-    if given == "sdpa":
-        config._attn_implementation = UNMASKED_SDPA
-    try:
-        yield
-    finally:
-        config._attn_implementation = given
 
 
 def _static_cache(model: PreTrainedModel, batch: int, length: int) -> StaticCache:

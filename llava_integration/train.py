@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "llava_integration.train"
 USAGE = f"python -m {NAME} pretrain|finetune --model DIR --data FILE --output DIR [...]"
-RECIPES = {"pretrain": {"learning_rate": 1e-3, "batch": 256}, "finetune": {"learning_rate": 2e-5, "batch": 128}}
+RECIPES = {"pretrain": (1e-3, 256), "finetune": (2e-5, 128)}  # learning rate, records of a step
 SHARED = {"num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0}
 SHARED |= {"logging_steps": 1, "save_total_limit": 2, "train_sampling_strategy": "group_by_length"}
 ADAPTED = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -88,11 +88,10 @@ def train(
 def choose_parameters(model: "PreTrainedModel", recipe: str) -> None:
     """requires_grad as `recipe` has it."""
     model.requires_grad_(False)
-    parts = [model.model.multi_modal_projector]
+    model.model.multi_modal_projector.requires_grad_(True)
     if recipe == "finetune":
-        parts += [model.model.language_model, model.lm_head]
-    for part in parts:
-        part.requires_grad_(True)
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
 
 
 def memory(model: "PreTrainedModel", arguments: "TrainingArguments", lengths: Sequence[int]) -> str:
@@ -184,21 +183,18 @@ def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> "Trai
 
     from .train_cache import RunError
 
-    recipe = RECIPES[args.recipe]
-    args.batch = args.batch or recipe["batch"]
+    rate, batch = RECIPES[args.recipe]
+    args.batch = args.batch or batch
     processes, each = int(os.environ.get("WORLD_SIZE", "1")), args.per_device_train_batch_size
     if args.batch % (processes * each):
         sizes = f"{each} (--per_device_train_batch_size) on {processes} process(es)"
         raise RunError(f"--batch: expected a multiple of {sizes}, got {args.batch}")
-    steps = {"per_device_train_batch_size": each, "gradient_accumulation_steps": args.batch // (processes * each)}
-    given = {"output_dir": args.output, "learning_rate": recipe["learning_rate"], **steps, **SHARED}
-    flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     parser = HfArgumentParser(TrainingArguments, prog=f"python -m {NAME}", usage=USAGE, allow_abbrev=False)
-    (found,) = parser.parse_args_into_dataclasses([*flags, *others])
+    steps = {"per_device_train_batch_size": each, "gradient_accumulation_steps": args.batch // (processes * each)}
+    parser.set_defaults(output_dir=str(args.output), learning_rate=rate, **steps, **SHARED)
+    (found,) = parser.parse_args_into_dataclasses(list(others))
     if found.n_gpu > 1:
-        raise RunError(
-            f"expected one process a GPU, got one for {found.n_gpu}: torchrun --nproc-per-node={found.n_gpu}"
-        )
+        raise RunError(f"expected one process a GPU, got one for all: torchrun --nproc-per-node={found.n_gpu}")
     return found
 
 
@@ -258,16 +254,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with arguments.main_process_first():
                 cache = FeatureCache(args.cache_features, model, processor)
             model.model.vision_tower.to(arguments.device)
-        data = Conversations(
-            args.data,
-            args.images or args.data.parent,
-            processor,
-            max_length=model.config.text_config.max_position_embeddings,
-            image_tokens=tile_tokens(model) if tiled(model) else model.config.image_seq_length,
-            need_images=args.recipe == "pretrain",
-            skip_bad=args.skip_bad_records,
-            cache=cache,
-        )
+        sizes = {"max_length": model.config.text_config.max_position_embeddings}
+        sizes["image_tokens"] = tile_tokens(model) if tiled(model) else model.config.image_seq_length
+        options = {"need_images": args.recipe == "pretrain", "skip_bad": args.skip_bad_records, "cache": cache}
+        data = Conversations(args.data, args.images or args.data.parent, processor, **sizes, **options)
         if cache:
             cache.fill(data.image_files())
         train(model, processor, data, arguments, recipe=args.recipe, lora=args.lora, resume=args.resume)

@@ -6,6 +6,7 @@
 A tower is known by its configuration and weights, a processor by its settings, an image by its bytes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -104,16 +105,14 @@ class FeatureCache:
             raise RunError(f"--cache-features: {said}; give a folder on a larger disk, or train without")
         if missing and state.is_main_process:
             print(said, file=sys.stderr)
-        mine, device = missing[state.process_index :: state.num_processes], next(self.tower.parameters()).device
+        mine = missing[state.process_index :: state.num_processes]
         for start in tqdm(range(0, len(mine), batch), desc="features", unit=f"x{batch}", disable=None):
             opened = {}
             for image in mine[start : start + batch]:
-                try:
+                with contextlib.suppress(DataError):  # named, with its record, when that is read
                     opened[image] = open_image(image)
-                except DataError:
-                    continue  # named, with its record, when that is read
             if opened:
-                pixels = self.process(list(opened.values()), return_tensors="pt")["pixel_values"].to(device)
+                pixels = self.process(list(opened.values()), return_tensors="pt")["pixel_values"]
                 for image, blocks in zip(opened, self.encode(pixels), strict=True):
                     write_whole(self.path(image), save({"blocks": blocks}))
         state.wait_for_everyone()

@@ -56,17 +56,21 @@ def from_llava(
         TypeError: `model` is something else, or its projector is not two plain nn.Linear any more.
         ValueError: `model` cannot be averaged exactly, or blocks, merge_size, mbtf_hidden_size do not fit it.
     """
-    family = _family(model)
+    family = next((family for family in families() if isinstance(model, family.stock)), None)
+    if family is None or isinstance(model, family.generator):
+        names = ", ".join(family.stock.__name__ for family in families())
+        raise TypeError(f"model: expected a stock transformers {names}, got {type(model).__name__}")
     _check_model(model)
-    for name, number in (("merge_size", merge_size), ("mbtf_hidden_size", mbtf_hidden_size)):
-        if number is not None and type(number) is not int:
-            raise TypeError(f"{name}: expected an int or None, got {number!r}")
-    for name, value in (("copy", copy), ("truncate", truncate)):
+    for name, value in {"merge_size": merge_size, "mbtf_hidden_size": mbtf_hidden_size}.items():
+        if value is not None and type(value) is not int:
+            raise TypeError(f"{name}: expected an int or None, got {value!r}")
+    for name, value in {"copy": copy, "truncate": truncate}.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {value!r}")
-    config = _stf_config(family, model, blocks, merge_size, truncate, mbtf_hidden_size)
     stock = model.model.multi_modal_projector
-    weight = stock.linear_1.weight
+    selected = resolve_layers(model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers)[0]
+    config = _stf_config(family, model.config, selected, blocks, merge_size, truncate, mbtf_hidden_size)
+    config.stf_hidden_size = config.spatial_merge_size**2 * stock.linear_1.out_features
 
     with torch.device("meta"):
         stf = family.generator(config)
@@ -78,52 +82,38 @@ def from_llava(
     for name, part in parts.items():
         setattr(stf.model, name, part)
     config.vision_config, config.text_config = parts["vision_tower"].config, parts["language_model"].config
-    projector = build_projector(config, device=weight.device, dtype=weight.dtype)
-    warm_start_projector(projector, stock.linear_1, stock.linear_2, config, _selected(model.config))
+    projector = build_projector(config, device=stock.linear_1.weight.device, dtype=stock.linear_1.weight.dtype)
+    _fill(projector, stock, config.spatial_merge_size**2, config.vision_feature_layer.index(selected))
     stf.model.multi_modal_projector = projector
     stf.generation_config = copying.deepcopy(model.generation_config)
     return stf.train(model.training)
 
 
 @torch.no_grad()
-def warm_start_projector(
-    projector: nn.Module, linear_1: nn.Linear, linear_2: nn.Linear, config: PreTrainedConfig, selected: int
-) -> None:
-    """Fill a CompactTokenProjector of `config` in place from the stock linears, which read layer `selected`."""
-    copies = config.spatial_merge_size**2
-    blocks = resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)
-    if projector.mbtf is not None:
-        _pass_through(projector.mbtf, blocks.index(selected), config.vision_config.hidden_size)
+def _fill(projector: nn.Module, stock: nn.Module, copies: int, segment: int) -> None:
+    """The weights at the top of this file, in place, for blocks of which `segment` is the one that `stock` reads."""
     stf = projector.stf
-    stf.linear_1.weight.copy_(torch.block_diag(*[linear_1.weight] * copies))
-    stf.linear_2.weight.copy_(torch.cat([linear_2.weight / copies] * copies, dim=1))
+    stf.linear_1.weight.copy_(torch.block_diag(*[stock.linear_1.weight] * copies))
+    stf.linear_2.weight.copy_(torch.cat([stock.linear_2.weight / copies] * copies, dim=1))
     if stf.linear_1.bias is not None:
-        stf.linear_1.bias.copy_(linear_1.bias.repeat(copies))
-        stf.linear_2.bias.copy_(linear_2.bias)
+        stf.linear_1.bias.copy_(stock.linear_1.bias.repeat(copies))
+        stf.linear_2.bias.copy_(stock.linear_2.bias)
 
-
-def _pass_through(mbtf: nn.Module, segment: int, dim: int) -> None:
-    """mbtf(blocks) = blocks[segment]: act(x) - act(-x) = x in the first 2*dim hidden units, nothing from the others."""
-    first, second = mbtf.linear_1.weight, mbtf.linear_2.weight
-    eye = torch.eye(dim, device=first.device, dtype=first.dtype)
+    first, second, dim = projector.mbtf.linear_1, projector.mbtf.linear_2, stock.linear_1.in_features
+    eye = torch.eye(dim, device=first.weight.device, dtype=first.weight.dtype)
     columns = slice(segment * dim, (segment + 1) * dim)
-    first[: 2 * dim].zero_()
-    first[:dim, columns], first[dim : 2 * dim, columns] = eye, -eye
-    nn.init.normal_(first[2 * dim :], std=0.02)
-    second.zero_()
-    second[:, :dim], second[:, dim : 2 * dim] = eye, -eye
-    for linear in (mbtf.linear_1, mbtf.linear_2):
+    first.weight[: 2 * dim].zero_()
+    first.weight[:dim, columns], first.weight[dim : 2 * dim, columns] = eye, -eye
+    nn.init.normal_(first.weight[2 * dim :], std=0.02)
+    second.weight.zero_()
+    second.weight[:, :dim], second.weight[:, dim : 2 * dim] = eye, -eye
+    for linear in (first, second):
         if linear.bias is not None:
             linear.bias.zero_()
 
 
-def _selected(config: PreTrainedConfig) -> int:
-    return resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)[0]
-
-
-def _stf_config(family: Family, model, blocks, merge_size, truncate, mbtf_hidden_size) -> PreTrainedConfig:
-    stock, width = model.config, model.model.multi_modal_projector.linear_1.out_features
-    selected, dim = _selected(stock), stock.vision_config.hidden_size
+def _stf_config(family: Family, stock, selected, blocks, merge_size, truncate, mbtf_hidden_size) -> PreTrainedConfig:
+    dim = stock.vision_config.hidden_size
     blocks = default_blocks(selected) if blocks is None else blocks
     blocks = resolve_layers(blocks, stock.vision_config.num_hidden_layers, name="blocks")
     if selected not in blocks:
@@ -132,15 +122,11 @@ def _stf_config(family: Family, model, blocks, merge_size, truncate, mbtf_hidden
     if merge_size is None:
         merge_size = smallest_window(side, truncate=truncate)
     if not 1 <= merge_size <= side or (side % merge_size and not truncate):
-        raise ValueError(
-            f"merge_size: expected a divisor of the {side}x{side} grid, got {merge_size}; "
-            "truncate=True drops the last rows and columns"
-        )
+        what = f"expected a divisor of the {side}x{side} grid, got {merge_size}"
+        raise ValueError(f"merge_size: {what}; truncate=True drops the last rows and columns")
     if mbtf_hidden_size is not None and mbtf_hidden_size < 2 * dim:
-        raise ValueError(
-            f"mbtf_hidden_size: expected at least 2 * {dim} = {2 * dim} to pass a layer through exactly, "
-            f"got {mbtf_hidden_size}"
-        )
+        least = f"2 * {dim} = {2 * dim} to pass a layer through exactly"
+        raise ValueError(f"mbtf_hidden_size: expected at least {least}, got {mbtf_hidden_size}")
     kept = [field.name for field in dataclasses.fields(stock) if field.name not in NOT_KEPT]
     config = family.config(
         **{name: copying.deepcopy(getattr(stock, name)) for name in kept},
@@ -148,28 +134,17 @@ def _stf_config(family: Family, model, blocks, merge_size, truncate, mbtf_hidden
         spatial_merge_size=merge_size,
         spatial_merge_truncate=truncate,
         mbtf_hidden_size=mbtf_hidden_size,
-        stf_hidden_size=merge_size**2 * width,
     )
     config._attn_implementation = stock._attn_implementation
     return config
 
 
-def _family(model: object) -> Family:
-    found = [family for family in families() if isinstance(model, family.stock)]
-    if not found or isinstance(model, found[0].generator):
-        names = ", ".join(family.stock.__name__ for family in families())
-        raise TypeError(f"model: expected a stock transformers {names}, got {type(model).__name__}")
-    return found[0]
-
-
 def _check_model(model: PreTrainedModel) -> None:
-    config = model.config
-    if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(
-            f"model: expected one vision_feature_layer, got the list {config.vision_feature_layer}; "
-            "its projector reads a concatenation that no average of tokens reproduces"
-        )
-    tower, strategy = config.vision_config, config.vision_feature_select_strategy
+    layer, strategy = model.config.vision_feature_layer, model.config.vision_feature_select_strategy
+    if not isinstance(layer, int):
+        what = f"expected one vision_feature_layer, got the list {layer}"
+        raise ValueError(f"model: {what}; its projector reads a concatenation that no average of tokens reproduces")
+    tower = model.config.vision_config
     expected = "default" if prefix_tokens(tower) else "full"
     if strategy != expected:
         raise ValueError(
@@ -179,9 +154,7 @@ def _check_model(model: PreTrainedModel) -> None:
     vision_grid(tower)
     projector = model.model.multi_modal_projector
     if others := {name for name, _ in projector.named_children()} - {"linear_1", "act", "linear_2"}:
-        raise TypeError(
-            f"model: expected a multi_modal_projector of two linears and nothing else, got {sorted(others)}"
-        )
+        raise TypeError(f"model: expected a multi_modal_projector of two linears alone, got {sorted(others)}")
     for name in ("linear_1", "linear_2"):
         linear = getattr(projector, name, None)
         if type(linear) is not nn.Linear:
