@@ -183,18 +183,21 @@ def test_every_projector_weight_learns_within_two_steps(family):
 
 
 @FAMILIES
-def test_gradient_checkpointing_changes_nothing(family):
+def test_gradient_checkpointing_changes_nothing_and_recomputes_tower_and_language_model(family):
     stock, stf = both(family)
-    inputs = tiled.prompts(stf, tiled.inputs(stock, SIZES[:1]), [1])
-    grads = []
+    inputs, ran, grads, runs = tiled.prompts(stf, tiled.inputs(stock, SIZES[:1]), [1]), [], [], []
+    stf.model.vision_tower.encoder.layers[0].layer_norm1.register_forward_hook(lambda *_: ran.append("tower"))
+    stf.model.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_: ran.append("text"))
     for checkpointing in (False, True):
+        ran.clear()
         stf.zero_grad()
         if checkpointing:
             stf.train().gradient_checkpointing_enable({"use_reentrant": False})
         stf(**inputs, labels=inputs["input_ids"]).loss.backward()
-        grads.append(
-            {name: parameter.grad.clone() for name, parameter in stf.named_parameters() if parameter.grad is not None}
-        )
+        runs.append((ran.count("text"), ran.count("tower")))
+        named = stf.named_parameters()
+        grads.append({name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None})
+    assert runs[1] == (2, 2 * runs[0][1])
     assert grads[0].keys() == grads[1].keys()
     assert family == "llava" or "model.image_newline" in grads[0]
     assert all(torch.allclose(grads[0][name], grads[1][name], atol=1e-12) for name in grads[0])
