@@ -126,8 +126,7 @@ def _merged(module: str, pair: dict[str, Entry], base: Entries, config: dict, fi
         alpha, rank = alphas[0] if alphas else config.get("lora_alpha", 8), first.shape[0]
         scale = float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
-    def read() -> Tensor:
-        delta = second.read().float() @ first.read().float()
-        return target.read().float().add(delta, alpha=scale).to(target.dtype)
+    def add(weight: Tensor) -> Tensor:
+        return weight.float().add(second.read().float() @ first.read().float(), alpha=scale).to(weight.dtype)
 
-    return replace(target, read=read, origin=file.name, how="merged")
+    return replace(target, origin=file.name).then("merged", add)

@@ -8,7 +8,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,6 +42,10 @@ class Entry:
     read: Callable[[], Tensor]
     origin: str
     how: str = "mapped"
+
+    def then(self, how: str, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> "Entry":
+        """`change` of it, when it is read."""
+        return replace(self, read=lambda: change(self.read()), how=how, shape=shape or self.shape)
 
 
 Entries = dict[str, Entry]
@@ -163,16 +167,11 @@ def match(model: PreTrainedModel, entries: Entries, report: Report) -> Entries:
     missing = [name for name in wanted if name not in entries]
     left = [name for name in entries if name not in wanted]
     foreign = [entries[name].name for name in left if not COMPUTED.search(name)]
-    problems = [
-        f"{len(names)} tensors are {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
-        for what, names in (("missing", missing), ("left over", foreign))
-        if names
-    ]
-    if problems:
-        raise ConversionError(
-            f"SRC: {'; '.join(problems)}; expected exactly the {len(wanted)} of the model that config.json describes: "
-            "complete the checkpoint, or it is of another kind"
-        )
+    kinds = {"missing": missing, "left over": foreign}
+    got = [f"{len(names)} tensors are {kind}: {', '.join(names[:SHOWN])}" for kind, names in kinds.items() if names]
+    if got:
+        expected = f"expected exactly the {len(wanted)} of the model that config.json describes"
+        raise ConversionError(f"SRC: {'; '.join(got)}; {expected}: complete the checkpoint, or it is of another kind")
     for name, shape in wanted.items():
         entry = entries[name]
         where = f"SRC: {entry.name} in {entry.origin}: expected"

@@ -15,7 +15,7 @@ Blocks, window and widths are not in config.json; the shapes of the projector's 
 
 import math
 import re
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from stf_kernels import channel_to_patch_major
 from ..core.config import published_blocks, resolve_layers, vision_grid
 from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 from .base import read_parts
-from .checkpoint import EMBEDDINGS, HEAD, Entries, Entry, match, on_meta, rename, settle_head
+from .checkpoint import EMBEDDINGS, HEAD, Entries, match, on_meta, rename, settle_head
 from .folder import Target, generation_settings
 from .processor import VICUNA_V1, Vocabulary, make_processor, read_image_settings, read_tokenizer, settle_vocabulary
 from .report import CONFIG, ConversionError, Report, blamed_on, passed_on
@@ -74,7 +74,11 @@ def convert_official(
     parts = read_parts(src, base, projector_name)
     tower = find_tower(parts.config.get("mm_vision_tower"), src, tower_folder)
     report = Report("official", src, parts.form, tower.name)
-    _check_config(parts.config)
+    for name, value in EXPECTED.items():
+        if (got := parts.config.get(name, value)) != value:
+            raise ConversionError(f"{CONFIG}: {name}: expected {value!r}, got {got!r}, another model")
+    if "anyres" in str(ratio := parts.config.get("image_aspect_ratio")):
+        raise ConversionError(f"{CONFIG}: image_aspect_ratio: expected 'pad' or 'square', got {ratio!r}, another model")
 
     entries = rename(parts.entries, _model_name)
     # First: a foreign checkpoint is told before its tower is missed.
@@ -105,13 +109,13 @@ def convert_official(
     if config.spatial_merge_truncate:
         report.notes.append(f"the last rows and columns of the {grid} grid are dropped, as there")
 
-    for name in (EMBEDDINGS, HEAD):
-        if name in entries:
-            entries[name] = _resized(entries[name], vocabulary.rows)
+    for name in {EMBEDDINGS, HEAD} & entries.keys():
+        if entries[name].shape[0] < vocabulary.rows:
+            shape = (vocabulary.rows, *entries[name].shape[1:])
+            entries[name] = entries[name].then("resized", partial(_with_rows, rows=vocabulary.rows), shape)
     if config.spatial_merge_size > 1:  # in a window of one token both orders are the same
-        order = entries[CHANNEL_MAJOR]
-        relay = lambda: channel_to_patch_major(order.read(), config.spatial_merge_size)  # noqa: E731
-        entries[CHANNEL_MAJOR] = replace(order, read=relay, how="relaid out")
+        relay = partial(channel_to_patch_major, merge_size=config.spatial_merge_size)
+        entries[CHANNEL_MAJOR] = entries[CHANNEL_MAJOR].then("relaid out", relay)
     matched = match(on_meta(lambda: LlavaStfForConditionalGeneration(config)), entries, report)
 
     processor = None
@@ -134,14 +138,6 @@ def _model_name(name: str) -> str | None:
     if name.startswith("model.vision_tower."):
         return tower_name(name)
     return projector_name(name) or (LANGUAGE.sub("model.language_model.", name) if LANGUAGE.match(name) else None)
-
-
-def _check_config(content: dict) -> None:
-    for name, value in EXPECTED.items():
-        if content.get(name, value) != value:
-            raise ConversionError(f"{CONFIG}: {name}: expected {value!r}, got {content[name]!r}, another model")
-    if "anyres" in str(ratio := content.get("image_aspect_ratio")):
-        raise ConversionError(f"{CONFIG}: image_aspect_ratio: expected 'pad' or 'square', got {ratio!r}, another model")
 
 
 def derive(entries: Entries, channels: int) -> tuple[int, dict]:
@@ -221,15 +217,7 @@ def _text_config(content: dict, vocabulary: Vocabulary, tied: bool) -> PreTraine
     return text
 
 
-def _resized(entry: Entry, rows: int) -> Entry:
+def _with_rows(weight: Tensor, rows: int) -> Tensor:
     """New rows are the mean of the old ones: their logit is the average logit, so they never win by accident."""
-    old, *rest = entry.shape
-    if old >= rows:
-        return entry
-
-    def read() -> Tensor:
-        weight = entry.read()
-        mean = weight.mean(0, dtype=torch.float32).to(weight.dtype)
-        return torch.cat([weight, mean.expand(rows - old, *rest)])
-
-    return replace(entry, shape=(rows, *rest), read=read, how="resized")
+    mean = weight.mean(0, dtype=torch.float32).to(weight.dtype)
+    return torch.cat([weight, mean.expand(rows - len(weight), *mean.shape)])
