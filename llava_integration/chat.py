@@ -21,9 +21,6 @@ class Speaker:
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         self.name, self.model, self.processor = name, model.eval(), processor
-        self.forget()
-
-    def forget(self) -> None:
         self.turns: list[dict[str, Any]] = []
         self.images: list[Any] = []
 
@@ -109,7 +106,7 @@ def converse(speakers: Sequence[Speaker], images: list[Any], tokens: int) -> Non
             elif command == "/reset":
                 images = []
                 for speaker in speakers:
-                    speaker.forget()
+                    speaker.turns, speaker.images = [], []
             elif line.startswith("/"):
                 print("[/image FILE, /reset or /quit]")
             elif line:

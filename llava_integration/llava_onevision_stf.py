@@ -5,7 +5,6 @@ What its own 2x2 pooling makes of a frame, 196 of 729 tokens, the windows do: 81
 
 import math
 from dataclasses import field
-from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -19,7 +18,7 @@ from transformers import (
 )
 from transformers.processing_utils import MultiModalData
 
-from .core.config import CompactConfig, default_blocks, prefix_tokens
+from .core.config import CompactConfig, default_blocks
 from .core.model import CompactGeneration, forward_of
 from .core.register import register
 from .core.tiles import TiledModel
@@ -65,18 +64,13 @@ class LlavaOnevisionStfProcessor(CompactProcessor, LlavaOnevisionProcessor):
         return [name for name in super().get_attributes() if name != "video_processor"]
 
     @staticmethod
-    def patches(processor: LlavaOnevisionProcessor) -> int:
-        return math.isqrt(processor.num_image_tokens)
-
-    @staticmethod
-    def windows(processor: LlavaOnevisionProcessor, r: int) -> dict[str, int]:
+    def grid(processor: LlavaOnevisionProcessor) -> tuple[int, int, int]:
         side = math.isqrt(processor.num_image_tokens)
-        return {"num_image_tokens": (side // r) ** 2 + processor.num_image_tokens - side**2}  # a CLS token is counted
+        return 0, side, processor.num_image_tokens - side**2  # a CLS token is counted
 
     @staticmethod
-    def sizes(config: LlavaOnevisionStfConfig) -> dict[str, Any]:
-        tokens = config.image_seq_length + prefix_tokens(config.vision_config)
-        return {"num_image_tokens": tokens, "vision_aspect_ratio": config.vision_aspect_ratio}
+    def sizes(patch: int, side: int, r: int, prefix: int) -> dict[str, int]:
+        return {"num_image_tokens": (side // r) ** 2 + prefix}
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
         return self.video_token * self._video_tokens(len(video_inputs["pixel_values_videos"][video_idx]))

@@ -6,15 +6,14 @@ video of T frames has T times as many. Tiles: what the stock processor counts fo
 
 import inspect
 import math
-from typing import Any
 
-from transformers import BatchFeature, LlavaProcessor, PreTrainedConfig, ProcessorMixin
+from transformers import BatchFeature, LlavaProcessor, ProcessorMixin
 from transformers.image_utils import ImageInput, get_image_size, to_numpy_array
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
 from transformers.video_utils import VideoInput
 
-from .core.config import prefix_tokens, smallest_window
+from .core.config import smallest_window
 from .images import pictures, said, shape_of
 
 
@@ -34,29 +33,24 @@ class CompactProcessor(ProcessorMixin):
             raise TypeError(f"processor: expected a {stock.__name__}, got {type(processor).__name__}")
         names = inspect.signature(stock).parameters
         parts = {name: getattr(processor, name) for name in names if hasattr(processor, name)}
-        side = cls.patches(processor)
+        patch, side, prefix = cls.grid(processor)
         r = smallest_window(side) if merge_size is None else merge_size
         if type(r) is not int or not 1 <= r <= side:
             raise ValueError(f"merge_size: expected an int from 1 to {side}, the patches of a side, got {merge_size!r}")
-        return cls(**parts | cls.windows(processor, r))
+        return cls(**parts | cls.sizes(patch, side, r, prefix))
 
     @staticmethod
-    def patches(processor: ProcessorMixin) -> int:
-        """Along the side of an image or a tile, for a stock `processor`."""
-        _check_size("patch_size", processor.patch_size)
+    def grid(processor: ProcessorMixin) -> tuple[int, int, int]:
+        """Pixels of a patch's side, patches of an image's or a tile's, tokens besides them, for a stock `processor`."""
+        _check_size("patch_size", patch := processor.patch_size)
         crop, size = getattr(processor.image_processor, "crop_size", None), processor.image_processor.size
-        return ((crop and crop["height"]) or size.get("height") or size["shortest_edge"]) // processor.patch_size
+        pixels = (crop and crop["height"]) or size.get("height") or size["shortest_edge"]
+        return patch, pixels // patch, processor.num_additional_image_tokens
 
     @staticmethod
-    def windows(processor: ProcessorMixin, r: int) -> dict[str, int]:
-        """The arguments that make windows of r x r patches out of the patches of a stock `processor`."""
-        return {"patch_size": r * processor.patch_size}
-
-    @staticmethod
-    def sizes(config: PreTrainedConfig) -> dict[str, Any]:
-        """The arguments that a model's configuration decides."""
-        patch = config.vision_config.patch_size * config.spatial_merge_size
-        return {"patch_size": patch, "num_additional_image_tokens": prefix_tokens(config.vision_config)}
+    def sizes(patch: int, side: int, r: int, prefix: int) -> dict[str, int]:
+        """The arguments for windows of r x r of those patches."""
+        return {"patch_size": r * patch, "num_additional_image_tokens": prefix}
 
     def __call__(
         self,
@@ -211,12 +205,8 @@ class LlavaStfProcessor(CompactProcessor, LlavaProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **options, **kwargs)
 
     @staticmethod
-    def windows(processor: ProcessorMixin, r: int) -> dict[str, int]:
-        return {"spatial_merge_size": r}
-
-    @staticmethod
-    def sizes(config: PreTrainedConfig) -> dict[str, int]:
-        return {"patch_size": config.vision_config.patch_size, "spatial_merge_size": config.spatial_merge_size}
+    def sizes(patch: int, side: int, r: int, prefix: int) -> dict[str, int]:
+        return {"patch_size": patch, "spatial_merge_size": r}
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self._tokens(*image_inputs["pixel_values"][image_idx].shape[-2:])

@@ -190,7 +190,7 @@ class PrefillRunner:
         flat.index_copy_(0, image_rows(mask, len(features)), features)
 
     def _check(self, input_ids: Tensor, pixel_values: Tensor | None, mask: Tensor | None) -> None:
-        config, expected = self.model.config, [self.batch, self.seq_len]
+        config, expected = self.model.config, list(self._ids.shape)
         if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.long:
             got = getattr(input_ids, "dtype", type(input_ids).__name__)
             raise TypeError(f"input_ids: expected an int64 tensor of dtype torch.int64, got {got}")
@@ -204,10 +204,8 @@ class PrefillRunner:
             mask = input_ids[:, [0, -1]] != pad
         if mask is not None and not mask.all():
             rows = (mask == 0).any(1).nonzero().flatten().tolist()
-            raise ValueError(
-                f"input_ids: expected prompts without padding, which a PrefillRunner would attend to, got it in rows "
-                f"{rows}; make a runner for each length, or call the model"
-            )
+            what = f"expected prompts without padding, which would be attended to, got it in rows {rows}"
+            raise ValueError(f"input_ids: {what}; make a runner for each length, or call the model")
         if pixel_values is not None:
             check_pixels(config.vision_config, pixel_values)
         if input_ids.device.type == "cpu" and isinstance(self.model.model, CompactModel) and not self._tiled:

@@ -32,6 +32,7 @@ SHARED = {"num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 
 SHARED |= {"logging_steps": 1, "save_total_limit": 2, "train_sampling_strategy": "group_by_length"}
 ADAPTED = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 PER_LAYER = 8, 4  # values that backward needs per token and layer: of the hidden, of the intermediate width; about
+TILES = "image_grid_pinpoints"  # what the configuration of LLaVA-NeXT and LLaVA-OneVision has
 FREE_TO_CHANGE = ("output", "resume", "cache_features", "per_device_train_batch_size")  # of a run that goes on
 SETTINGS = ("learning_rate", "num_train_epochs", "max_steps", "seed", "lr_scheduler_type", "warmup_steps")
 
@@ -158,16 +159,11 @@ def load(args: argparse.Namespace) -> tuple["PreTrainedModel", "ProcessorMixin"]
         processor = family_of(model.config).processor.from_llava(processor, merge_size=model.config.spatial_merge_size)
     elif type(model) not in [family.generator for family in families()]:
         raise RunError(f"--model: expected a LLaVA or LLaVA-STF, got a {type(model).__name__}")
-    if tiled(model) and args.cache_features:
+    if args.cache_features and hasattr(model.config, TILES):
         raise RunError(f"--cache-features: expected LLaVA-1.5 or LLaVA-STF, got {type(model).__name__}")
     if args.from_random:
         from_random(model)
     return model, processor
-
-
-def tiled(model: "PreTrainedModel") -> bool:
-    """Whether the images of a model are cut into tiles: LLaVA-NeXT, LLaVA-OneVision."""
-    return hasattr(model.config, "image_grid_pinpoints")
 
 
 def from_random(model: "PreTrainedModel") -> None:
@@ -255,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 cache = FeatureCache(args.cache_features, model, processor)
             model.model.vision_tower.to(arguments.device)
         sizes = {"max_length": model.config.text_config.max_position_embeddings}
-        sizes["image_tokens"] = tile_tokens(model) if tiled(model) else model.config.image_seq_length
+        sizes["image_tokens"] = tile_tokens(model) if hasattr(model.config, TILES) else model.config.image_seq_length
         options = {"need_images": args.recipe == "pretrain", "skip_bad": args.skip_bad_records, "cache": cache}
         data = Conversations(args.data, args.images or args.data.parent, processor, **sizes, **options)
         if cache:

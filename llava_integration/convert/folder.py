@@ -106,10 +106,7 @@ def generation_settings(folders: Sequence[Path], text: PreTrainedConfig) -> dict
 
 @contextlib.contextmanager
 def whole_folder(dst: Path) -> Iterator[Path]:
-    """A new folder beside `dst` to write into; it becomes `dst` when the block ends, and vanishes when it fails.
-
-    What a killed run has left is named, and not touched: it may be that of a run at work.
-    """
+    """A new folder beside `dst` to write into; it becomes `dst` when the block ends, and vanishes when it fails."""
     for left in sorted(dst.parent.glob(f".{glob.escape(dst.name)}.*.partial")):
         _log.warning("convert: %s was left by another run; remove it unless that one is still at work", left)
     partial = dst.parent / f".{dst.name}.{uuid.uuid4().hex[:8]}.partial"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..core.register import Family, families
 from ..warm_start import from_llava
@@ -71,9 +71,8 @@ def convert_llava(
         made = f"multi_modal_projector.{name.split('.', 1)[1]}, warm start"
         entries[PROJECTOR + name] = Entry(made, tuple(tensor.shape), tensor.dtype, tensor.detach, "")
         report.tensors["created"].append(f"{PROJECTOR}{name} <- {made}")
-    r, (height, width) = stf.config.spatial_merge_size, stf.model.vision_grid
-    tokens = f"{height // r}x{width // r} tokens"
-    report.notes.append(f"windows of {r}x{r} patches: {tokens} for a grid of {height}x{width}")
+    r, (side, _) = stf.config.spatial_merge_size, stf.model.vision_grid
+    report.notes.append(f"windows of {r}x{r} patches: {side // r}x{side // r} tokens for a grid of {side}x{side}")
     generation = generation_settings([src], stf.config.text_config)
     return to.write(stf.config, entries, _processor(src, stf.config, report), generation, report)
 
@@ -127,13 +126,9 @@ def _processor(src: Path, config: PreTrainedConfig, report: Report) -> Processor
     settings = read_image_settings([src], report)
     content = read_json(src / "processor_config.json", missing_ok=True)
     token = content.get("image_token") or getattr(tokenizer, "image_token", None) or "<image>"
-    return make_processor(settings, tokenizer, config, _template(src, content, tokenizer), token)
-
-
-def _template(src: Path, content: dict, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The source's own chat template, from whichever file its age put it in."""
-    if (src / "chat_template.jinja").is_file():
-        return (src / "chat_template.jinja").read_text(encoding="utf-8")
-    if (src / "chat_template.json").is_file():
-        return read_json(src / "chat_template.json").get("chat_template")
-    return content.get("chat_template") or tokenizer.chat_template
+    if (file := src / "chat_template.jinja").is_file():  # the template's place depends on the folder's age
+        template = file.read_text(encoding="utf-8")
+    else:
+        template = read_json(src / "chat_template.json", missing_ok=True).get("chat_template")
+        template = template or content.get("chat_template") or tokenizer.chat_template
+    return make_processor(settings, tokenizer, config, template, token)

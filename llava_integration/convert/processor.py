@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedConfig, Proces
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from ..core.config import prefix_tokens, vision_grid
 from ..core.register import family_of
 from .checkpoint import read_json
 from .report import ConversionError, Report, blamed_on, passed_on
@@ -184,10 +185,13 @@ def make_processor(
     """The processor of a model of `config`; ConversionError when the tokenizer has no room for the image token."""
     # What generation needs; a trainer sets its own. Only what is among init_kwargs is saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    kind = family_of(config).processor
+    kind, vision = family_of(config).processor, config.vision_config
+    (side, _), r = vision_grid(vision), config.spatial_merge_size
+    options = kind.sizes(vision.patch_size, side, r, prefix_tokens(vision))
+    options |= {"chat_template": template, "image_token": image_token}
+    names = ("vision_feature_select_strategy", "vision_aspect_ratio")
+    options |= {name: getattr(config, name) for name in names if hasattr(config, name)}
     with passed_on():
-        options = kind.sizes(config) | {"chat_template": template, "image_token": image_token}
-        options["vision_feature_select_strategy"] = config.vision_feature_select_strategy
         processor = kind(image_processor(config, settings), tokenizer, **options)
     rows = config.text_config.vocab_size
     if processor.image_token_id != config.image_token_index or len(tokenizer) > rows:

@@ -50,10 +50,8 @@ def resolve_layers(layers: int | Sequence[int], num_layers: int, name: str = "vi
         raise ValueError(f"{name}: expected at least one layer, got {layers!r}")
     for layer in given:
         if not -num_layers - 1 <= layer <= num_layers:
-            raise ValueError(
-                f"{name}: expected layers from {-num_layers - 1} to {num_layers} for a vision tower of "
-                f"{num_layers} layers, got {layer} in {list(given)}"
-            )
+            known = f"layers from {-num_layers - 1} to {num_layers} for a vision tower of {num_layers} layers"
+            raise ValueError(f"{name}: expected {known}, got {layer} in {list(given)}")
     return [layer % (num_layers + 1) for layer in given]
 
 
@@ -69,9 +67,8 @@ def vision_grid(vision_config: PreTrainedConfig) -> tuple[int, int]:
     """Patches (H, W) of the tower's square image; ValueError for a tower whose images are not square."""
     image, patch = vision_config.image_size, vision_config.patch_size
     if type(image) is not int or type(patch) is not int or image < patch:
-        raise ValueError(
-            f"vision_config: expected a square grid of patches, got image_size {image}, patch_size {patch}"
-        )
+        got = f"image_size {image}, patch_size {patch}"
+        raise ValueError(f"vision_config: expected a square grid of patches, got {got}")
     return image // patch, image // patch
 
 
@@ -135,11 +132,9 @@ class CompactConfig:
     def _settle(self, tokens: int | None) -> None:
         found = settled(self)
         if tokens not in (None, found["image_seq_length"]):
-            side, _ = vision_grid(self.vision_config)
-            raise ValueError(
-                f"image_seq_length: expected {found['image_seq_length']} for a {side}x{side} grid and "
-                f"spatial_merge_size={self.spatial_merge_size}, got {tokens}; leave it out, it is derived"
-            )
+            (side, _), r = vision_grid(self.vision_config), self.spatial_merge_size
+            expected = f"{found['image_seq_length']} for a {side}x{side} grid and spatial_merge_size={r}"
+            raise ValueError(f"image_seq_length: expected {expected}, got {tokens}; leave it out, it is derived")
         vars(self).update(found)
 
     @classmethod
@@ -185,18 +180,15 @@ def settled(config: PreTrainedConfig) -> dict[str, Any]:
         raise ValueError(f"vision_feature_layer: expected one layer with use_mbtf=False, got {layers}")
     cls, strategy = ("a", "default") if prefix_tokens(vision) else ("no", "full")
     if config.vision_feature_select_strategy not in (None, strategy):
-        raise ValueError(
-            f"vision_feature_select_strategy: expected {strategy!r} for a {vision.model_type} tower, which has {cls} "
-            f"CLS token, got {config.vision_feature_select_strategy!r}"
-        )
+        expected = f"{strategy!r} for a {vision.model_type} tower, which has {cls} CLS token"
+        got = config.vision_feature_select_strategy
+        raise ValueError(f"vision_feature_select_strategy: expected {expected}, got {got!r}")
     (side, _), r = vision_grid(vision), config.spatial_merge_size
     if not 1 <= r <= side:
         raise ValueError(f"spatial_merge_size: expected 1 to {side} for a {side}x{side} grid, got {r}")
     if side % r and not config.spatial_merge_truncate:
-        raise ValueError(
-            f"spatial_merge_size: {r} does not divide the {side}x{side} grid of the vision tower; choose another or "
-            "set spatial_merge_truncate=True to drop the last rows and columns"
-        )
+        remedy = "choose another or set spatial_merge_truncate=True to drop the last rows and columns"
+        raise ValueError(f"spatial_merge_size: {r} does not divide the {side}x{side} grid of the tower; {remedy}")
     found: dict[str, Any] = {"vision_feature_layer": layers, "vision_feature_select_strategy": strategy}
     found |= {"image_seq_length": (side // r) ** 2}
     defaults = {"mbtf_hidden_size": 4 * vision.hidden_size, "stf_hidden_size": 4 * r**2 * vision.hidden_size}

@@ -14,10 +14,9 @@ def is_captured() -> bool:
 
 
 def image_rows(mask: Tensor, count: int) -> Tensor:
-    """The first `count` True positions of mask [B, S], row-major -> [count] int64, with no host-device synchronisation.
+    """The first `count` True positions of mask [B, S], row-major, then False ones -> [count] int64.
 
-    A stable descending sort has a fixed size where nonzero does not. With fewer than `count` True positions, False
-    ones follow.
+    A stable descending sort has a fixed size where nonzero does not: nothing waits for the device.
     """
     return mask.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:count]
 
@@ -29,12 +28,10 @@ def check_token_count(mask: Tensor, needed: int, image_token_id: int) -> None:
     found = mask.sum()
 
     def message() -> str:
-        return (
-            f"Image features and image tokens do not match, tokens: {int(found)}, features: {needed}. input_ids: found "
-            f"{int(found)} image tokens (id {image_token_id}; {mask.sum(-1).tolist()} in the rows), but {needed} are "
-            "needed for these images or frames; prepare prompts with the processor of this model, not with that of the "
-            "stock one"
-        )
+        begin = f"Image features and image tokens do not match, tokens: {int(found)}, features: {needed}"
+        counted = f"found {int(found)} image tokens (id {image_token_id}; {mask.sum(-1).tolist()} in the rows)"
+        remedy = "prepare prompts with the processor of this model, not with that of the stock one"
+        return f"{begin}. input_ids: {counted}, but {needed} are needed for these images or frames; {remedy}"
 
     torch_compilable_check(found == needed, message)
 

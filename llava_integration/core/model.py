@@ -142,10 +142,7 @@ class CompactModel(_Saved):
         return vision_grid(self.config.vision_config)
 
     def encode_blocks(self, pixel_values: Tensor, vision_feature_layer: Layers = None) -> list[Tensor]:
-        """pixel_values [N, 3, S, S] -> the tower's blocks, M x [N, prefix + H*W, C], on the projector's device.
-
-        Encoded chunk by chunk, and whole for the projector, which takes all images at once.
-        """
+        """pixel_values [N, 3, S, S] -> the tower's blocks, M x [N, prefix + H*W, C], on the projector's device."""
         tower, layers = self.vision_tower, self._layers(vision_feature_layer)
         parts = [tower_hidden_states(tower, part, layers) for part in image_chunks(tower, pixel_values)]
         blocks = parts[0] if len(parts) == 1 else [torch.cat(states) for states in zip(*parts, strict=True)]
@@ -281,10 +278,7 @@ class CompactModel(_Saved):
         return list(tokens)
 
     def placeholders(self, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor) -> Tensor:
-        """bool [B, S, 1], True at the tokens of "image" or "video"; ValueError unless as many as `features` [rows, D].
-
-        A prompt that is prefilled in chunks has parts of images in them.
-        """
+        """bool [B, S, 1], True at tokens of "image" or "video"; ValueError unless they are as many as `features`."""
         token = getattr(self.config, f"{kind}_token_id")
         if input_ids is not None:
             mask = input_ids == token
@@ -295,12 +289,10 @@ class CompactModel(_Saved):
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
     def check_prompt(self, input_ids: Tensor | None, pixel_values: Tensor, **options) -> None:
-        """ValueError unless ids on the CPU hold the image tokens that the images need, before anything runs.
-
-        Counting on a GPU would wait for it; there the same check comes with the insertion.
-        """
+        """ValueError unless ids on the CPU hold the image tokens that are needed; others are counted when inserted."""
         if isinstance(input_ids, Tensor) and input_ids.device.type == "cpu" and not is_captured():
-            self._check_count(input_ids, sum(self.image_token_counts(pixel_values, **options)))
+            needed, token = sum(self.image_token_counts(pixel_values, **options)), self.config.image_token_id
+            check_token_count(input_ids == token, needed, token)
 
     def image_token_counts(self, pixel_values: Tensor, **options) -> list[int]:
         """Tokens of every image; `options`: those of `feature_options`."""
@@ -320,15 +312,12 @@ class CompactModel(_Saved):
             return None
         return torch.tensor([False, True] * len(mask)).repeat_interleave(torch.tensor(found))
 
-    def _check_count(self, input_ids: Tensor, needed: int) -> None:
-        check_token_count(input_ids == self.config.image_token_id, needed, self.config.image_token_id)
-
     def _write_images(self, input_ids: Tensor, inputs_embeds: Tensor, pixel_values: Tensor, layers: Layers) -> Tensor:
         """The projector's last product writes its rows into inputs_embeds; returns a copy of those rows [rows, D]."""
-        count = len(pixel_values) * self.config.image_seq_length
+        count, token = len(pixel_values) * self.config.image_seq_length, self.config.image_token_id
         if input_ids.device.type != "cpu":
-            self._check_count(input_ids, count)
-        rows = image_rows(input_ids == self.config.image_token_id, count)
+            check_token_count(input_ids == token, count, token)
+        rows = image_rows(input_ids == token, count)
         flat = inputs_embeds.view(-1, inputs_embeds.shape[-1])
         self.multi_modal_projector(self.encode_blocks(pixel_values, layers), self.vision_grid, out=flat, rows=rows)
         return flat[rows]

@@ -130,10 +130,8 @@ def flat_tiles(config: PreTrainedConfig, pixel_values: Tensor, image_sizes, batc
     padded = pixel_values.ndim == 5
     fits = len(pixel_values) == (len(counts) if padded else sum(counts))
     if not fits or (padded and max(counts) > pixel_values.shape[1]):
-        raise ValueError(
-            f"pixel_values, image_sizes: expected {counts} tiles for images of these sizes, got pixel values of shape "
-            f"{list(pixel_values.shape)}; pass both as the processor made them"
-        )
+        what = f"expected {counts} tiles for images of these sizes, got shape {list(pixel_values.shape)}"
+        raise ValueError(f"pixel_values, image_sizes: {what}; pass both as the processor made them")
     if not padded:
         return pixel_values
     return torch.cat([tiles[:count] for tiles, count in zip(pixel_values, counts, strict=True)])

@@ -67,8 +67,7 @@ def _is_watched(module: nn.Module) -> bool:
 def image_chunks(tower: nn.Module, pixel_values: Tensor) -> tuple[Tensor, ...]:
     """pixel_values [N, 3, S, S] in the pieces that `tower` encodes fastest: whole, on a CPU image by image.
 
-    The activations of more images are paged in anew by every allocation on a CPU, and no cache holds them. A tower
-    whose weights are offloaded takes all images at once, to load them once.
+    There the activations of more images fit no cache. A tower that is offloaded takes all at once, to be loaded once.
     """
     on_cpu = next(tower.parameters()).device.type == "cpu"
     return pixel_values.split(1) if on_cpu and not is_captured() else (pixel_values,)
@@ -90,11 +89,7 @@ def check_pixels(vision: PreTrainedConfig, pixel_values: Tensor) -> None:
     if not isinstance(pixel_values, Tensor) or not torch.is_floating_point(pixel_values):
         kind = type(pixel_values)
         got = pixel_values.dtype if kind is Tensor else f"{kind.__module__}.{kind.__name__}".removeprefix("builtins.")
-        raise TypeError(
-            f"pixel_values: expected a floating-point tensor {shape}, got {got}; the model's processor makes one, "
-            "scaled and normalised, with return_tensors='pt'"
-        )
-    if pixel_values.ndim != 4 or list(pixel_values.shape[1:]) != expected:
-        raise ValueError(
-            f"pixel_values: expected {shape}, got {list(pixel_values.shape)}; prepare images with the model's processor"
-        )
+        remedy = "the model's processor makes one, scaled and normalised, with return_tensors='pt'"
+        raise TypeError(f"pixel_values: expected a floating-point tensor {shape}, got {got}; {remedy}")
+    if (given := list(pixel_values.shape))[1:] != expected or len(given) != 4:
+        raise ValueError(f"pixel_values: expected {shape}, got {given}; prepare images with the model's processor")

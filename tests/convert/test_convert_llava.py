@@ -91,14 +91,6 @@ def test_a_tied_head_as_the_stock_model_reads_it(tmp_path, dst, held):
     assert ("kept apart" in (dst / "conversion.json").read_text()) != tied
 
 
-def test_a_projector_of_another_width(tmp_path, dst):
-    """13B: the stock projector's hidden width sets stf_hidden_size."""
-    model = ck.make_stock(tmp_path / "llava", text={"hidden_size": 64})
-    converted = convert(tmp_path / "llava", dst)
-    assert converted.config.stf_hidden_size == 4 * 64
-    assert build.same_state(converted, ck.in_memory(model))
-
-
 def test_processor_comes_along(stock, dst):
     folder, _ = stock
     model = convert(folder, dst)

@@ -28,12 +28,6 @@ class TestNoValueIsRead:
             with pytest.raises((RuntimeError, NotImplementedError)):
                 read(on_meta[1][0, 0] == 1)
 
-    @pytest.mark.parametrize("grad", [False, True])
-    def test_image_features(self, on_meta, grad):
-        stf, _, pixels = on_meta
-        with torch.set_grad_enabled(grad):
-            assert stf.model.project_images(pixels).shape == (2, 4, 48)
-
     @pytest.mark.parametrize("kind", ["stf", "stock"])
     def test_prefill_runner(self, kind):
         model = getattr(build, kind)(torch.float32).to("meta")

@@ -53,25 +53,6 @@ def test_low_rank_adapters_on_the_projector():
     assert torch.allclose(build.run(adapted.merge_and_unload(), ids, pixels, mask).logits, plain, atol=1e-10)
 
 
-def test_offloaded_weights():
-    """accelerate leaves parameters on the meta device between calls."""
-    accelerate = pytest.importorskip("accelerate")
-    stf, (ids, mask), pixels = build.stf(), build.prompt([1, 2]), build.pixels(3)
-    expected = build.run(stf, ids, pixels, mask).logits
-    accelerate.cpu_offload(stf, execution_device="cpu")
-    assert next(stf.model.multi_modal_projector.parameters()).is_meta
-    assert torch.allclose(build.run(stf, ids, pixels, mask).logits, expected, atol=1e-10)
-
-
-def test_tower_and_projector_compile_without_a_graph_break():
-    stf = build.stf(torch.float32, vision=build.clip(num_hidden_layers=1), vision_feature_layer=[1, 0])
-    project = torch.compile(stf.model.project_images, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        for count in (1, 3):
-            pixels = build.pixels(count, torch.float32)
-            assert torch.allclose(project(pixels), stf.model.project_images(pixels), atol=1e-5)
-
-
 def test_the_whole_forward_compiles_to_two_graphs_without_a_break():
     """One for the first batch size, one for all others: no loop over chunks of images in the graph."""
     text, vision = build.llama(num_hidden_layers=1), build.clip(num_hidden_layers=1)
