@@ -45,9 +45,8 @@ HIDE = "import sys; sys.modules |= dict.fromkeys(('llava_integration', 'stf_kern
 
 def load(folder, *more, cache, installed=True, **options):
     script = LOAD if installed else HIDE + LOAD
-    result = python(
-        "-c", script, str(folder), json.dumps(options), *more, HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(cache)
-    )
+    words = ("-c", script, str(folder), json.dumps(options), *more)
+    result = python(*words, HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(cache))
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

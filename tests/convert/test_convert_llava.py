@@ -109,10 +109,7 @@ def test_processor_as_transformers_5_saves_it(tmp_path, dst, pad):
     ck.make_stock(src)
     tokenizer = AutoTokenizer.from_pretrained(src)
     (src / "chat_template.json").unlink()
-    side = {"height": build.PIXELS, "width": build.PIXELS}
-    images = LlavaImageProcessorPil(
-        size={"shortest_edge": build.PIXELS}, crop_size=side, image_mean=[0.1, 0.2, 0.3], do_pad=pad
-    )
+    images = LlavaImageProcessorPil(**build.square(), image_mean=[0.1, 0.2, 0.3], do_pad=pad)
     stock = LlavaProcessor(images, tokenizer, patch_size=build.PATCH, chat_template="{{ messages[0]['role'] }}")
     stock.save_pretrained(src)
     assert not (src / "preprocessor_config.json").exists()

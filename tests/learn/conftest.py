@@ -38,17 +38,9 @@ def write_data(folder, records):
 
 @pytest.fixture(scope="package")
 def processor():
-    side = {"height": build.PIXELS, "width": build.PIXELS}
-    images = CLIPImageProcessorPil(size={"shortest_edge": build.PIXELS}, crop_size=side)
+    images = CLIPImageProcessorPil(**build.square())
     tokenizer = build.tokenizer(extra_special_tokens={"image_token": "<image>"})
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=build.PATCH,
-        chat_template=TEMPLATE,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-    )
+    return LlavaProcessor(images, tokenizer, build.PATCH, "default", TEMPLATE, num_additional_image_tokens=1)
 
 
 @pytest.fixture(scope="package")

@@ -33,18 +33,10 @@ def questions(tmp_path):
     """A file of seven questions on three images."""
     for index in range(3):
         build.image(index).save(tmp_path / f"{index}.png")
-    words = [
-        "what",
-        "what is",
-        "what is in the picture",
-        "is a cat in the picture",
-        "what is a dog",
-        "is",
-        "a cat and a dog",
-    ]
-    lines = [
-        {"question_id": i, "image": f"{i % 3}.png", "text": text, "answer": ANSWERS[0]} for i, text in enumerate(words)
-    ]
+    asked = ["what", "what is", "what is in the picture", "is a cat in the picture", "what is a dog"]
+    asked += ["is", "a cat and a dog"]
+    lines = [{"image": f"{i % 3}.png", "text": text, "answer": ANSWERS[0]} for i, text in enumerate(asked)]
+    lines = [{"question_id": i, **line} for i, line in enumerate(lines)]
     lines[5]["kind"] = "short"
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return tmp_path / "questions.jsonl"

@@ -48,9 +48,8 @@ def vicuna(processor):
     special = ["<unk>", "<s>", "</s>", "<pad>", AddedToken("<image>", special=True, normalized=False)]
     made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False))
     options = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, extra_special_tokens={"image_token": "<image>"}, **options
-    )
+    options["extra_special_tokens"] = {"image_token": "<image>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **options)
     return LlavaProcessor(processor.image_processor, tokenizer, patch_size=build.PATCH, chat_template=VICUNA_V1)
 
 

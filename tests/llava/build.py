@@ -150,6 +150,11 @@ def image(seed=0, size=(80, 60)):
     return Image.fromarray(noise.to(torch.uint8).numpy())
 
 
+def square(side=PIXELS):
+    """What makes a CLIP image processor give images of side x side."""
+    return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+
+
 def tokenizer(words=SPECIAL + WORDS, **options):
     """Word by word; a word in angle brackets is special."""
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))

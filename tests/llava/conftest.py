@@ -20,8 +20,7 @@ def stf():
 
 @pytest.fixture
 def processor():
-    side = {"height": build.PIXELS, "width": build.PIXELS}
-    images = CLIPImageProcessorPil(size={"shortest_edge": build.PIXELS}, crop_size=side)
+    images = CLIPImageProcessorPil(**build.square())
     template = "{% for m in messages %}{{ m['role'] }} : {% for c in m['content'] %}"
     template += "{{ '<image> ' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}{% endfor %}"
     tokenizer = build.tokenizer(padding_side="left")

@@ -77,9 +77,7 @@ def test_pixels_and_encoded_images(stf):
         stf.model(input_ids=build.prompt([1])[0], pixel_values=pixels, mm_encoder_outputs=encoded)
 
 
-@pytest.mark.parametrize(
-    ("layers", "message"), [([5, 99, 1], "expected layers from -7 to 6"), ([5], "expected 3 layers")]
-)
+@pytest.mark.parametrize(("layers", "message"), [([5, 99, 1], "expected layers from"), ([5], "expected 3 layers")])
 def test_layers_that_somebody_changed_in_the_list(stf, layers, message):
     stf.config.vision_feature_layer[:] = layers
     with pytest.raises(ValueError, match=f"vision_feature_layer: {message}"):

@@ -169,13 +169,12 @@ def closed():
     return image
 
 
+DARK = Image.new("L", (4, 4))
 BROKEN = {
     "truncated": lambda: opened(file_of(Image.fromarray(PIXELS), "JPEG")[:-200]),
     "checksum": lambda: opened(broken_png()),
     "bomb": lambda: base64.b64encode(bomb()).decode(),
-    "animated": lambda: opened(
-        file_of(Image.new("L", (4, 4)), "GIF", save_all=True, append_images=[Image.new("L", (4, 4), 9)])
-    ),
+    "animated": lambda: opened(file_of(DARK, "GIF", save_all=True, append_images=[Image.new("L", (4, 4), 9)])),
     "file closed": closed,
     "gradient": lambda: torch.rand(3, 4, 4, requires_grad=True),
     "0..255 in floats": lambda: PIXELS.astype(np.float32),
@@ -217,7 +216,7 @@ def test_all_that_are_broken_are_named():
 def test_a_strip_costs_what_its_result_needs(size, monkeypatch):
     """And has the pixels that it has when it is resized whole. Not too much contrast: PIL cuts off what overshoots
     between its two passes, whose order depends on the size."""
-    clip = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    clip = CLIPImageProcessorPil(**build.square(56))
     strip = Image.fromarray(np.random.default_rng(1).integers(90, 170, (*size[::-1], 3), dtype=np.uint8))
     processor = li.LlavaStfProcessor(clip, build.tokenizer())
 

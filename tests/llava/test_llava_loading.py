@@ -73,9 +73,8 @@ class TestQuantised:
 
         stf = build.stf(torch.bfloat16)
         stf.save_pretrained(tmp_path)
-        loaded = AutoModelForImageTextToText.from_pretrained(
-            tmp_path, quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig())
-        )
+        config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=config)
         assert "Int8" in type(loaded.model.language_model.layers[0].self_attn.q_proj.weight).__name__
         self.check(stf, loaded, torch.nn.Linear)
 
@@ -137,9 +136,8 @@ class TestDeviceMap:
         stf.save_pretrained(tmp_path / "model")
         parts = ("vision_tower", "multi_modal_projector", "language_model")
         device_map = {f"model.{part}": "disk" if part == away else "cpu" for part in parts} | {"lm_head": "cpu"}
-        loaded = AutoModelForImageTextToText.from_pretrained(
-            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
-        )
+        options = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", **options)
         assert all(parameter.is_meta for parameter in getattr(loaded.model, away).parameters())
         assert torch.allclose(logits(loaded, torch.float32), logits(stf, torch.float32), atol=1e-5)
         inputs = model_inputs(torch.float32)

@@ -95,11 +95,15 @@ class TestGeometries:
         ids=str,
     )
     @pytest.mark.parametrize("tower", ["clip", "siglip"])
-    def test_runs_and_equals_the_reference(self, monkeypatch, tower, changes):
+    def test_runs_equals_the_reference_and_comes_back_from_its_folder(self, monkeypatch, tmp_path, tower, changes):
         vision = getattr(build, tower)(num_hidden_layers=6)
         stf = build.stf(vision=vision, **changes)
         per_image = stf.config.image_seq_length
         assert per_image == (4 // stf.config.spatial_merge_size) ** 2
         ids, mask = build.prompt([1, 2], per_image)
+        stf.save_pretrained(tmp_path)
+        loaded = build.load(tmp_path)
+        assert build.same_state(loaded, stf)
         expected = build.run(build.with_reference(stf, monkeypatch), ids, build.pixels(3), mask).logits
-        assert torch.allclose(build.run(stf, ids, build.pixels(3), mask).logits, expected, atol=1e-10)
+        for model in (stf, loaded):
+            assert torch.allclose(build.run(model, ids, build.pixels(3), mask).logits, expected, atol=1e-10)

@@ -18,18 +18,14 @@ def process(processor, text="<image> what is", **options):
     return (inputs["input_ids"] == processor.image_token_id).sum(1).tolist(), inputs
 
 
-def square(side):
-    return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-
-
 @pytest.mark.parametrize(
     ("images", "options", "expected"),
     [
-        (CLIPImageProcessorPil(**square(336)), {}, 144),  # the paper's model
-        (CLIPImageProcessorPil(**square(56)), {"spatial_merge_size": 1}, 16),
-        (CLIPImageProcessorPil(**square(56)), {}, 4),
-        (CLIPImageProcessorPil(**square(56)), {"spatial_merge_size": 3}, 1),
-        (CLIPImageProcessorPil(**square(56)), {"spatial_merge_size": 4}, 1),
+        (CLIPImageProcessorPil(**build.square(336)), {}, 144),  # the paper's model
+        (CLIPImageProcessorPil(**build.square(56)), {"spatial_merge_size": 1}, 16),
+        (CLIPImageProcessorPil(**build.square(56)), {}, 4),
+        (CLIPImageProcessorPil(**build.square(56)), {"spatial_merge_size": 3}, 1),
+        (CLIPImageProcessorPil(**build.square(56)), {"spatial_merge_size": 4}, 1),
         (SiglipImageProcessorPil(size={"height": 56, "width": 56}), {"vision_feature_select_strategy": "full"}, 4),
     ],
 )
@@ -199,8 +195,7 @@ class TestNoImages:
 
 
 def test_from_the_stock_processor(processor):
-    options = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    stock = LlavaProcessor(processor.image_processor, processor.tokenizer, patch_size=14, **options)
+    stock = LlavaProcessor(processor.image_processor, processor.tokenizer, 14, "default", num_additional_image_tokens=1)
     assert process(stock, images=build.image())[0] == [16]
     assert process(li.LlavaStfProcessor.from_llava(stock), images=build.image())[0] == [4]
     with pytest.raises(TypeError, match="processor: expected a LlavaProcessor, got NoneType"):
@@ -250,7 +245,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("pad", [False, True])
     def test_arrays_that_are_no_image(self, processor, pad):
-        processor.image_processor = LlavaImageProcessorPil(**square(56), do_pad=pad)
+        processor.image_processor = LlavaImageProcessorPil(**build.square(56), do_pad=pad)
         for shape in ((8, 8, 2), (0, 8, 3), (5,)):
             with pytest.raises(ValueError, match=r"^images: expected") as caught:
                 processor(images=torch.zeros(shape, dtype=torch.uint8).numpy(), text="<image>")
@@ -271,8 +266,8 @@ class TestBadInput:
             ({"tokenizer": None}, "tokenizer: expected one, got None"),
             ({"image_processor": None}, "image_processor: expected one, got None"),
             (
-                {"tokenizer": build.tokenizer(["<pad>", "<unk>", "<s>", "</s>"])},
-                r"tokenizer: expected one token for '<image>'.*add_tokens",
+                {"tokenizer": build.tokenizer(build.SPECIAL[:4])},
+                "tokenizer: expected one token for '<image>'.*add_tokens",
             ),
         ],
     )

@@ -33,28 +33,6 @@ def test_bit_for_bit_through_the_auto_classes(tmp_path, dtype):
     assert build.same_state(stf.model, base)
 
 
-@pytest.mark.parametrize(
-    ("tower", "changes"),
-    [
-        ("clip", {"spatial_merge_size": 1}),  # MBTF alone
-        ("clip", {"vision_feature_layer": [4], "use_mbtf": False}),  # STF alone
-        ("siglip", {"spatial_merge_size": 4, "vision_feature_layer": [-1, 0, 2, 2]}),
-        ("siglip", {"spatial_merge_size": 3, "spatial_merge_truncate": True}),
-        ("clip", {"multimodal_projector_bias": False, "projector_hidden_act": "silu", "stf_hidden_size": 24}),
-    ],
-    ids=str,
-)
-def test_every_geometry(tmp_path, tower, changes):
-    """The folder alone says what the model is: the weights bit for bit, the logits up to where the weights lie."""
-    stf = build.stf(vision=getattr(build, tower)(num_hidden_layers=5), **changes)
-    stf.save_pretrained(tmp_path)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert build.same_state(stf, loaded)
-    (ids, _), pixels = build.prompt([1, 1], stf.config.image_seq_length), build.pixels(2)
-    ours, theirs = (build.run(model, ids, pixels).logits for model in (stf, loaded))
-    assert torch.allclose(ours, theirs, rtol=0, atol=1e-13)  # BLAS sums by alignment
-
-
 @pytest.mark.parametrize("part", ["whole", "base"])
 def test_keys_are_the_modules_names(tmp_path, part):
     """A resumed Trainer loads them with strict=False: other names would be lost without a word."""
@@ -72,10 +50,8 @@ def test_the_stock_names_when_asked(stf, tmp_path):
 def test_old_llava_key_names_load(stf, tmp_path):
     stf.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-
-    save_file(
-        {build.oldest_name(name): tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"}
-    )
+    tensors = {build.oldest_name(name): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
     loaded = build.load(tmp_path)
     assert build.same_state(stf, loaded)
 
@@ -87,10 +63,7 @@ def test_old_llava_key_names_load(stf, tmp_path):
         ({"spatial_merge_size": 4}, r"size: expected windows of 4 tokens, .*stf\.linear_1\.weight .* got 16: 4; "),
         ({"mbtf_hidden_size": 7}, "mbtf_hidden_size: expected 128 units, .* got 7: 7; "),
         ({"stf_hidden_size": 7}, "stf_hidden_size: expected 512 units, .* got 7: 7; "),
-        (
-            {"use_mbtf": False, "vision_feature_layer": 5},
-            "use_mbtf, .*: expected a place for the stored .* use_mbtf=False",
-        ),
+        ({"use_mbtf": False, "vision_feature_layer": 5}, "use_mbtf, .*: expected a place for the stored .*=False"),
         ({"multimodal_projector_bias": False}, r"expected a place for the stored .*mbtf\.linear_1\.bias, got"),
     ],
     ids=str,

@@ -86,9 +86,8 @@ def test_a_video_in_a_prompt():
     stock, stf = both("onevision", dtype=torch.float32)
     processor = tiled.stf_processor(stock)
     frames = [build.image(seed, (70, 40)) for seed in range(3)]
-    inputs = processor(
-        text="a <unk> cat <image>", videos=[frames], images=build.image(4, (60, 100)), return_tensors="pt"
-    )
+    text, image = "a <unk> cat <image>", build.image(4, (60, 100))
+    inputs = processor(text=text, videos=[frames], images=image, return_tensors="pt")
     assert inputs["pixel_values_videos"].shape == (1, 3, 3, 130, 130)
     base = tiled.processor(stock).image_processor(frames[1], return_tensors="pt")["pixel_values"][0, 0]
     assert torch.equal(inputs["pixel_values_videos"][0, 1], base)
@@ -273,12 +272,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("family", "changes", "options", "match"),
         [
-            (
-                "onevision",
-                {"vision_feature_select_strategy": "default"},
-                {},
-                "model: expected .*select_strategy='full'",
-            ),
+            ("onevision", {"vision_feature_select_strategy": "default"}, {}, "model: .*select_strategy='full'"),
             ("next", {}, {"merge_size": 5}, "merge_size: expected a divisor of the 4x4 grid, got 5"),
             ("onevision", {}, {"merge_size": 2}, "merge_size: expected a divisor of the 9x9 grid, got 2"),
             ("onevision", {}, {"merge_size": 10, "truncate": True}, "merge_size: expected .* got 10"),

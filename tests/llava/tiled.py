@@ -67,7 +67,7 @@ def processor(model):
     square, tokenizer = {"height": side, "width": side}, build.tokenizer(padding_side="left")
     strategy = model.config.vision_feature_select_strategy
     if isinstance(model.config, LlavaConfig):
-        images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
+        images = CLIPImageProcessorPil(**build.square(side))
         return LlavaProcessor(images, tokenizer, vision.patch_size, strategy, num_additional_image_tokens=1)
     options = {"size": square, "crop_size": square, "image_grid_pinpoints": model.config.image_grid_pinpoints}
     if not isinstance(model.config, LlavaOnevisionConfig):  # LLaVA-NeXT and what packs like it
