@@ -2,9 +2,8 @@
 
     ids [B, S], pixels [N, 3, S', S'] -> tower loop -> projector -> inputs_embeds -> language model -> logits [B, vocab]
 
-During prefill attention reads the fresh keys and values, not the longer static buffers they are stored in, so the
-causal mask needs no tensor and the flash kernels apply, under capture too. Works for every family and, as its
-baseline, for the stock model.
+Attention reads the fresh keys and values, not the longer static buffers they are stored in, so the causal mask needs no
+tensor and the flash kernels apply. Works for every family and, as its baseline, for the stock model.
 """
 
 from typing import Any
@@ -63,8 +62,8 @@ class PrefillRunner:
 
     `runner(input_ids, pixel_values)` -> logits [B, vocab] of the last position, with image_sizes where images are cut
     into tiles. A graph is captured at the first call with each number of images N, or with their sizes; the newest 16
-    are kept. `.cache` is then a StaticCache of length S; the next call overwrites it. Token counts are checked for ids
-    on the CPU; ids on the GPU are trusted, because reading them would wait for the device.
+    are kept. `.cache` is then a StaticCache of length S; the next call overwrites it. Token counts of ids on the GPU
+    are trusted, because reading them would wait for it.
 
     Raises TypeError for another model and for ids or pixels of another type, ValueError for a shape that is not the
     runner's, for padding and for sliding-window layers.
@@ -86,7 +85,14 @@ class PrefillRunner:
             raise ValueError(f"model: expected all parameters on one device, got {sorted(devices)}")
         self.model, self.batch, self.seq_len, self.full_tower = model, batch, seq_len, full_tower
         self.device, self._tiled = model.device, hasattr(model.config, "image_grid_pinpoints")
-        self.cache = _static_cache(model, batch, seq_len + max_new_tokens)
+        text = model.config.text_config
+        self.cache = StaticCache(config=text, max_cache_len=seq_len + max_new_tokens)
+        if kinds := {type(layer) for layer in self.cache.layers} - {StaticLayer}:
+            raise ValueError(f"model: expected plain attention layers, got {sorted(kind.__name__ for kind in kinds)}")
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        dtype = model.get_input_embeddings().weight.dtype
+        self.cache.early_initialization(batch, heads, head_dim, dtype, model.device)  # buffers that exist already
         self._prefill_cache = Cache(layers=[_PrefillLayer(layer) for layer in self.cache.layers])
         self._ids = torch.zeros(batch, seq_len, dtype=torch.long, device=self.device)
         self._positions = torch.arange(seq_len, device=self.device).unsqueeze(0)
@@ -211,16 +217,3 @@ class PrefillRunner:
         if input_ids.device.type == "cpu" and isinstance(self.model.model, CompactModel) and not self._tiled:
             token, images = config.image_token_id, 0 if pixel_values is None else len(pixel_values)
             check_token_count(input_ids == token, images * config.image_seq_length, token)
-
-
-def _static_cache(model: PreTrainedModel, batch: int, length: int) -> StaticCache:
-    """A StaticCache whose buffers exist already, all layers plain."""
-    text = model.config.text_config
-    cache = StaticCache(config=text, max_cache_len=length)
-    kinds = {type(layer) for layer in cache.layers} - {StaticLayer}
-    if kinds:
-        raise ValueError(f"model: expected plain attention layers, got {sorted(kind.__name__ for kind in kinds)}")
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache.early_initialization(batch, heads, head_dim, model.get_input_embeddings().weight.dtype, model.device)
-    return cache

@@ -1,9 +1,7 @@
 """What a frozen vision tower says about each image, kept on disk: a step then reads M x T x C values and runs no tower.
 
-    DIR/cache.json                  tower, processor, layers: whose features these are
-    DIR/ab/abcdef....safetensors    {"blocks": [M, T, C]}, CLS included, of the image file with this SHA-256
-
-A tower is known by its configuration and weights, a processor by its settings, an image by its bytes.
+DIR/cache.json                  whose features these are: SHA-256 of tower and processor, layers
+DIR/ab/abcdef....safetensors    {"blocks": [M, T, C]}, CLS included, of the image file with this SHA-256
 """
 
 import contextlib

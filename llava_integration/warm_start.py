@@ -38,14 +38,12 @@ def from_llava(
 ) -> PreTrainedModel:
     """The STF model of a stock LLaVA, such that the tokens of every tile are avg_pool2d(stock tokens, merge_size).
 
-    LlavaForConditionalGeneration -> LlavaStfForConditionalGeneration, and so on for every family that is registered:
-    LlavaNext, LlavaOnevision, each with a CLIP or a SigLIP tower.
+    LlavaForConditionalGeneration -> LlavaStfForConditionalGeneration, and so on for every family that is registered.
 
     Args:
         model: a stock ForConditionalGeneration with one vision_feature_layer, whose select strategy drops the CLS token
             of its tower and nothing else; unchanged.
-        blocks: tower layers in concatenation order; must contain the one that `model` selects. Default:
-            `default_blocks`.
+        blocks: tower layers in concatenation order, with the one that `model` selects. Default: `default_blocks`.
         merge_size: side of the window that becomes one token. Default: the smallest from 2 that divides the tower's
             grid, 2 for 24x24 and 3 for 27x27; with `truncate`, 2.
         copy: copy tower and language model; otherwise both models share them.

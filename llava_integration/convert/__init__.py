@@ -3,16 +3,8 @@
     official    the released LLaVA-STF checkpoint -> a folder that from_pretrained reads
     llava       any LLaVA-1.5 folder of transformers -> a warm-started LLaVA-STF folder
 
-    official.py, llava.py    the two commands: which tensor goes where, what the configuration says
-    base.py                  official checkpoints that need another one: LoRA, a pretrained projector
-    checkpoint.py            reading weights; matching them with the tensors of the model
-    tower.py                 the vision tower: known names, local folders
-    processor.py             tokenizer, image processor, chat template
-    folder.py                writing everything, whole or not at all
-    auto_map.py              code for trust_remote_code=True
-    report.py                the error, the report, the model card
-
-Tensor by tensor, into safetensors of at most 2 GB, and nothing at DST until it is whole.
+Tensor by tensor, into safetensors of at most 2 GB, and nothing at DST until it is whole. official.py and llava.py say
+which tensor goes where; base, tower and processor find what else is needed, checkpoint reads, folder writes.
 """
 
 from typing import TYPE_CHECKING

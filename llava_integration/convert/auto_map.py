@@ -4,8 +4,8 @@
     llava_stf*.py        the package's model, configuration and processor, with the projector in plain torch
                          or, where STF_KERNELS_HUB names one, of a build on the kernels hub
 
-The loader holds subclasses, not names: transformers copies the file of a class that it loaded so when the model is
-saved again, with all that it imports relatively, and the copy has to be complete.
+The loader holds subclasses, not names: when such a model is saved again, transformers copies the file of its class
+with all that it imports relatively.
 """
 
 import inspect

@@ -86,11 +86,10 @@ def _check_added_tokens(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _tried(tokenizer: Tokenizer) -> Tokenizer:
-    """`tokenizer` such that the text behind an image starts as a text of its own, which LLaVA was trained on.
+    """`tokenizer` such that the text behind an image starts with a word boundary, which LLaVA was trained on.
 
-    LLaVA encodes the pieces between its images one by one, and a Llama tokenizer puts a word boundary before each. In
-    one pass it does so only with `legacy`, which LlamaTokenizer forgets when it is saved twice: so tokenizer.json
-    has to say it, which only the generic class reads whole.
+    A Llama tokenizer does so in one pass only with `legacy`, which LlamaTokenizer forgets when it is saved twice: so
+    tokenizer.json has to say it, which only the generic class reads whole.
     """
     if isinstance(tokenizer, LlamaTokenizer):
         backend = tokenizer.backend_tokenizer

@@ -1,7 +1,6 @@
 """The projector in plain torch, for converted folders that are loaded where stf_kernels is not installed.
 
-With STF_KERNELS_HUB=OWNER/NAME or OWNER/NAME@VERSION a build of stf_kernels on the kernels hub takes its place; without
-that variable nothing is looked for.
+Only with STF_KERNELS_HUB=OWNER/NAME or OWNER/NAME@VERSION a build of stf_kernels on the kernels hub takes its place.
 
     u = act(concat(blocks) W1^T + b1)      v = u W2^T + b2            mbtf     M x [B, T, C] -> [B, H*W, C]
     h = act(merge_rxr(v) W3^T + b3)        z = h W4^T + b4            stf      [B, H*W, C] -> [B, (H//r)*(W//r), D]

@@ -2,9 +2,8 @@
 
     hidden[0] = pre_layrnorm(embeddings(pixels)),   hidden[i] = layer_i(hidden[i - 1])      [N, prefix + H*W, C]
 
-Bit for bit what the tower returns as hidden_states, without transformers' own hooks: they hold a lock, so
-torch.compile(fullgraph=True) cannot trace them, and the tower runs every layer and a head besides. A tower that is
-watched or wrapped is called as the module it is.
+Bit for bit what the tower returns as hidden_states, without transformers' own hooks, whose lock torch.compile cannot
+trace, and without the layers and the head behind. A tower that is watched or wrapped is called as the module it is.
 """
 
 import itertools
