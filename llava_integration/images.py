@@ -14,7 +14,6 @@ With do_rescale=False arrays and tensors are the caller's own business and pass 
 import base64
 import binascii
 import io
-import math
 import os
 import urllib.request
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 
 LARGE = 2**20  # pixels: a strip that would become so many is cut to what the crop keeps before it is resized
-MARGIN = 4  # of its pixels on either side, or of the result's where that is smaller: more than a filter's reach
+MARGIN = 4  # of its pixels on either side, or of the result's where those are larger: more than a filter's reach
 REPORTED = 8  # broken images of one call
 
 
@@ -132,32 +131,25 @@ def _within(array: np.ndarray, most: int, remedy: str = "") -> np.ndarray:
 
 
 def _without_ends(image: Image.Image, processor: Any, options: dict[str, Any]) -> Image.Image:
-    """A strip, resized by its shorter edge, as far as the centre crop will keep it: 1 x 1000 pixels would become
-    336 x 336,000 first. What is left has its shorter edge right, so nothing resizes it again."""
+    """A strip as far as the centre crop will keep it: 1 x 1000 pixels would become 336 x 336,000 first.
+
+    As much goes at either end, in whole multiples of the shorter edge: what stays is resized and cropped as before.
+    """
 
     def option(name: str) -> Any:
         return options[name] if options.get(name) is not None else getattr(processor, name, None)
 
     size, crop = option("size"), option("crop_size")
-    short, long = sorted(image.size)
+    edge = size if isinstance(size, int) else dict(size or {}).get("shortest_edge")
     cropped = option("do_resize") and option("do_center_crop") and not hasattr(processor, "image_grid_pinpoints")
-    if not (cropped and size and crop):
-        return image
-    edge = dict(size).get("shortest_edge") if not isinstance(size, int) else size
-    whole = int((edge or 0) * long / short)  # the longer edge of the result, as transformers has it
-    if edge is None or edge * whole <= LARGE:
+    short, long = sorted(image.size)
+    if not (cropped and edge and crop) or edge * edge * long / short <= LARGE:
         return image
     kept = crop if isinstance(crop, int) else max(dict(crop).values())
-    scale = whole / long
-    spare = math.ceil(MARGIN * max(scale, 1.0))
-    first = (whole - kept) // 2 - spare
-    last = first + kept + 2 * spare  # whose centre crop begins spare pixels behind its edge, where the whole's does
-    if first < 0 or last > whole:
-        return image
+    needed = max(short, LARGE * short / edge**2, kept * short / edge + 2 * MARGIN * max(1, short / edge))
+    cut = int(max(0, long - needed) // (2 * short)) * short
     upright = image.size[0] == short
-    box = (0, first / scale, short, last / scale) if upright else (first / scale, 0, last / scale, short)
-    new = (edge, last - first) if upright else (last - first, edge)
-    return image.resize(new, Image.Resampling(option("resample") or Image.Resampling.BICUBIC), box=box)
+    return image.crop((0, cut, short, long - cut) if upright else (cut, 0, long - cut, short))
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
