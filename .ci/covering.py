@@ -35,7 +35,7 @@ from mutants import ROOT
 WORK = ROOT / ".work" / "mutation"
 TESTED = r"tests/((aot|configs|convert|interpreter|launch|operators|training)/test_\w+\.py|"
 TESTED += r"llava/test_(llava_warm_start|tiles_model)\.py|project/test_commands\.py)"
-SLOW = ("/test_attack.py", "/test_compile.py", "/test_distributed.py", "/test_long_runs.py")
+SLOW = ("/test_attack.py", "/test_compile.py", "/test_long_runs.py")
 PRELOADED = (
     "torch",
     "transformers.models.llava.modeling_llava",

@@ -92,7 +92,7 @@ class Source:
             case ast.Constant(value=float()):
                 kind = "activation" if "activations" in self.path else "constant"
                 yield kind, self.span(node), repr(node.value * 1.05 or 1.0)
-            case ast.Call():
+            case ast.Call() if self.text(node.func) not in ("min", "max", "tl.minimum", "tl.maximum"):
                 yield from self.swaps(node.args)
             case ast.Assign(targets=[ast.Name(id="__all__")]):
                 self.unordered.add(node.value)

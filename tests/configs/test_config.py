@@ -56,11 +56,30 @@ def test_the_models_tiles_fit_every_architecture(arch, itemsize):
         assert config.split_k == 1 or arch.startswith("sm_"), "AMD's barrier does not publish a part of a split K"
 
 
+@pytest.mark.parametrize(
+    ("arch", "itemsize", "config", "size", "price"),
+    [
+        ("sm_80", 2, GemmConfig(64, 128, 32, 8, 4, 4), (144, 4096, 4096), 61_554),
+        ("sm_80", 2, GemmConfig(128, 256, 32, 8, 8, 4), (144, 4096, 4096), 158_148),
+        ("sm_89", 2, GemmConfig(128, 64, 64, 8, 4, 3, 2), (144, 4096, 4096), 171_402),
+        ("sm_90", 2, GemmConfig(128, 128, 64, 8, 8, 3, 2), (576, 2048, 8192), 117_581),
+        ("sm_100", 2, GemmConfig(64, 256, 64, 8, 8, 4, 2), (144, 4096, 4096), 34_964),
+        ("sm_120", 2, GemmConfig(128, 64, 64, 8, 4, 3, 2), (144, 4096, 4096), 164_999),
+        ("gfx942", 2, GemmConfig(64, 128, 64, 8, 4, 2), (9216, 2048, 8192), 690_628),
+        ("gfx942", 4, GemmConfig(32, 64, 16, 8, 4, 2), (36864, 4096, 1024), 4_207_761),
+    ],
+)
+def test_prices_change_on_purpose_alone(arch, itemsize, config, size, price):
+    """The model's own numbers: with them changes what serves where nothing was measured."""
+    assert round(cycles(config, *size, itemsize, arch, ARCHITECTURES[arch].multiprocessors)) == price
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_what_a_search_with_time_tries(itemsize):
     """All of it is taken by a form, and holds 4 to 128 elements of its tile a thread."""
     found = list(every_tile("sm_90", itemsize))
     assert len(set(found)) == len(found)
+    assert {config.block_k for config in found} == ({32, 64, 128} if itemsize == 2 else {16, 32})
     for config in found:
         assert config.group_m == 8
         assert 4 <= config.rows * config.block_n / (32 * config.num_warps) <= 128

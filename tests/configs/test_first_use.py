@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -347,6 +348,14 @@ def test_the_variable_that_turns_it_off(monkeypatch):
     monkeypatch.setenv("STF_KERNELS_SELECT", "on")
     with pytest.raises(ValueError, match="STF_KERNELS_SELECT: expected 'first_use' or 'off', got 'on'"):
         selection.selects.__wrapped__()
+
+
+def test_tf32_is_for_cuda_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    assert selection.uses_tf32(torch.float32)
+    assert not selection.uses_tf32(torch.float16)
+    monkeypatch.setattr(torch.version, "hip", "6")
+    assert not selection.uses_tf32(torch.float32)
 
 
 def test_nothing_to_compute_selects_nothing(gpu):

@@ -50,6 +50,16 @@ def choose(m: int, n: int = 4096, k: int = 8192, *, stage="concat", dtype=torch.
     return configs.choose(CUDA, Gemm(stage, dtype, m, n, k, save_pre), **options)[0]
 
 
+def test_configurations_of_shipped_tables(use):
+    use(table(entry(), entry(SWAP_AB, stage="linear"), entry(TMA, dtype="float16"), entry(None, m_max=1536)))
+    assert tables.shipped_configs("sm_90", "bfloat16", wgrad=False) == [CONFIG, SWAP_AB]
+    assert (
+        tables.shipped_configs("sm_90", "bfloat16", wgrad=True)
+        == tables.shipped_configs("sm_80", "bfloat16", wgrad=False)
+        == []
+    )
+
+
 def test_an_entry_serves_the_rows_of_its_bucket(use):
     small, large = replace(CONFIG, num_stages=2), replace(CONFIG, num_stages=4)
     use(table(entry(large, m_max=1536), entry(small, m_max=768)))

@@ -9,7 +9,9 @@ import torch
 
 from llava_integration.convert import ConversionError, convert_official
 from llava_integration.convert.official import block_layers
+from llava_integration.convert.processor import settle_vocabulary
 from tests.convert import checkpoints as ck
+from tests.llava import build
 
 SHARD, INDEX = "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"
 EMBEDDINGS, UP = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
@@ -283,3 +285,12 @@ class TestBase:
 
     def test_base_with_a_whole_checkpoint(self, refused, src, dst):
         refused(r"^--base: SRC is a whole checkpoint", src, dst, base=src)
+
+
+def test_a_tokenizer_that_splits_the_image_token(monkeypatch):
+    """Without one the ids are those behind the last row."""
+    assert settle_vocabulary(None, 62) == (64, 62, 63)
+    tokenizer = build.tokenizer()
+    monkeypatch.setattr(tokenizer, "encode", lambda *_, **__: [7, 8])
+    with pytest.raises(ConversionError, match=r"tokenizer: expected <image> to be one token .* got \[7, 8\]"):
+        settle_vocabulary(tokenizer, 64)
