@@ -8,15 +8,27 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from stf_kernels.command import run
-
-__all__ = ["Progress", "bad_input", "model_folder", "number", "patient", "positive", "run", "table", "writable_file"]
+from stf_kernels import command
 
 
-def bad_input(command: str, message: str) -> int:
-    print(f"python -m {command}: error: {message}", file=sys.stderr)
-    return 2
+class BadInput(ValueError):
+    """What was given cannot be used; the message names the option or the file, and what would do."""
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """As stf_kernels.command.run; BadInput is a line on stderr and status 2."""
+
+    def guarded() -> int:
+        try:
+            return main()
+        except BadInput as error:
+            name = sys.modules["__main__"].__spec__.name.removesuffix(".__main__")
+            print(f"python -m {name}: error: {error}", file=sys.stderr)
+            return 2
+
+    command.run(guarded)
 
 
 def patient(seconds: float) -> float:

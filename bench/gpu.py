@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if not torch.cuda.is_available():
         without = "without one, `make test` and `make prefill` run here"
-        return command.bad_input(NAME, f"it needs a GPU: torch {torch.__version__} sees none; {without}")
+        raise command.BadInput(f"it needs a GPU: torch {torch.__version__} sees none; {without}")
     folder = Path(os.environ.get("OUT") or ROOT / "bench" / "results") / results.folder_name("cuda")
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("STF_KERNELS_CACHE", str(folder / "selection"))  # the times that decided what ran
@@ -163,7 +163,7 @@ def measured(name: str, folder: Path) -> tuple[bool, str]:
     status = run_limited([*PYTHON, f"bench.{name}", *arguments], seconds)
     try:
         rows = len(results.read(path)["rows"])
-    except results.ResultError as error:
+    except command.BadInput as error:
         return False, f"{error}; exit status {status}"
     how = {0: "", 1: ", see its output", None: ", stopped at the time limit"}.get(status, f", exit status {status}")
     return status == 0, f"{rows} rows{how}"

@@ -41,9 +41,12 @@ def cases(device: str) -> Iterator[tuple[str, bool, Pair]]:
     import reference
     import stf_kernels
 
+    from .kernels.problems import reference_projector
+
     blocks, grid = [torch.randn(1, 17, 16, device=device) for _ in range(8)], (4, 4)
     concat, merge = (torch.randn(16, width, device=device) for width in (128, 64))
-    ours, theirs = modules(8, 16, 16, device=device)
+    ours = stf_kernels.CompactTokenProjector(8, 16, 16, skip_tokens=1, device=device)
+    theirs = reference_projector(ours)
 
     def pair(call: Callable[[Any, Any], Any]) -> Pair:
         return lambda: call(stf_kernels, ours), lambda: call(reference, theirs)
@@ -53,17 +56,6 @@ def cases(device: str) -> Iterator[tuple[str, bool, Pair]]:
     yield "spatial_merge_linear", False, pair(lambda p, _: p.spatial_merge_linear(blocks[0], merge, grid=grid, **skip))
     yield "chain", False, pair(lambda _, projector: projector(blocks))
     yield "chain forward+backward", True, pair(lambda _, projector: projector(blocks).sum().backward())
-
-
-def modules(*sizes: int, device: str) -> tuple[Any, Any]:
-    """Our projector and the reference's, of the same parameters."""
-    import reference
-    import stf_kernels
-
-    packages = stf_kernels, reference
-    ours, theirs = (package.CompactTokenProjector(*sizes, skip_tokens=1, device=device) for package in packages)
-    theirs.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
-    return ours, theirs
 
 
 def row(what: str, turns: list[Pair]) -> dict[str, Any]:
@@ -172,11 +164,15 @@ def cpu_times() -> Iterator[dict[str, Any]]:
     """A row a batch, forward and training: gradients of the parameters, as the tower is frozen."""
     import torch
 
+    import stf_kernels
+
+    from .kernels.problems import reference_projector
     from .meters import MB, peak_bytes
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    pair = modules(*SIZES, device="cpu")
+    ours = stf_kernels.CompactTokenProjector(*SIZES, skip_tokens=1)
+    pair = ours, reference_projector(ours)
 
     def seconds(projector: Any) -> tuple[float, float]:
         """Of the wall's clock and of the processor's, of one call."""

@@ -30,10 +30,14 @@ LOGITS = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 4e-2, torch.
 
 
 class Stopwatch:
-    """Named boundaries of one run. Of one that is met again, as tile after tile meets the tower, the first counts."""
+    """Named boundaries of one run, which begins on an idle device.
+
+    Of one that is met again, as tile after tile meets the tower, the first counts.
+    """
 
     def __init__(self, device: str) -> None:
         self.on_gpu, self.marks = device.startswith("cuda"), {}
+        synchronize(device)
 
     def mark(self, name: str, _: object = None) -> None:
         if name not in self.marks:
@@ -48,6 +52,15 @@ class Stopwatch:
             return 1e3 * (second - first)
         torch.cuda.synchronize()
         return first.elapsed_time(second)
+
+
+def milliseconds(call: Callable[[], Any], device: str) -> float:
+    """Of one call."""
+    watch = Stopwatch(device)
+    watch.mark("start")
+    call()
+    watch.mark("end")
+    return watch.between("start", "end")
 
 
 def synchronize(device: str) -> None:

@@ -14,13 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .command import BadInput
+
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
 KINDS = ("host", "kernels", "prefill", "quality", "serving", "tests")
-
-
-class ResultError(ValueError):
-    """A result file that cannot be used; the message names the file and the field."""
 
 
 def first_line(error: BaseException) -> str:
@@ -33,7 +31,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
     json.dumps(result, allow_nan=False)  # a NaN that reaches a table is a bug here, not in the reader
     previous, whole = path.with_suffix(".previous.json"), result.get("complete")
-    with contextlib.suppress(ResultError):  # nothing there that is worth to be kept
+    with contextlib.suppress(BadInput):  # nothing there that is worth to be kept
         if not whole and read(path)["complete"]:
             os.replace(path, previous)
     write_json(path, result)
@@ -46,20 +44,20 @@ def read(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # refuses NaN
     except OSError as error:
-        raise ResultError(f"{path}: cannot be read ({error.strerror})") from None
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # also of integers with thousands of digits
-        raise ResultError(f"{path}: not JSON, perhaps cut short ({error}); measure again") from None
+        raise BadInput(f"{path}: not JSON, perhaps cut short ({error}); measure again") from None
     check(result, str(path))
     return result
 
 
 def check(result: Any, name: str) -> None:
-    """Raise ResultError unless `result` has the fields and types of its kind."""
+    """Raise BadInput unless `result` has the fields and types of its kind."""
     kind = result.get("kind") if isinstance(result, dict) else None
     if kind not in KINDS:
-        raise ResultError(f"{name}: kind: expected one of {list(KINDS)}, got {kind!r}")
+        raise BadInput(f"{name}: kind: expected one of {list(KINDS)}, got {kind!r}")
     if result.get("schema") != SCHEMA:
-        raise ResultError(f"{name}: schema: expected {SCHEMA}, got {result.get('schema')!r}; measure again")
+        raise BadInput(f"{name}: schema: expected {SCHEMA}, got {result.get('schema')!r}; measure again")
     if not find_spec("jsonschema"):  # on a machine that only measures
         return
     from jsonschema import Draft202012Validator
@@ -69,7 +67,7 @@ def check(result: Any, name: str) -> None:
     errors = Draft202012Validator({"$ref": f"#/$defs/{kind}", "$defs": shapes}).iter_errors(result)
     if error := best_match(errors):
         place = error.json_path.removeprefix("$").removeprefix(".")
-        raise ResultError(f"{name}: {place}: {error.message[:200]}")
+        raise BadInput(f"{name}: {place}: {error.message[:200]}")
 
 
 def commit() -> str:

@@ -30,16 +30,12 @@ class Ceilings:
     def seconds(self, work: Work) -> float:
         return max(work.flops / self.flops, work.bytes / self.bandwidth)
 
-    def raised(self, other: "Ceilings") -> "Ceilings":
-        """The higher of two measurements of one device: whatever else runs there only lowers them."""
-        return Ceilings(max(self.flops, other.flops), max(self.bandwidth, other.bandwidth), self.source)
-
 
 def measure_ceilings(device: str, dtype: Any = None, *, side: int | None = None) -> Ceilings:
     """The best of six products of `side` and of six copies."""
     import torch
 
-    from .meters import Stopwatch
+    from .meters import milliseconds
 
     gpu = device.startswith("cuda")
     dtype, side = dtype or (torch.bfloat16 if gpu else torch.float32), side or (8192 if gpu else 1536)
@@ -47,13 +43,7 @@ def measure_ceilings(device: str, dtype: Any = None, *, side: int | None = None)
     source = torch.randn((1 << 28) if gpu else (1 << 24), device=device)
     target, best = torch.empty_like(source), []
     for call in (lambda: a @ b, lambda: target.copy_(source)):
-        taken = []
-        for _ in range(8):
-            watch = Stopwatch(device)
-            watch.mark("start")
-            call()
-            watch.mark("end")
-            taken.append(watch.between("start", "end") / 1e3)
-        best.append(min(taken[2:]))
+        taken = [milliseconds(call, device) for _ in range(8)]
+        best.append(min(taken[2:]) / 1e3)
     name = str(dtype).removeprefix("torch.")
     return Ceilings(2 * side**3 / best[0], 2 * source.nbytes / best[1], f"measured in this run, {name}")

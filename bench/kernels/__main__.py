@@ -12,7 +12,6 @@ from .. import command
 
 STAGES = ("chain", "concat", "linear_merge", "linear", "linear_scatter")
 BATCHES, DTYPES = [1, 8, 2, 32, 4, 64, 16], ("bfloat16", "float16", "float32")  # in this order
-NAME = "bench.kernels"
 TRAINING = "forward+backward"
 
 
@@ -34,7 +33,7 @@ class Step(NamedTuple):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Time the projector on a GPU.")
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description="Time the projector on a GPU.")
     parser.add_argument("--batch", type=command.positive(int), nargs="+", default=BATCHES, metavar="N")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES[:2])
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     if not torch.cuda.is_available() and not args.small:
-        return command.bad_input(NAME, "no GPU here (--small tries the program)")
+        raise command.BadInput("no GPU here (--small tries the program)")
     from .. import results
     from .run import Run
     from .table import report

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import stf_kernels
 
@@ -62,6 +62,18 @@ def merge(x: Tensor, sizes: Sizes) -> Tensor:
 def flat(found: Tensor | tuple[Tensor, ...]) -> Tensor:
     """An output as it is, gradients in one row."""
     return found if isinstance(found, Tensor) else torch.cat([gradient.flatten() for gradient in found])
+
+
+def reference_projector(fused: nn.Module) -> nn.Module:
+    """reference.CompactTokenProjector on the very parameters of `fused` (no copy)."""
+    import reference
+
+    mbtf, stf = fused.mbtf, fused.stf
+    widths = {"mbtf_hidden_dim": mbtf.linear_1.out_features, "stf_hidden_dim": stf.linear_1.out_features}
+    options = {"skip_tokens": fused.skip_tokens, "merge_size": stf.merge_size, "device": "meta"}
+    module = reference.CompactTokenProjector(fused.num_blocks, fused.dim, fused.out_dim, **widths, **options)
+    module.load_state_dict(dict(fused.named_parameters()), assign=True)
+    return module.train(fused.training)
 
 
 class Operands:

@@ -20,7 +20,7 @@ from stf_kernels.ops.first_use import Flush, in_turns
 
 from .. import results, roofline
 from ..command import Progress
-from ..meters import MB, Stopwatch, peak_bytes, relative_error, synchronize
+from ..meters import MB, milliseconds, peak_bytes, relative_error
 from ..results import first_line
 from ..stats import spread_percent
 from .problems import LLAVA, PRODUCTS, SMALL, Operands, flat, merge
@@ -39,11 +39,10 @@ class Run:
             "sizes": "small" if small else "llava-1.5-7b",
             "ceilings": asdict(self.ceilings),
             "rows": [],
-            "not_measured": [],
         }
 
     def measure(self) -> None:
-        left, notes = self.result["not_measured"], self.result["notes"]
+        notes = self.result["notes"]
         with Progress(len(self.steps)) as bar:
             for step in self.steps:
                 bar.step(str(step))
@@ -51,13 +50,12 @@ class Run:
                     with torch.set_grad_enabled(step.trains):
                         self.take(step)
                 except TimeoutError as late:
-                    left.append(str(late))
+                    notes.append(f"out of time: {late} and what follows are not measured; --budget SECONDS raises it")
+                    break
                 except torch.OutOfMemoryError:
                     notes.append(f"does not fit into memory: {step}")
                 if self.device == "cuda":
                     torch.cuda.empty_cache()
-        if left:
-            notes.append(f"out of time: {len(left)} not measured, first: {left[0]}; --budget SECONDS raises it")
         self.result["complete"] = not notes
         results.check(self.result, str(self.path))
         results.write(self.path, self.result)
@@ -88,7 +86,7 @@ class Run:
         for name, provider in of_stage(step.stage, slow=step.slow, trains=trains, gpu=self.device == "cuda").items():
             # Kernels are compiled at their first call: one provider may take many times what the next one does.
             if time.monotonic() > self.until:
-                raise TimeoutError(f"{step}: {name} and what follows")
+                raise TimeoutError(f"{step}: {name}")
             merged = name.startswith("stf") and step.stage == "linear_merge"
             bound = allowed + provider.extra_error * (2 if step.stage == "chain" else 1)
             row = {**place, "provider": name, "failed": None, "rel_error": None, "allowed_error": bound}
@@ -143,11 +141,6 @@ def time_call(call: Callable[[], Any], device: str, flush: Flush) -> dict[str, A
             samples = samples[5:]  # the first ones warm up
             times |= {"us": median(samples), "samples": samples, "spread_percent": spread_percent(samples)}
     for _ in range(50 if gpu else 10):
-        watch = Stopwatch(device)
         flush()
-        synchronize(device)
-        watch.mark("start")
-        call()
-        watch.mark("end")
-        eager.append(1e3 * watch.between("start", "end"))
+        eager.append(1e3 * milliseconds(call, device))
     return {**times, "us_eager": median(eager)}

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import command
-from .presets import FAMILIES, CheckpointError, points, preset, preset_of
+from .presets import FAMILIES, points, preset, preset_of
 
 PHOTOGRAPH = Path(__file__).parent.parent / "assets" / "raccoon.jpg"
-FLAGS = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages for torch's CPU tensors; see METHOD.md
-NAME = "bench.prefill"
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # for torch's CPU tensors; see METHOD.md
 
 
 def photograph(text: str) -> Any:
@@ -33,7 +32,9 @@ def photograph(text: str) -> Any:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="LLaVA-1.5 against LLaVA-STF, by stages.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.prefill", description="LLaVA-1.5 against LLaVA-STF, by stages."
+    )
     add, many = parser.add_argument, {"type": command.positive(int), "nargs": "+", "metavar": "N"}
     presets = {name: list(family["presets"]) for name, family in FAMILIES.items()}
     add("--preset", choices=presets["llava-1.5"], help="default: 7b with a GPU, else cpu: 2 of its layers; tiny: a toy")
@@ -46,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", type=command.writable_file, metavar="FILE", help="default: into .work/results/, with a page")
     add("--full", action="store_true", help="every row and column, and on a GPU all modes")
     add("--modes", nargs="+", choices=("eager", "graph", "compile"), help="default: eager; on a GPU also graph")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, but for the preset cpu")
     add("--rounds", type=command.positive(int), metavar="N", help="exactly N rounds instead of as many as fit")
     add("--budget", type=command.positive(float), metavar="SECONDS", help="no round begins that would end later")
     args = parser.parse_args(argv)
@@ -62,8 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     args = parse(argv)
-    for name, value in FLAGS.items():
-        os.environ.setdefault(name, value)  # torch reads them when it is imported
+    os.environ.setdefault(HUGE_PAGES, "1")  # torch reads it when it is imported
     print("importing torch and transformers", file=sys.stderr)
     import torch
 
@@ -71,23 +71,20 @@ def main(argv: list[str] | None = None) -> int:
 
     has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:
-        return command.bad_input(NAME, "--device: 'cuda' was asked for and torch sees no GPU; use --device cpu")
+        raise command.BadInput("--device: 'cuda' was asked for and torch sees no GPU; use --device cpu")
     default = "7b" if has_gpu and args.device != "cpu" else "cpu"
-    try:
-        size = args.image.size[::-1]
-        args.preset = preset_of(args.model) if args.model else preset(args.preset or default, args.family, size)
-        device = args.device if args.device != "auto" else "cuda" if has_gpu and args.preset.name != "cpu" else "cpu"
-        if "graph" in (args.modes or ()) and device == "cpu":
-            return command.bad_input(NAME, "--modes: 'graph' needs a GPU; on a CPU use eager or compile")
-        item, wanted = 2 if device == "cuda" else 4, points(args, args.preset)
-        need, smallest = min((args.preset.activation_bytes(point, item), point) for point in wanted)
-        if short := shortage(need + args.preset.weight_bytes(item), device):
-            what = f"{'--model' if args.model else '--preset'}: {args.preset.name!r} at batch {smallest.batch}"
-            advice = f"does not fit on {device}, {short}; use a smaller preset or a larger device"
-            return command.bad_input(NAME, f"{what} {advice}")
-        return measure(args, device, began)
-    except CheckpointError as error:
-        return command.bad_input(NAME, f"--model: {error}")
+    size = args.image.size[::-1]
+    args.preset = preset_of(args.model) if args.model else preset(args.preset or default, args.family, size)
+    device = args.device or ("cuda" if has_gpu and args.preset.name != "cpu" else "cpu")
+    if "graph" in (args.modes or ()) and device == "cpu":
+        raise command.BadInput("--modes: 'graph' needs a GPU; on a CPU use eager or compile")
+    item, wanted = 2 if device == "cuda" else 4, points(args, args.preset)
+    need, smallest = min((args.preset.activation_bytes(point, item), point) for point in wanted)
+    if short := shortage(need + args.preset.weight_bytes(item), device):
+        what = f"{'--model' if args.model else '--preset'}: {args.preset.name!r} at batch {smallest.batch}"
+        advice = f"does not fit on {device}, {short}; use a smaller preset or a larger device"
+        raise command.BadInput(f"{what} {advice}")
+    return measure(args, device, began)
 
 
 def measure(args: argparse.Namespace, device: str, began: float) -> int:
@@ -102,19 +99,16 @@ def measure(args: argparse.Namespace, device: str, began: float) -> int:
     patience = 420.0 if gpu else 600.0 if "compile" in args.modes else 300.0 if args.full or args.preset.size else 100.0
     name = "prefill" if args.family == "llava-1.5" else f"prefill-{args.family}"
     path = args.json or results.results_folder(device) / f"{'tiny' if args.preset.name == 'tiny' else name}.json"
-    run = Run(args, device, began + (args.budget or patience), path, {name: os.environ.get(name) for name in FLAGS})
+    run = Run(args, device, began + (args.budget or patience), path, {HUGE_PAGES: os.environ.get(HUGE_PAGES)})
     run.measure()
-    written, note, result = [path], None, run.result
+    print(f"\n{report(run.result, full=args.full)}\n\n{path}   ({time.monotonic() - began:.0f} s)")
     if args.json is None:
         from ..report.page import write_report
 
-        page, note = write_report([path], path.parent)
-        written.append(page)
-    print("\n".join(filter(None, ("", report(result, full=args.full), note))))
-    print(f"\n{'  '.join(map(str, written))}   ({time.monotonic() - began:.0f} s)")
+        print(*filter(None, write_report([path], path.parent)), sep="\n")
     # torch.compile is a mode where it works.
-    broken = any(BROKEN in (row["failed"] or "") and row["mode"] != "compile" for row in result["rows"])
-    return int(bool(result["refused"]) or broken)
+    broken = any(BROKEN in (row["failed"] or "") and row["mode"] != "compile" for row in run.result["rows"])
+    return int(bool(run.result["refused"]) or broken)
 
 
 if __name__ == "__main__":

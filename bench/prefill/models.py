@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from llava_integration.core.tower import tower_hidden_states
 from llava_integration.llava_stf import LlavaStfModel
 
+from ..command import BadInput
+from ..kernels.problems import reference_projector
 from ..results import first_line
-from .presets import CheckpointError, Point, Preset
+from .presets import Point, Preset
 
 STD = 0.02
 SKIP = "llava-1.5-skip"
@@ -62,7 +64,7 @@ def load_stock(folder: Path, *, device: str, dtype: torch.dtype) -> nn.Module:
     try:
         model = LlavaForConditionalGeneration.from_pretrained(folder, **options)
     except Exception as error:  # a file cut short, a tensor of another shape: each has an exception of its own
-        raise CheckpointError(f"{str(folder)!r} cannot be loaded: {first_line(error)}") from error
+        raise BadInput(f"--model: {str(folder)!r} cannot be loaded: {first_line(error)}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -90,18 +92,6 @@ class AsStock(LlavaStfModel):
 
     def _writes_in_place(self, inputs_embeds: Tensor) -> bool:
         return False
-
-
-def reference_projector(fused: nn.Module) -> nn.Module:
-    """reference.CompactTokenProjector on the very parameters of `fused` (no copy)."""
-    import reference
-
-    mbtf, stf = fused.mbtf, fused.stf
-    widths = {"mbtf_hidden_dim": mbtf.linear_1.out_features, "stf_hidden_dim": stf.linear_1.out_features}
-    options = {"skip_tokens": fused.skip_tokens, "merge_size": stf.merge_size, "device": "meta"}
-    module = reference.CompactTokenProjector(fused.num_blocks, fused.dim, fused.out_dim, **widths, **options)
-    module.load_state_dict(dict(fused.named_parameters()), assign=True)
-    return module.eval().requires_grad_(False)
 
 
 class Pool(nn.Module):

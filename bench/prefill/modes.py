@@ -14,7 +14,6 @@ forward on its projector takes the plain insertion path, and the stopwatch would
 
 import contextlib
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
@@ -23,7 +22,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ..meters import MB, Stopwatch, peak_bytes, synchronize
+from ..meters import MB, Stopwatch, peak_bytes
 from ..stats import spread_percent
 from .models import SKIP, Row
 from .presets import Point
@@ -108,7 +107,7 @@ class Eager:
         # Of the first run. features: image tokens as the language model gets them, in their places.
         self.logits: Tensor | None = None
         self.features: Tensor | None = None
-        self.warm_up_s, self.kv_bytes, self.peak = None, 0, 0
+        self.kv_bytes, self.peak = 0, 0
 
     @property
     def ready(self) -> bool:
@@ -116,11 +115,10 @@ class Eager:
 
     def warm_up(self, inputs: dict[str, Tensor]) -> None:
         """The first run is watched for memory and for its outputs; two more follow on a GPU."""
-        start, self.inputs = time.monotonic(), inputs
+        self.inputs = inputs
         self.logits = self.first_run()
         for _ in range(2 if self.device == "cuda" else 0):
             self.run()
-        self.warm_up_s = time.monotonic() - start
 
     def first_run(self) -> Tensor:
         with watched(self.model, self.keep):
@@ -139,7 +137,6 @@ class Eager:
     def run(self) -> dict[str, float | None]:
         """One timed prefill."""
         watch = Stopwatch(self.device)
-        synchronize(self.device)
         with watched(self.model, watch.mark):
             first_token(self.model, self.inputs, watch.mark)
         return stage_times(watch)
@@ -163,7 +160,6 @@ class Eager:
             "peak_mb": (weights + self.peak) / MB if measured else None,
             "weights_mb": weights / MB,
             "kv_mb": self.kv_bytes / MB if measured else None,
-            "warm_up_s": self.warm_up_s,
             "failed": self.failed,
             "samples": samples,
         }
@@ -184,7 +180,6 @@ class Compiled(Eager):
 
     def run(self) -> dict[str, float | None]:
         watch = Stopwatch(self.device)
-        synchronize(self.device)
         first_token(self.compiled, self.inputs, watch.mark)
         return {**dict.fromkeys(STAGES), "total_ms": watch.between("start", "end")}
 
@@ -222,7 +217,6 @@ class Captured(Eager):
 
     def run(self) -> dict[str, float | None]:
         watch = Stopwatch(self.device)
-        synchronize(self.device)
         watch.mark("start")
         logits = self._call()
         watch.mark("first_token")

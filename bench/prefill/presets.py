@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..command import BadInput
 from ..results import first_line
 
 BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)  # LLaVA-STF's, of a tower of 24 layers, deepest first
@@ -106,10 +107,6 @@ class Preset(NamedTuple):
         return 2 * item * tokens * (text.num_hidden_layers * self.attention_widths[1] + widest)
 
 
-class CheckpointError(ValueError):
-    """A folder that is no checkpoint of LLaVA-1.5, or half of one."""
-
-
 def preset(name: str, family: str = "llava-1.5", size: tuple[int, int] | None = None, **text_options: int) -> Preset:
     """`size`: (height, width) of the photograph."""
     from transformers import AutoConfig
@@ -142,7 +139,7 @@ def preset_of(folder: Path) -> Preset:
             raise ValueError(f"{expected}, got {layer}, {strategy!r} and {found.grid}x{found.grid} patches")
         return found
     except Exception as error:
-        raise CheckpointError(f"the config.json of {str(folder)!r} cannot be used: {first_line(error)}") from error
+        raise BadInput(f"--model: the config.json of {str(folder)!r} cannot be used: {first_line(error)}") from error
 
 
 def points(args: argparse.Namespace, preset: Preset) -> list[Point]:

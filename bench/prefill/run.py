@@ -17,6 +17,7 @@ import stf_kernels
 
 from .. import meters, results
 from ..command import Progress
+from ..kernels.problems import reference_projector
 from ..results import first_line
 from ..roofline import measure_ceilings
 from . import models
@@ -120,7 +121,7 @@ class Run:
         # From here on dense random weights: the warm start's zeros could run faster than a trained projector.
         models.randomise(fused, 1)
         if self.preset.size:
-            blocks, plain = fresh.encode_blocks(pixels), models.reference_projector(fused)
+            blocks, plain = fresh.encode_blocks(pixels), reference_projector(fused)
             pairs["fused against reference"] = [module(blocks, fresh.vision_grid) for module in (fused, plain)]
         self.result["checks"] += [meters.compare(name, *pair, meters.FEATURES) for name, pair in pairs.items()]
 
@@ -167,8 +168,6 @@ class Run:
             shift = taken % len(running)
             for cell in running[shift:] + running[:shift]:
                 cell.samples.append(cell.run())
-            if not self.gpu:  # others use a CPU too, and a ceiling is what it does when they do not
-                self.ceilings = self.ceilings.raised(measure_ceilings(self.device, self.dtype))
             self.publish()
             longest = max(longest, time.monotonic() - start)
         if self.gpu:  # right behind the work: before it, a GPU idles at a clock of its own

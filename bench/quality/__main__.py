@@ -50,12 +50,10 @@ def main(argv: list[str] | None = None) -> int:
 
         from . import study
     except ImportError as error:
-        return command.bad_input(NAME, f"{error.name} is missing; install it: pip install '.[quality]'")
+        raise command.BadInput(f"{error.name} is missing; install it: pip install '.[quality]'") from None
     transformers.logging.set_verbosity_error()
     try:
         return run(args, study)
-    except study.StudyError as error:
-        return command.bad_input(NAME, str(error))
     except OSError as error:
         print(f"python -m {NAME}: error: {error}; what is finished is in {args.work}", file=sys.stderr)
         return 1
@@ -68,8 +66,8 @@ def score_checkpoint(args: argparse.Namespace) -> int:
     images = args.images or args.questions.parent
     try:
         found = score.checkpoint(args.checkpoint, args.questions, images, answers, args.batch, args.tokens)
-    except (score.QuestionError, OSError) as error:
-        return command.bad_input(NAME, str(error).splitlines()[0])
+    except OSError as error:
+        raise command.BadInput(str(error).splitlines()[0]) from None
     rows = []
     for kind, exact in found["exact"].items():
         rows.append({"kind": kind, "exact match %": f"{100 * exact:.1f}"})

@@ -15,12 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..command import BadInput
+
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 LEFT_OUT = ("a", "an", "the")
-
-
-class QuestionError(ValueError):
-    """A question that cannot be asked; the message names file and line."""
 
 
 def plain(answer: str) -> str:
@@ -39,12 +37,12 @@ def grade(said: str, answers: Sequence[str]) -> tuple[float, float]:
 
 
 def read(file: Path, images: Path) -> list[dict[str, Any]]:
-    """The questions; QuestionError names the line of one without text, image or answer."""
+    """The questions; BadInput names the line of one without text, image or answer."""
     questions = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise QuestionError(f"{file}: cannot be read ({error})") from None
+        raise BadInput(f"{file}: cannot be read ({error})") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -54,11 +52,11 @@ def read(file: Path, images: Path) -> list[dict[str, Any]]:
             answers = entry["answers"] if "answers" in entry else [entry["answer"]]
             text, image = entry["text"], images / entry["image"]
         except (ValueError, TypeError, KeyError) as error:
-            raise QuestionError(f"{where}: expected JSON with image, text and answer ({error})") from None
+            raise BadInput(f"{where}: expected JSON with image, text and answer ({error})") from None
         if not answers or not all(isinstance(said, str) for said in (text, *answers)):
-            raise QuestionError(f"{where}: image, text, answer: expected strings, got {[text, *answers]!r}")
+            raise BadInput(f"{where}: image, text, answer: expected strings, got {[text, *answers]!r}")
         if not image.is_file():
-            raise QuestionError(f"{where}: image: {image} does not exist")
+            raise BadInput(f"{where}: image: {image} does not exist")
         known = {"id": entry.get("question_id", number), "kind": entry.get("kind") or entry.get("category") or "all"}
         questions.append({"text": text, "image": image, "answers": answers, "where": where, **known})
     return questions
@@ -88,7 +86,7 @@ def ask(model: Any, processor: Any, questions: Sequence[dict[str, Any]], tokens:
         try:
             images.append(open_image(question["image"]))
         except DataError as error:
-            raise QuestionError(f"{question['where']}: {error}") from None
+            raise BadInput(f"{question['where']}: {error}") from None
     processor.tokenizer.padding_side = "left"
     inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt").to(model.device)
     with torch.inference_mode():

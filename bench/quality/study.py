@@ -34,6 +34,7 @@ from llava_integration.train_cache import FeatureCache, open_image
 from llava_integration.train_data import Conversations
 from stf_kernels.configs.tables import write_json
 
+from ..command import BadInput
 from . import score
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
@@ -64,10 +65,6 @@ class Budget(NamedTuple):
 
 
 SMOKE = Budget(600, 600, 300, 100, 350, 16, 1500, 500, 6000, 60)
-
-
-class StudyError(ValueError):
-    """A folder that holds another study."""
 
 
 class Row(NamedTuple):
@@ -164,7 +161,7 @@ class Study:
     def __init__(self, folder: Path, budget: Budget) -> None:
         self.folder, self.budget, settings = folder, budget, folder / "budget.json"
         if settings.exists() and json.loads(settings.read_text()) != budget._asdict():
-            raise StudyError(f"--work: {folder} holds a study of another budget; give another folder, or delete it")
+            raise BadInput(f"--work: {folder} holds a study of another budget; give another folder, or delete it")
         write_json(settings, budget._asdict())
         sizes = budget.boards, budget.easy, budget.scenes, budget.test_boards
         self.data = self.part("data", lambda out: data.make(out, *sizes))

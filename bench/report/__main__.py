@@ -4,25 +4,19 @@ import argparse
 from pathlib import Path
 
 from .. import command
-from ..results import ResultError
-
-NAME = "bench.report"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="A page from result files.")
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="A page from result files.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="prefill.json, kernels.json, tests.json")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: beside the first FILE")
     args = parser.parse_args(argv)
     from .page import write_report
 
     try:
-        path, note = write_report(args.files, args.out or args.files[0].parent)
-        print("\n".join(filter(None, (note, str(path)))))
-    except ResultError as error:
-        return command.bad_input(NAME, str(error))
+        print(*filter(None, write_report(args.files, args.out or args.files[0].parent)), sep="\n")
     except (FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError) as error:
-        return command.bad_input(NAME, f"--out: {error}")
+        raise command.BadInput(f"--out: {error}") from None
     return 0
 
 

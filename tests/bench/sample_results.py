@@ -8,7 +8,7 @@ def prefill_row(model, projector, batch, samples):
     total = sorted(samples)[len(samples) // 2]
     times = {**dict.fromkeys(STAGES, total / 5), "total_ms": total}
     row = {"model": model, "projector": projector, "batch": batch, **PLACE, **times, "image_tokens": 144, "rounds": 4}
-    row |= {"projector_share": 0.2, "spread_percent": 4.0, "peak_mb": 10.0, "kv_mb": 1.0, "warm_up_s": 1.0}
+    row |= {"projector_share": 0.2, "spread_percent": 4.0, "peak_mb": 10.0, "kv_mb": 1.0}
     return row | {"failed": None, "floor_ratio": dict.fromkeys(times, 1.7), "samples": {"total_ms": samples}}
 
 

@@ -37,7 +37,6 @@ def test_a_product_moves_each_operand_once_and_the_slower_of_two_ceilings_counts
     work = linear(2, 3, 5, 2)
     assert (work.flops, work.bytes) == (60.0, 2 * (6 + 15 + 10))
     assert Ceilings(60.0, 31.0, "").seconds(work) == 2.0
-    assert Ceilings(2.0, 30.0, "a").raised(Ceilings(3.0, 20.0, "b")) == Ceilings(3.0, 30.0, "a")
 
 
 @pytest.mark.parametrize(

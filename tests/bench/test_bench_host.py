@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import host, results
+from bench.command import BadInput
 from tests.launch import recording_driver
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it would run there")
@@ -65,5 +66,5 @@ def test_both_tables_and_their_file(monkeypatch, tmp_path, capsys):
         assert row["peak_mb"] <= row["reference_peak_mb"]
     result["cpu"][0].pop("peak_mb")
     (tmp_path / "host.json").write_text(json.dumps(result))
-    with pytest.raises(results.ResultError, match="peak_mb"):
+    with pytest.raises(BadInput, match="peak_mb"):
         results.read(tmp_path / "host.json")

@@ -6,9 +6,11 @@ import re
 import pytest
 from sample_results import kernels_result, prefill_result
 
+from bench.command import BadInput
 from bench.report import page
 from bench.report.__main__ import main
 from bench.results import write
+from tests.support.processes import python
 
 
 @pytest.fixture
@@ -82,8 +84,14 @@ def test_an_incomplete_or_refused_run_is_marked(tmp_path):
     assert not re.search(r"\d\.\d\dx", text)
 
 
-def test_files_that_cannot_be_read_are_refused(files, tmp_path, capsys):
+def test_files_that_cannot_be_read_are_refused(files, tmp_path):
     (tmp_path / "cut.json").write_text(files[0].read_text()[:100])
     for arguments, named in (([tmp_path / "cut.json"], "cut.json"), ([files[0], "--out", files[1]], "--out")):
-        assert main([*map(str, arguments)]) == 2
-        assert named in capsys.readouterr().err
+        with pytest.raises(BadInput, match=named):
+            main([*map(str, arguments)])
+
+
+def test_bad_input_is_a_line_and_status_2():
+    done = python("-m", "bench.report", "/nowhere.json")
+    said = "python -m bench.report: error: /nowhere.json: cannot be read (No such file or directory)\n"
+    assert (done.returncode, done.stderr) == (2, said)

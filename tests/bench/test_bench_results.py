@@ -6,7 +6,8 @@ import json
 import pytest
 from sample_results import kernels_result, prefill_result
 
-from bench.results import ResultError, check, read, write
+from bench.command import BadInput
+from bench.results import check, read, write
 
 BROKEN = [
     (prefill_result, lambda r: r["rows"][0].pop("insert_ms"), r"file: rows\[0\]: 'insert_ms' is a required property"),
@@ -23,7 +24,7 @@ def test_what_the_page_and_the_chart_read_is_checked_before_them_by_field(make, 
     result = copy.deepcopy(make())
     check(result, "file")
     change(result)
-    with pytest.raises(ResultError, match=message):
+    with pytest.raises(BadInput, match=message):
         check(result, "file")
 
 
@@ -50,7 +51,7 @@ def test_a_file_cut_short_is_named(tmp_path):
     text = json.dumps(kernels_result())
     for foreign in (text[:-20], text.replace("300.0", "NaN"), "[" * 100_000, "1" * 10_000, "\x00"):
         path.write_text(foreign)
-        with pytest.raises(ResultError, match=r"kernels\.json: not JSON, perhaps cut short"):
+        with pytest.raises(BadInput, match=r"kernels\.json: not JSON, perhaps cut short"):
             read(path)
-    with pytest.raises(ResultError, match=r"absent\.json: cannot be read"):
+    with pytest.raises(BadInput, match=r"absent\.json: cannot be read"):
         read(tmp_path / "absent.json")

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 import bench.quality.__main__ as command
+from bench.command import BadInput
 from bench.quality import score
 from bench.results import read
 from tests.learn.conftest import ANSWERS
@@ -81,10 +82,10 @@ class TestCheckpoint:
             ('{"image": "0.png", "text"', "line 8: expected JSON"),
         ],
     )
-    def test_a_question_is_named_by_its_line(self, questions, stf_folder, capsys, line, message):
+    def test_a_question_is_named_by_its_line(self, questions, stf_folder, line, message):
         questions.write_text(questions.read_text() + "\n" + line)
-        assert self.run(stf_folder, questions)[0] == 2
-        assert re.search(message, capsys.readouterr().err)
+        with pytest.raises(BadInput, match=message):
+            self.run(stf_folder, questions)
 
 
 class TestStudy:
@@ -160,8 +161,8 @@ class TestStudy:
         assert (tmp_path / "quality.png").stat().st_size > 10000
         assert "STF + MBTF" in capsys.readouterr().out
         monkeypatch.setattr(study, "SMOKE", study.Budget(3))
-        assert command.main(arguments) == 2
-        assert "holds a study of another budget" in capsys.readouterr().err
+        with pytest.raises(BadInput, match="holds a study of another budget"):
+            command.main(arguments)
         monkeypatch.setattr(study, "SMOKE", study.Budget(2, 2, 2, 1, 1, 4, 12, 8, 20, 20))
         monkeypatch.setattr(command, "CHANCE", 2.0)
         assert command.main(arguments) == 1
