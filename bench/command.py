@@ -1,12 +1,13 @@
 """What the commands share: values checked before torch is imported, progress, tables."""
 
 import argparse
+import contextlib
 import io
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -69,29 +70,25 @@ def model_folder(text: str) -> Path:
     return Path(text)
 
 
-class Progress:
-    """On stderr: rich's bar in a terminal, a line per step elsewhere. Drawn between measurements, by no thread."""
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """On stderr: rich's bar in a terminal, a line per step elsewhere. Drawn between measurements, by no thread.
 
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
+    What it gives says what begins: one of `total`.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
 
-        console = Console(stderr=True)
-        self.bar = Progress(console=console, auto_refresh=False, disable=not console.is_terminal)
-        self.task, self.start = self.bar.add_task("", total=total), time.monotonic()
+    console, start = Console(stderr=True), time.monotonic()
+    with Progress(console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
 
-    def __enter__(self) -> "Progress":
-        self.bar.start()
-        return self
+        def step(text: str) -> None:
+            if bar.disable:
+                print(f"[{time.monotonic() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
+            bar.update(task, advance=1, description=text, refresh=True)
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def step(self, text: str) -> None:
-        """Say what begins: one of `total`."""
-        if self.bar.disable:
-            print(f"[{time.monotonic() - self.start:4.0f} s] {text}", file=sys.stderr, flush=True)
-        self.bar.update(self.task, advance=1, description=text, refresh=True)
+        yield step
 
 
 def table(rows: Sequence[dict[str, str]], columns: Sequence[str] | None = None, *, left: int = 1) -> str:

@@ -33,7 +33,6 @@ from .command import number, patient
 from .prefill.__main__ import PHOTOGRAPH
 from .prefill.presets import preset
 
-NAME = "bench.serving"
 MODELS = ("llava-1.5", "llava-stf")
 TEXT = "the this that is are in on of sky tower light cloud day night red blue white near far up"
 WORDS = TEXT.split()
@@ -44,7 +43,6 @@ TEMPLATE = (
 # title of the column, its digits, what is better of LLaVA-STF's
 COLUMNS = {
     "ttft_ms": ("first token ms", 0, "First token sooner"),
-    "ttft_p90_ms": ("p90 ms", 0, "its p90 sooner"),
     "requests_per_s": ("requests/s", 2, "requests per second"),
 }
 OPTIONS = ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", "--limit-mm-per-prompt", '{"image": 1}']
@@ -55,7 +53,7 @@ SETTINGS = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="LLaVA-1.5 against LLaVA-STF in vLLM.")
+    parser = argparse.ArgumentParser(prog="python -m bench.serving", description="LLaVA-1.5 against LLaVA-STF in vLLM.")
     add, count = parser.add_argument, {"type": command.positive(int), "metavar": "N"}
     add("--preset", choices=("13b", "7b", "cpu", "small"), help="random weights; default: 7b with a GPU, else small")
     add("--model", type=command.model_folder, metavar="FOLDER", help="a LLaVA-1.5 checkpoint, together with --stf")
@@ -76,22 +74,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def make_folders(name: str, where: Path) -> list[Path]:
     """Configuration and processor of both models, of one tokenizer; vLLM makes the weights (--load-format dummy)."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
-
+    from examples.tiny_llava import make_processor
     from llava_integration import LlavaStfConfig, LlavaStfProcessor
 
     config = preset(name).config
     vision, text, token = config.vision_config, config.text_config, config.image_token_id
-    words = ["<unk>", "<s>", "</s>", *WORDS, *(f"w{i}" for i in range(3 + len(WORDS), text.vocab_size))]
+    words = ["<pad>", "<unk>", "<s>", "</s>", *WORDS]
+    words += [f"w{i}" for i in range(len(words), text.vocab_size)]
     words[token] = "<image>"
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens(["<unk>", "<s>", "</s>", "<image>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    side = vision.image_size
-    images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    stock = LlavaProcessor(images, tokenizer, vision.patch_size, "default", TEMPLATE, num_additional_image_tokens=1)
+    stock = make_processor(words, vision.image_size, vision.patch_size)
+    stock.chat_template = TEMPLATE
     stf = LlavaStfConfig(vision_config=vision, text_config=text, image_token_id=token)
     pairs = (config, stock, "Llava"), (stf, LlavaStfProcessor.from_llava(stock), "LlavaStf")
     for model, (described, processor, kind) in zip(MODELS, pairs, strict=True):
@@ -189,20 +181,19 @@ def serve(folder: Path, *options: str, log: Path, patience: float = 300) -> Iter
 
 def rows_of(rounds: list[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A row for each model, and how many times better the second one is, round by round."""
-    from .stats import low_high, paired_ratio
+    from .stats import paired_ratio
 
     rows = []
     for model, own in zip(MODELS, zip(*rounds, strict=True), strict=True):
         samples = {
             "ttft_ms": [median(found["ttft_ms"]) for found in own],
-            "ttft_p90_ms": [low_high(found["ttft_ms"])[1] for found in own],
             "requests_per_s": [found["requests_per_s"] for found in own],
         }
         row = {"model": model, "prompt_tokens": own[0]["prompt_tokens"], "rounds": len(own)}
         rows.append(row | {name: median(values) for name, values in samples.items()} | {"samples": samples})
     one, other = (row["samples"] for row in rows)
-    ratios = {name: paired_ratio(one[name], other[name]) for name in ("ttft_ms", "ttft_p90_ms")}
-    return rows, ratios | {"requests_per_s": paired_ratio(other["requests_per_s"], one["requests_per_s"])}
+    rate = paired_ratio(other["requests_per_s"], one["requests_per_s"])
+    return rows, {"ttft_ms": paired_ratio(one["ttft_ms"], other["ttft_ms"]), "requests_per_s": rate}
 
 
 def cells(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -232,7 +223,6 @@ def report(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the servers end with this process
     import torch
     import vllm
     from openai import OpenAIError
@@ -254,14 +244,14 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stf-serving-")))
             folders = [args.model, args.stf] if args.model else make_folders(name, work)
-            progress = stack.enter_context(command.Progress(2 + args.rounds))
+            begin = stack.enter_context(command.progress(2 + args.rounds))
             starting = [serve(folder, *options, log=log) for folder, log in zip(folders, logs, strict=True)]
-            progress.step("starting both servers")
+            begin("starting both servers")
             # On a GPU one by one: each measures how much memory is free.
             with ThreadPoolExecutor(1 if device == "cuda" else 2) as pool:
                 urls = list(pool.map(stack.enter_context, starting))
             for index in range(1 + args.rounds):
-                progress.step(f"round {index} of {args.rounds}" if index else "warming up")
+                begin(f"round {index} of {args.rounds}" if index else "warming up")
                 sent, found = prompts(index, args.requests if index else args.concurrency, args.words), {}
                 for model, url in list(zip(MODELS, urls, strict=True))[:: 1 if index % 2 else -1]:
                     found[model] = asyncio.run(send(url, sent, args.concurrency, args.new_tokens))
@@ -270,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
                     result["rows"], result["ratios"] = rows_of(rounds)
                     results.write(path, result | {"complete": index == args.rounds})
     except (ServerError, OpenAIError) as error:
-        print(f"python -m {NAME}: error: {error} (what the servers wrote: {logs[0]}, {logs[1]})", file=sys.stderr)
+        print(f"error: {error} (what the servers wrote: {logs[0]}, {logs[1]})", file=sys.stderr)
         return 1
     print(f"{report(result)}\n\n{path}")
     return 0

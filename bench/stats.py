@@ -4,7 +4,9 @@ No mean: one descheduled run would move it, and nobody could see that it did.
 """
 
 from collections.abc import Sequence
-from statistics import median, quantiles
+from statistics import median
+
+import numpy
 
 # Fewer rounds are judged nowhere: of two equal rows even four call one beyond the noise one time in six.
 ENOUGH_ROUNDS = 4
@@ -12,10 +14,8 @@ ENOUGH_ROUNDS = 4
 
 def low_high(samples: Sequence[float]) -> tuple[float, float]:
     """p10 and p90."""
-    if len(samples) == 1:
-        return samples[0], samples[0]
-    tenths = quantiles(samples, n=10, method="inclusive")
-    return tenths[0], tenths[-1]
+    low, high = numpy.percentile(samples, (10, 90))
+    return float(low), float(high)
 
 
 def spread_percent(samples: Sequence[float]) -> float:

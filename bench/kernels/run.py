@@ -19,7 +19,7 @@ import stf_kernels
 from stf_kernels.ops.first_use import Flush, in_turns
 
 from .. import results, roofline
-from ..command import Progress
+from ..command import progress
 from ..meters import MB, milliseconds, peak_bytes, relative_error
 from ..results import first_line
 from ..stats import spread_percent
@@ -43,9 +43,9 @@ class Run:
 
     def measure(self) -> None:
         notes = self.result["notes"]
-        with Progress(len(self.steps)) as bar:
+        with progress(len(self.steps)) as begin:
             for step in self.steps:
-                bar.step(str(step))
+                begin(str(step))
                 try:
                     with torch.set_grad_enabled(step.trains):
                         self.take(step)

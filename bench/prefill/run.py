@@ -16,7 +16,7 @@ import torch
 import stf_kernels
 
 from .. import meters, results
-from ..command import Progress
+from ..command import progress
 from ..kernels.problems import reference_projector
 from ..results import first_line
 from ..roofline import measure_ceilings
@@ -85,8 +85,8 @@ class Run:
 
     def measure(self) -> None:
         rows, complete = 5 if self.args.full else 2 if self.preset.size else 3, True
-        with Progress(2 + len(self.plan) * (rows + self.most)) as self.bar, torch.no_grad():
-            self.bar.step("measuring the ceilings of this device")
+        with progress(2 + len(self.plan) * (rows + self.most)) as self.begin, torch.no_grad():
+            self.begin("measuring the ceilings of this device")
             self.ceilings = measure_ceilings(self.device, self.dtype)
             self.build()
             for index, (mode, point) in enumerate(self.plan):
@@ -108,7 +108,7 @@ class Run:
     def build(self) -> None:
         """The rows, after a check of the exact warm start against the stock model's pooled image features."""
         args, factory = self.args, {"device": self.device, "dtype": self.dtype}
-        self.bar.step(f"building {self.preset.family} ({self.preset.name}), weights: {self.result['weights']}")
+        self.begin(f"building {self.preset.family} ({self.preset.name}), weights: {self.result['weights']}")
         stock = models.load_stock(args.model, **factory) if args.model else models.build_stock(self.preset, **factory)
         self.rows = models.build_rows(stock, self.preset, full=args.full)
         pixels, fresh = self.process(args.image, 1).to(**factory), self.rows[-1].module.model
@@ -136,7 +136,7 @@ class Run:
         short = None if self.gpu else meters.shortage(self.preset.activation_bytes(point, 4), self.device)
         cells = [MODES[mode](row, point, self.device) for row in self.rows]
         for cell in cells:
-            self.bar.step(f"{mode}, {point}: warm-up of {cell.row.name}")
+            self.begin(f"{mode}, {point}: warm-up of {cell.row.name}")
             try:
                 if short:
                     raise MemoryError(short)
@@ -164,7 +164,7 @@ class Run:
                 planned = f"{taken} rounds fitted into the time budget, {self.most} were planned"
                 self.result["notes"].append(f"{where}: {planned}; --budget SECONDS or --rounds N takes more")
                 break
-            self.bar.step(f"{where}: round {taken + 1} of {self.most}")
+            self.begin(f"{where}: round {taken + 1} of {self.most}")
             shift = taken % len(running)
             for cell in running[shift:] + running[:shift]:
                 cell.samples.append(cell.run())

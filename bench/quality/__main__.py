@@ -8,20 +8,18 @@ The result file is written anew after every row. Exit codes: 0, 1 failed, 2 bad 
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from .. import command
 
-NAME = "bench.quality"
 WORK = Path(__file__).resolve().parents[2] / ".work" / "quality"
 SMOKE_ROWS = (("all tokens", "stage one"), ("average pooling", "untrained"), ("STF", "warm"))
 CHANCE = 0.1 + 0.2  # of ten digits, and well above it
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description="Answers against vision tokens.")
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description="Answers against vision tokens.")
     add, count = parser.add_argument, {"type": command.positive(int), "metavar": "N"}
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     add("--smoke", action="store_true", help="one small seed of three rows, under five minutes on two cores")
@@ -52,11 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         raise command.BadInput(f"{error.name} is missing; install it: pip install '.[quality]'") from None
     transformers.logging.set_verbosity_error()
-    try:
-        return run(args, study)
-    except OSError as error:
-        print(f"python -m {NAME}: error: {error}; what is finished is in {args.work}", file=sys.stderr)
-        return 1
+    return run(args, study)
 
 
 def score_checkpoint(args: argparse.Namespace) -> int:
@@ -88,10 +82,10 @@ def run(args: argparse.Namespace, study: Any) -> int:
     made = study.Study(args.work, study.SMOKE if args.smoke else study.Budget())
     path, found = args.json or args.work / "quality.json", {row: [] for row in wanted}
     result = results.describe("quality", "cpu") | {"seeds": [], "rows": [], "budget": made.budget._asdict()}
-    with command.Progress(len(seeds) * len(wanted)) as progress:
+    with command.progress(len(seeds) * len(wanted)) as begin:
         for seed in seeds:
             for row in wanted:
-                progress.step(f"seed {seed}: {row.model}, {row.start}")
+                begin(f"seed {seed}: {row.model}, {row.start}")
                 torch.manual_seed(seed)
                 if row.trained or not found[row]:
                     found[row].append(made.row(row, seed))

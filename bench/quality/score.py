@@ -39,11 +39,7 @@ def grade(said: str, answers: Sequence[str]) -> tuple[float, float]:
 def read(file: Path, images: Path) -> list[dict[str, Any]]:
     """The questions; BadInput names the line of one without text, image or answer."""
     questions = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{file}: line {number}"
