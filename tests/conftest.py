@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # plain `pytest` does not put the checkout there
+torch.set_num_threads(1)  # what is this small waits for a second one several times longer than the work takes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 os.environ.pop("STF_KERNELS_BACKEND", None)  # the tests choose the backend themselves
@@ -37,8 +38,9 @@ SLOW = (
     "tests/project/test_examples.py",
 )
 
-# The interpreter's kernels cannot be had without the variable; with it nothing is compiled ahead of time.
+# The interpreter's kernels cannot be had without the variable; `make test-browser` installs Chromium first.
 collect_ignore = [] if INTERPRETED else ["interpreter"]
+collect_ignore += [] if os.environ.get("STF_BROWSER_TESTS") == "1" else ["browser"]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

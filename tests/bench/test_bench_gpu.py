@@ -8,7 +8,7 @@ from pathlib import Path
 import fake_cuda
 import pytest
 import torch
-from sample_results import kernels_result, prefill_result
+from support.sample_results import kernels_result, prefill_result
 
 import llava_integration
 from bench import gpu, results

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import fake_cuda
 import pytest
 import torch
-from sample_results import kernel_row
+from support.sample_results import kernel_row
 
 import stf_kernels
 from bench import results

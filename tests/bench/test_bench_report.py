@@ -4,7 +4,7 @@ import base64
 import re
 
 import pytest
-from sample_results import kernels_result, prefill_result
+from support.sample_results import kernels_result, prefill_result
 
 from bench.command import BadInput
 from bench.report import page

@@ -4,7 +4,7 @@ import copy
 import json
 
 import pytest
-from sample_results import kernels_result, prefill_result
+from support.sample_results import kernels_result, prefill_result
 
 from bench.command import BadInput
 from bench.results import check, read, write

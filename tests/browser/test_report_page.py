@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from sample_results import kernels_result, prefill_result
+from support.sample_results import kernels_result, prefill_result
 
 from bench.report.page import write_report
 from bench.results import write

@@ -6,7 +6,6 @@ import pytest
 
 from llava_integration.convert import ConversionError, convert_official
 from tests.convert import checkpoints as ck
-from tests.llava.build import one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="package")

@@ -7,7 +7,6 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 import llava_integration as li
 from tests.llava import build
-from tests.llava.build import one_thread  # noqa: F401
 
 ANSWERS = ["a cat", "a dog", "a picture", "a cat and a dog"]
 TEMPLATE = (

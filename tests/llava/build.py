@@ -1,6 +1,5 @@
 """Small random LLaVAs, their prompts, images and tokenizer, for the tests of llava_integration and its converters."""
 
-import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -28,15 +27,6 @@ VISION |= {"patch_size": PATCH}
 TEXT = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT |= {"num_key_value_heads": 2, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 TEXT |= {"max_position_embeddings": 512}
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Models this small run ten times slower when two threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def clip(**changes):

@@ -5,7 +5,6 @@ from transformers import CLIPImageProcessorPil
 
 import llava_integration as li
 from tests.llava import build
-from tests.llava.build import one_thread  # noqa: F401
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from support.recording import Recorder
 
 import reference
 import stf_kernels
+from bench.meters import peak_bytes
 
 
 def test_no_unfold_of_a_merge():
@@ -27,19 +28,6 @@ def test_beside_a_cpu_a_stage_is_one_product():
         assert recorder.matrix_products() == products
 
 
-def peak_bytes(call):
-    """The highest running sum of what torch's CPU allocator hands out and gets back."""
-    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with profile:
-        call()
-    held = highest = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            highest = max(highest, held)
-    return highest
-
-
 def test_peak_memory():
     """At LLaVA-1.5's proportions, the tower frozen: less than the reference's by the concatenation."""
     blocks = [torch.randn(8, 24 * 24 + 1, 32) for _ in range(8)]
@@ -48,9 +36,10 @@ def test_peak_memory():
     def peaks(package):
         module = package.CompactTokenProjector(8, 32, 128, skip_tokens=1)
         with torch.no_grad():
-            inference = peak_bytes(lambda: module(blocks))
-        forward = peak_bytes(lambda: module(blocks).square().mean())  # with all that a backward will read
-        step = peak_bytes(lambda: torch.autograd.grad(module(blocks).square().mean(), list(module.parameters())))
+            inference = peak_bytes(lambda: module(blocks), "cpu")[1]
+        forward = peak_bytes(lambda: module(blocks).square().mean(), "cpu")[1]  # with all that a backward will read
+        leaves = list(module.parameters())
+        step = peak_bytes(lambda: torch.autograd.grad(module(blocks).square().mean(), leaves), "cpu")[1]
         return inference, forward, step
 
     (inference, forward, step), theirs = peaks(stf_kernels), peaks(reference)

@@ -9,7 +9,7 @@ def test_without_the_interpreter():
     """They are left out, and the header says how to run them."""
     code = "import conftest; print(conftest.collect_ignore, *conftest.pytest_report_header(None))"
     text = python("-c", code, PYTHONPATH=f"{ROOT}/tests:{ROOT}").stdout
-    assert text.startswith("['interpreter']")
+    assert text.startswith("['interpreter', 'browser']")
     assert "TRITON_INTERPRET=1 python -m pytest tests/interpreter" in text
 
 
