@@ -11,20 +11,12 @@ from .kernels.problems import LLAVA, Operands, Sizes
 from .kernels.providers import PROVIDERS
 from .meters import MB, peak_bytes, relative_error, synchronize
 
+torch.set_num_threads(1)  # two wait for each other longer than such shapes take
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = LLAVA if DEVICE == "cuda" else Sizes(dim=256, out_dim=512, side=12)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32,)
 # The public operators, by the product that they compute.
 OPERATORS = {"concat_linear": "concat", "spatial_merge_linear": "linear", "projector": "chain"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads wait for each other longer than such shapes take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("batch", [1, 8] if DEVICE == "cuda" else [1, 2])

@@ -11,25 +11,20 @@ import asyncio
 import base64
 import contextlib
 import io
-import os
 import random
-import re
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
-from urllib.request import urlopen
+
+from examples.vllm_server import ServerError, serve
 
 from . import command
-from .command import number, patient
+from .command import number
 from .prefill.__main__ import PHOTOGRAPH
 from .prefill.presets import preset
 
@@ -48,8 +43,6 @@ COLUMNS = {
 OPTIONS = ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", "--limit-mm-per-prompt", '{"image": 1}']
 ON_GPU = ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.44"]  # two servers
 ON_CPU = ["--dtype", "float32", "--enforce-eager"]  # 16 bit is emulated on many, and vLLM compiles for a minute
-# No word to anybody outside, and on a CPU a cache that fits beside another server's; GPUs do not read it.
-SETTINGS = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -138,45 +131,6 @@ async def send(url: str, messages: list[list[dict[str, Any]]], concurrency: int,
         answers = await asyncio.gather(*map(first_token, messages))
         rate = len(messages) / (time.perf_counter() - start)
     return {"ttft_ms": [first for first, _ in answers], "requests_per_s": rate, "prompt_tokens": answers[0][1]}
-
-
-class ServerError(RuntimeError):
-    """A server that ended before it answered; the message is the last error that it wrote."""
-
-
-@contextlib.contextmanager
-def serve(folder: Path, *options: str, log: Path, patience: float = 300) -> Iterator[str]:
-    """Start one, wait for its first answer -> its address; end it and every process that it started.
-
-    options: vLLM's own. Raises ServerError, also after `patience` seconds of an idle machine without an answer.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = ["--model", str(folder), "--host", "127.0.0.1", "--port", str(port)]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *where, *options]
-    with log.open("wb") as output:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=SETTINGS | os.environ, start_new_session=True, **streams)
-    try:
-        url, end, healthy = f"http://127.0.0.1:{port}", time.monotonic() + patient(patience), False
-        while not healthy:
-            if process.poll() is not None or time.monotonic() > end:
-                said = log.read_text(encoding="utf-8", errors="replace")
-                errors = re.findall(r"(?:^|\s)\w+(?:Error|Exception): .*", said) or ["it said nothing"]
-                raise ServerError(f"{folder}: no server: {errors[-1].strip()}; its whole output is in {log}")
-            time.sleep(0.2)
-            with contextlib.suppress(OSError):
-                healthy = urlopen(f"{url}/health", timeout=5).status == 200
-        yield url
-    finally:
-        # A word, twenty seconds, and then the whole group: a worker outlives its server where that was killed.
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def rows_of(rounds: list[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -32,6 +32,12 @@ TRAINED = ("read", "digit", "digit", "larger", "larger", "count")  # the turns o
 SCENES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 IGNORED = -100  # a class that is not trained on
 TRAINING_DIGITS = 1297  # of 1,797 in scikit-learn; the others are drawn for the test
+SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
+TEMPLATE = (
+    "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}{% for c in m['content'] %}"
+    "{{ '<image>\n' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 
 Cell, Board = tuple[int, int], list[list[int]]
 CELLS = [(row, column) for row in range(SIDE) for column in range(SIDE)]
@@ -170,6 +176,28 @@ def make(out: Path, boards: int = 4000, easy: int = 4000, scenes: int = 12000, t
     fields, turns = ("image", "text", "answer", "kind"), [(name, *turn) for name, t in asked["test"] for turn in t]
     test = [{"question_id": i, **dict(zip(fields, turn, strict=True))} for i, turn in enumerate(turns)]
     (out / "test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in test), encoding="utf-8")
+
+
+def make_processor(folder: Path) -> Any:
+    """That of a LLaVA-1.5 of 64x64 pixels whose tokens are the words of the data in `folder`, one each."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex("[?,.]"), "")])
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    texts = ["USER: ASSISTANT:"]
+    for name in ("scenes", "train"):
+        for record in json.loads((folder / f"{name}.json").read_text(encoding="utf-8")):
+            texts += [turn["value"].replace("<image>", "") for turn in record["conversations"]]
+    made.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=list(SPECIAL)))
+    made.add_special_tokens(list(SPECIAL))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
+    special: Any = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), SPECIAL, strict=False))
+    special["extra_special_tokens"] = {"image_token": "<image>"}
+    tokenizer, side = PreTrainedTokenizerFast(tokenizer_object=made, **special), SIDE * PIXELS
+    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return LlavaProcessor(images, tokenizer, PIXELS, "default", TEMPLATE, num_additional_image_tokens=1)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class Run:
             merged = name.startswith("stf") and step.stage == "linear_merge"
             bound = allowed + provider.extra_error * (2 if step.stage == "chain" else 1)
             row = {**place, "provider": name, "failed": None, "rel_error": None, "allowed_error": bound}
-            row |= dict.fromkeys(("us", "us_eager", "peak_mb", "not_captured")) | {"samples": []}
+            row |= dict.fromkeys(("us", "us_eager", "peak_mb")) | {"samples": []}
             try:
                 self.fill(row, call_of(provider), merge(exact, self.sizes) if merged else exact)
             except Exception as failure:  # one provider that does not run here must not cost the others' rows
@@ -128,18 +128,13 @@ def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 
 def time_call(call: Callable[[], Any], device: str, flush: Flush) -> dict[str, Any]:
-    """Microseconds, 50 repeats each way, or 10 on a CPU; what cannot be captured says why."""
+    """Microseconds, 50 repeats each way, or 10 on a CPU."""
     for _ in range(3):
         call()
-    gpu, eager, times = device.startswith("cuda"), [], {"us": None, "samples": [], "not_captured": None}
+    gpu, times, eager = device.startswith("cuda"), {}, []
     if gpu:
-        try:
-            [samples] = in_turns([capture(call).replay], flush, 55)
-        except RuntimeError as error:
-            times["not_captured"] = f"not captured: {first_line(error)}"
-        else:
-            samples = samples[5:]  # the first ones warm up
-            times |= {"us": median(samples), "samples": samples, "spread_percent": spread_percent(samples)}
+        samples = in_turns([capture(call).replay], flush, 55)[0][5:]  # the first ones warm up
+        times = {"us": median(samples), "samples": samples, "spread_percent": spread_percent(samples)}
     for _ in range(50 if gpu else 10):
         flush()
         eager.append(1e3 * milliseconds(call, device))

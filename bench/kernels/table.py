@@ -27,7 +27,7 @@ def cells(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         said |= {"us / floor": number(own and own / row["floor_us"], 2), "vs eager": f"{ratio:.2f}x" if ratio else "-"}
         said |= {"peak MB": number(row["peak_mb"])}
         said |= {"error": "-" if row["rel_error"] is None else f"{row['rel_error']:.1e}"}
-        found.append(said | {"remark": row["failed"] or row.get("not_captured") or ""})
+        found.append(said | {"remark": row["failed"] or ""})
     return found
 
 

@@ -76,12 +76,11 @@ def randomise(module: nn.Module, seed: int) -> None:
     pool.uniform_(-STD * 3**0.5, STD * 3**0.5, generator=torch.Generator(device).manual_seed(seed))
     pool, start = torch.cat([pool, pool]), 0
     for name, parameter in module.named_parameters():
-        if parameter.ndim == 1 and name.endswith("weight"):  # a norm's scale
-            parameter.fill_(1)
-            continue
         for piece in parameter.view(-1).split(POOL):
             piece.copy_(pool[start : start + len(piece)])
         start = (start + parameter.numel() + 7919) % POOL
+        if parameter.ndim == 1 and name.endswith("weight"):  # a norm's scale
+            parameter.fill_(1)
 
 
 class AsStock(LlavaStfModel):

@@ -72,7 +72,6 @@ class Run:
             "preset": self.preset.name + f", {self.preset.tiles} tiles" * tiled,
             "attention": "sdpa",
             "weights": f"{args.model.name}, LLaVA-STF's projector random" if args.model else "random",
-            "output_tokens": 1,
             "flags": {**flags, "threads": torch.get_num_threads(), "tf32": tf32},
             "checks": [],
             "rows": [],

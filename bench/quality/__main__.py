@@ -8,6 +8,7 @@ The result file is written anew after every row. Exit codes: 0, 1 failed, 2 bad 
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def score_checkpoint(args: argparse.Namespace) -> int:
+    """Of a folder with a LLaVA or LLaVA-STF."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import llava_integration  # noqa: F401
+
     from . import score
 
-    answers = args.answers or args.questions.with_suffix(f".{args.checkpoint.resolve().name}.answers.jsonl")
-    images = args.images or args.questions.parent
+    folder, file, device = args.checkpoint, args.questions, "cuda" if torch.cuda.is_available() else "cpu"
+    out = args.answers or file.with_suffix(f".{folder.resolve().name}.answers.jsonl")
     try:
-        found = score.checkpoint(args.checkpoint, args.questions, images, answers, args.batch, args.tokens)
+        questions = score.read(file, args.images or file.parent)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
+        processor = AutoProcessor.from_pretrained(folder)
     except OSError as error:
         raise command.BadInput(str(error).splitlines()[0]) from None
-    rows = []
+    print(f"{len(questions)} questions, answers into {out}", file=sys.stderr)
+    found, rows = score.score(model, processor, questions, out, batch=args.batch, tokens=args.tokens), []
     for kind, exact in found["exact"].items():
         rows.append({"kind": kind, "exact match %": f"{100 * exact:.1f}"})
         rows[-1]["VQA accuracy %"] = f"{100 * found['vqa'][kind]:.1f}"

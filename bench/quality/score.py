@@ -10,9 +10,9 @@ vqa      mean over the people asked of min(1, agreeing others / 3), arXiv 1505.0
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ..command import BadInput
@@ -90,10 +90,8 @@ def ask(model: Any, processor: Any, questions: Sequence[dict[str, Any]], tokens:
     yield from processor.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def score(
-    model: Any, processor: Any, questions: list, out: Path, *, batch: int = 16, tokens: int = 16
-) -> dict[str, Any]:
-    """Ask what `out` does not hold yet -> {"exact": {kind: mean}, "vqa": {kind: mean}, "questions": number}."""
+def score(model: Any, processor: Any, questions: list, out: Path, *, batch: int, tokens: int) -> dict[str, Any]:
+    """Ask what `out` does not hold yet -> {"exact": {kind: mean}, "vqa": {kind: mean}}."""
     from tqdm import tqdm
 
     known = answered(out)
@@ -108,22 +106,8 @@ def score(
                 file.write(json.dumps(known[question["id"]]) + "\n")
             file.flush()
     kinds = sorted({question["kind"] for question in questions})
-    result: dict[str, Any] = {"questions": len(questions)}
-    for measure in ("exact", "vqa"):
-        grades = {kind: [known[q["id"]][measure] for q in questions if q["kind"] == kind] for kind in kinds}
-        result[measure] = {kind: sum(values) / len(values) for kind, values in grades.items()}
-    return result
 
+    def means(measure: str) -> dict[str, float]:
+        return {kind: mean(known[q["id"]][measure] for q in questions if q["kind"] == kind) for kind in kinds}
 
-def checkpoint(folder: Path, file: Path, images: Path, out: Path, batch: int, tokens: int) -> dict[str, Any]:
-    """`score` of a folder with a LLaVA or LLaVA-STF."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    import llava_integration  # noqa: F401
-
-    questions = read(file, images)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
-    print(f"{len(questions)} questions, answers into {out}", file=sys.stderr)
-    return score(model, AutoProcessor.from_pretrained(folder), questions, out, batch=batch, tokens=tokens)
+    return {measure: means(measure) for measure in ("exact", "vqa")}

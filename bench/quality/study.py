@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments, set_seed
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration, TrainingArguments, set_seed
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from examples import real_questions as data
@@ -37,16 +36,9 @@ from stf_kernels.configs.tables import write_json
 from ..command import BadInput
 from . import score
 
-SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
-TEMPLATE = (
-    "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}{% for c in m['content'] %}"
-    "{{ '<image>\n' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 CLASSES = 10 + len(data.SCENES), data.SIDE**2  # what a patch or an image shows; where a patch is
-PIXELS = data.SIDE * data.PIXELS
 _SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
-VISION = transformers.CLIPVisionConfig(**_SIZES, image_size=PIXELS, patch_size=data.PIXELS)
+VISION = transformers.CLIPVisionConfig(**_SIZES, image_size=data.SIDE * data.PIXELS, patch_size=data.PIXELS)
 
 
 class Budget(NamedTuple):
@@ -119,26 +111,6 @@ ROWS = [
 ]
 
 
-def make_processor(folder: Path) -> LlavaProcessor:
-    """Word by word, the words of the data in `folder`."""
-    made = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    made.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex("[?,.]"), "")])
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    texts = ["USER: ASSISTANT:"]
-    for name in ("scenes", "train"):
-        for record in json.loads((folder / f"{name}.json").read_text(encoding="utf-8")):
-            texts += [turn["value"].replace("<image>", "") for turn in record["conversations"]]
-    made.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=list(SPECIAL)))
-    made.add_special_tokens(list(SPECIAL))
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
-    special: Any = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), SPECIAL, strict=False))
-    special["extra_special_tokens"] = {"image_token": "<image>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
-    side = {"height": PIXELS, "width": PIXELS}
-    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=side)
-    return LlavaProcessor(images, tokenizer, data.PIXELS, "default", TEMPLATE, num_additional_image_tokens=1)
-
-
 class Seeing(nn.Module):
     """A tower and what it says of each patch, for its training. Where a patch is, it would forget if nobody asked."""
 
@@ -165,7 +137,7 @@ class Study:
         write_json(settings, budget._asdict())
         sizes = budget.boards, budget.easy, budget.scenes, budget.test_boards
         self.data = self.part("data", lambda out: data.make(out, *sizes))
-        self.processor, self.read = make_processor(self.data), {}
+        self.processor, self.read = data.make_processor(self.data), {}
 
     def arguments(self, out: Path, steps: int, rate: float, seed: int) -> TrainingArguments:
         shown = {"logging_steps": 50, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}

@@ -13,7 +13,7 @@ from support.processes import ROOT, clean_environment, patient, python
 from tiny_llava import make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from bench.serving import SETTINGS
+from examples.vllm_server import SETTINGS
 from llava_integration import clients
 from tests.llava import build
 

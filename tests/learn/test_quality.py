@@ -129,7 +129,7 @@ class TestStudy:
                     assert answer in scene.split()
 
     def test_words_of_the_questions_are_known(self, study, folder):
-        tokenizer = study.make_processor(folder).tokenizer
+        tokenizer = study.data.make_processor(folder).tokenizer
         question = "USER: <image>\nWhich digit stands in B3? ASSISTANT: 7 </s>"
         tokens = ["<s>", "user:", "<image>", "which", "digit", "stands", "in", "b3", "assistant:", "7", "</s>"]
         assert tokenizer.convert_ids_to_tokens(tokenizer(question)["input_ids"]) == tokens

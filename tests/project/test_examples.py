@@ -8,8 +8,8 @@ from support.processes import ROOT, python
 
 pytest.importorskip("transformers")
 
-# A module of the others; what tests/clients/test_trl.py and tests/learn/test_quality.py run.
-NOT_HERE = ("tiny_llava.py", "trl_lora.py", "real_questions.py")
+# A module of the others; what tests/clients and tests/learn run.
+NOT_HERE = ("tiny_llava.py", "trl_lora.py", "vllm_server.py", "real_questions.py")
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name not in NOT_HERE)
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 

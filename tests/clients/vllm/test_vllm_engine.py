@@ -13,7 +13,7 @@ from clients.vllm import folders
 from support.processes import ROOT
 
 import llava_integration.vllm as plugin
-from bench.serving import SETTINGS
+from examples.vllm_server import SETTINGS
 from stf_kernels import CompactTokenProjector
 from tests.llava import build
 

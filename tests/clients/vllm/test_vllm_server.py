@@ -12,7 +12,7 @@ from clients.vllm import folders
 from support.processes import patient, python
 
 from bench.results import read
-from bench.serving import ServerError, serve
+from examples.vllm_server import ServerError, serve
 
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "4"]
 OPTIONS += ["--max-num-batched-tokens", "256", "--limit-mm-per-prompt", '{"image": 2}']
