@@ -78,11 +78,11 @@ class Kernel:
     def launch(self, *_, **__):
         blocks, weight, bias, y, pre, rows = self.tensors
         planted = self.gpu.planted.get(self.config)
+        if isinstance(planted, BaseException):
+            raise planted
         self.gpu.ran.append((self.config, y.isnan().all().item() and (self.room is None or self.room.isnan().all())))
         if planted == "dies":
             self.gpu.alive = False
-        if isinstance(planted, BaseException):
-            raise planted
         found, found_pre = torch_path.run_stage(blocks, weight, bias, self.stage, pre is not None)
         if rows is None:
             y.copy_(found)

@@ -3,7 +3,6 @@ a chain (merged stores, dense reads, indexed rows), or their backward does."""
 
 import pytest
 import torch
-from support.compare import compare_rows, twins
 from support.modules import CASES as MODULES
 from support.modules import compare_case
 from support.operators import CASES, EACH_FUNCTION
@@ -64,18 +63,6 @@ def test_a_sign_that_is_still_to_be_applied():
         out, operands = torch.zeros(7, 8, dtype=dtype), ([x.detach().to(dtype)], eye.to(dtype))
         run_stage(*operands, None, Stage(), out=minus(out), rows=torch.arange(6))
         assert torch.equal(out[:6], -operands[0][0][0])
-
-
-@pytest.mark.parametrize("batch", [0, 1])
-def test_small_batches(batch):
-    compare_case(MODULES["projector"], torch.bfloat16, batch)
-
-
-@DTYPES
-@pytest.mark.parametrize("order", ["shuffled", "strided"])
-def test_indexed_rows(order, dtype):
-    modules = twins("CompactTokenProjector", 2, 8, 20, dtype=dtype)
-    compare_rows(modules, [torch.randn(2, 16, 8).to(dtype) for _ in range(2)], (4, 4), order)
 
 
 def test_saved_tensors_that_come_back_in_another_layout():
