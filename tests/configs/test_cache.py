@@ -1,13 +1,10 @@
 """If these fail, what was selected on a device is lost, or a file that is not right ends a call or decides one."""
 
-import os
 import re
-import subprocess
-import sys
 import warnings
 
 import pytest
-from support.processes import ROOT, clean_environment
+from torch import multiprocessing
 
 from stf_kernels.configs import GemmConfig, tables
 from stf_kernels.configs.tables import Known, Table
@@ -97,18 +94,13 @@ def test_cut_at_every_place(fresh):
             assert not fresh().known
 
 
+def add_fifteen(rank: int) -> None:
+    warnings.simplefilter("error")
+    own = tables.cache_of("test-gpu", "sm_90")
+    for i in range(15):
+        add(own, 1000 * rank + i)
+
+
 def test_processes_that_write_at_once_lose_nothing(fresh):
-    code = (
-        "import sys; from test_cache import add, tables\n"
-        "own = tables.cache_of('test-gpu', 'sm_90')\n"
-        "for i in range(15): add(own, int(sys.argv[1]) + i)"
-    )
-    environment = clean_environment(PYTHONPATH=os.pathsep.join([str(ROOT), f"{ROOT}/tests", f"{ROOT}/tests/configs"]))
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::UserWarning", "-c", code, str(first)], cwd=ROOT, env=environment
-        )
-        for first in (1000, 2000)
-    ]
-    assert [process.wait(100) for process in started] == [0, 0]
-    assert {found[2] for found in fresh().known} == {first + i for first in (1000, 2000) for i in range(15)}
+    multiprocessing.spawn(add_fifteen, (), 2)
+    assert {found[2] for found in fresh().known} == {first + i for first in (0, 1000) for i in range(15)}
