@@ -216,7 +216,7 @@ class Study(Job):
     def run(self) -> None:
         made = study.Study(self.out, self.BUDGET)
         found = {row.model + row.start: made.row(row, 0)["accuracy"] for row in study.ROWS[2:4]}
-        results.write_text(self.out / "found.json", json.dumps(found))
+        tables.write_json(self.out / "found.json", found)
 
     def check(self) -> str:
         parts = {str(p.relative_to(self.out)) for p in self.out.glob("[!.]*") if p.is_dir() and p.name != "rows"}
