@@ -234,26 +234,22 @@ def test_where_nothing_is_selected_the_model_serves(gpu, monkeypatch, why, caplo
     assert gpu.selections == 1
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_operands_that_tell_nothing_are_replaced(gpu, value):
-    """A first call is often made on zeros, where every kernel is right, or on what memory held, where none is."""
+NOTHING, NAN, HALF = torch.zeros_like(X), torch.full_like(X, float("nan")), torch.arange(128) < 64
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "planted"),
+    [(NOTHING, WEIGHT, "does not read x"), (NAN, WEIGHT, "does not read x"), (X, WEIGHT * HALF, "half of K")],
+    ids=["zeros", "nan", "a warm start"],
+)
+def test_operands_that_tell_nothing_are_replaced(gpu, x, weight, planted):
+    """A first call is often made on zeros, where every kernel is right, or on what memory held, where none is; half of
+    a warm start's columns are zero, and will not be once it is trained."""
     bad, good, *_ = candidates()
-    gpu.planted[bad] = "does not read x"
+    gpu.planted[bad] = planted
     gpu.us |= {bad: 1.0, good: 40.0}
     with pytest.warns(UserWarning, match=f"not used.*: {re.escape(str(bad))}: wrong[^;]*$"):
-        launch.run_stage([torch.full_like(X, value)], WEIGHT, BIAS, GELU)
-    assert served() == good
-
-
-def test_a_warm_start_does_not_hide_what_is_not_read(gpu):
-    """Half of the second weight's columns are zero there, and will not be once it is trained."""
-    bad, good, *_ = candidates()
-    gpu.planted[bad] = "half of K"
-    gpu.us |= {bad: 1.0, good: 40.0}
-    weight = WEIGHT.clone()
-    weight[:, 64:] = 0
-    with pytest.warns(UserWarning, match=f"not used.*: {re.escape(str(bad))}: wrong"):
-        launch.run_stage([X], weight, BIAS, GELU)
+        launch.run_stage([x], weight, BIAS, GELU)
     assert served() == good
 
 
