@@ -350,9 +350,14 @@ def stages(**c):
     attempt(calls, [weight, bias, *leaves], c, roundings=2)
 
 
-@kind(merge=MERGES, g=OPERAND, config=st.sampled_from([GemmConfig(32, 32, 32, group_m=2), GemmConfig(16, 16, 16)]))
+WGRADS = [GemmConfig(32, 32, 32, group_m=2), GemmConfig(16, 16, 16)]
+
+
+@kind(merge=MERGES, g=OPERAND, config=st.sampled_from(WGRADS), whole=st.booleans())
 def weight_gradient(**c):
-    """dW = g^T @ A by its kernel; A is concatenated or merged on load."""
+    """dW = g^T @ A by its kernel; A is concatenated or merged on load. whole: whole steps, which have fewer masks."""
+    if c["whole"]:
+        c |= {"tokens": 32, "height": 8, "width": 4, "r": 1}
     c |= {"merge": c["merge"].replace("out", ""), "gradient": None}
     stage, tokens = draw_stage(c, "pointer")
     leaves, given_ = draw_blocks(c, tokens)
