@@ -1,4 +1,4 @@
-"""Memory that converting a LLaVA-1.5-7B holds: python tests/convert/measure_memory.py DIR
+"""Memory that converting a LLaVA-1.5-7B holds: python .ci/convert_memory.py DIR
 
 Writes a random checkpoint of the 7B sizes under DIR, in bf16 and shards of 5 GB as it is published, converts it in a
 process of its own and samples that process's RssAnon, memory that no file backs. Takes 28 GB of disk, which go again.
