@@ -5,14 +5,11 @@ operator included; oneDNN's own buffers are not torch's and are not seen.
 """
 
 import itertools
-import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,10 +76,8 @@ def peak_bytes(call: Callable[[], Any], device: str) -> tuple[Any, int]:
         return result, torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
-    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
-        profiler.export_chrome_trace(trace.name)
-        events = json.loads(Path(trace.name).read_text(encoding="utf-8"))["traceEvents"]
-    return result, highest_sum([(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"])
+    events = profiler.profiler.kineto_results.events()
+    return result, highest_sum([(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"])
 
 
 def highest_sum(events: list[tuple[float, int]]) -> int:
