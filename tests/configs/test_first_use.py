@@ -354,6 +354,14 @@ def test_tf32_is_for_cuda_alone(monkeypatch):
     assert not selection.uses_tf32(torch.float32)
 
 
+def test_room_beside_what_torch_has_exact(gpu):
+    """Of small integers: in fp32 another order of the sum is no error, in 16 bit everybody sums in fp32."""
+    x, weight = (torch.randint(-9, 9, shape) for shape in ((1, 72, 128), (64, 128)))
+    for dtype in (torch.float32, torch.float16):
+        product = launch.product_of(([x.to(dtype)], weight.to(dtype) / 1024, None), Stage())
+        assert (first_use.Expected(product).allowed[0] > 5e-6) == (dtype == torch.float32)
+
+
 def test_nothing_to_compute_selects_nothing(gpu):
     launch.run_stage([X[:0]], WEIGHT, BIAS, GELU)
     launch.run_stage([X], WEIGHT[:0], None, GELU)

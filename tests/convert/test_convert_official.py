@@ -45,6 +45,7 @@ def test_the_language_model_is_the_same(converted):
         logits = model(ids).logits
     assert torch.equal(logits[..., : ck.ROWS], expected)
     assert model.config.text_config.rms_norm_eps == 1e-5
+    assert not hasattr(model.config.text_config, "mm_projector_type")
 
 
 @pytest.mark.parametrize("held", ["embeddings", "head", "both, different"])

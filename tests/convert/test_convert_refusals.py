@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from llava_integration.convert import ConversionError, convert_official
+from llava_integration.convert import ConversionError, convert_llava, convert_official
 from llava_integration.convert.official import block_layers
 from llava_integration.convert.processor import settle_vocabulary
 from tests.convert import checkpoints as ck
@@ -292,5 +292,15 @@ def test_a_tokenizer_that_splits_the_image_token(monkeypatch):
     assert settle_vocabulary(None, 62) == (64, 62, 63)
     tokenizer = build.tokenizer()
     monkeypatch.setattr(tokenizer, "encode", lambda *_, **__: [7, 8])
+    with pytest.raises(ConversionError, match=r"tokenizer: expected ids below 16, .* got 16"):
+        settle_vocabulary(tokenizer, 16)
     with pytest.raises(ConversionError, match=r"tokenizer: expected <image> to be one token .* got \[7, 8\]"):
         settle_vocabulary(tokenizer, 64)
+
+
+@pytest.mark.parametrize("convert", [convert_official, convert_llava])
+def test_what_no_check_foresaw(convert, dst):
+    with pytest.raises(
+        ConversionError, match=r"^SRC: expected valid values, got TypeError: .*; get the checkpoint again$"
+    ):
+        convert(object(), dst)

@@ -43,6 +43,7 @@ CONCAT = {
     "two axes": ({"blocks": [zeros(T, C)] * M}, ValueError, r"blocks\[0\].*\[B, T, C\].*\(6, 8\)"),
     "other tokens": (as_third(zeros(B, 5, C)), ValueError, r"blocks\[2\].*\(2, 6, 8\).*\(2, 5, 8\)"),
     "other dtype": (as_third(BLOCK.half()), TypeError, r"blocks\[2\].*float32.*float16"),
+    "the second's dtype": ({"blocks": [BLOCK, BLOCK.half()]}, TypeError, r"blocks\[1\].*blocks\[0\].*float32.*float16"),
     "other device": (as_third(BLOCK.to("meta")), ValueError, r"blocks\[2\].*device.*cpu.*meta"),
     "integers": ({"blocks": [BLOCK.long()] * M}, TypeError, r"blocks\[0\].*float16.*float64.*int64"),
     "weight too narrow": ({"weight": zeros(N, 23)}, ValueError, r"weight.*\[N, 24\].*3 blocks of 8.*\(5, 23\)"),
