@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from support.sample_results import kernels_result, prefill_result
@@ -13,35 +14,6 @@ from bench.results import write
 
 A4 = 703  # CSS pixels between the margins of an A4 page: (210 - 2 * 12) mm at 96 to the inch
 WIDTHS = [320, 400, 768, 1200, A4]
-# The page in a frame of each width; in the last its rules for print apply. What was seen ends up in the title.
-PROBE = """<!doctype html><title></title><body></body><script>
-const widths = %s
-onload = () => Promise.all(widths.map((width, index) => new Promise(done => {
-  const frame = document.createElement("iframe"), seen = {width}
-  frame.style = `width: ${width}px; height: 900px; border: 0`
-  frame.onload = async () => {
-    const page = frame.contentDocument
-    if (index == widths.length - 1)
-      for (const rule of page.styleSheets[0].cssRules)
-        if (rule.media) rule.media.mediaText = rule.media.mediaText.includes("print") ? "all" : "not all"
-    await Promise.all([...page.images].map(image => image.decode()))
-    const inside = selector => [...page.querySelectorAll(selector)]
-      .filter(e => e.getBoundingClientRect().right > width + 0.5).map(e => e.outerHTML.slice(0, 80))
-    seen.scrolls = page.documentElement.scrollWidth
-    seen.outside = inside("body :not(.scroll *)")
-    seen.cut = inside("table, img")
-    seen.images = [...page.images].map(i => [i.naturalWidth, i.clientWidth, i.clientHeight, i.checkVisibility()])
-    const box = page.querySelector("#totals").parentElement
-    box.scrollLeft = 1e6
-    const left = page.querySelector("#totals tbody td").getBoundingClientRect().left
-    seen.first = left - box.getBoundingClientRect().left
-    seen.scrolled = box.scrollLeft
-    done(seen)
-  }
-  frame.src = "report.html"
-  document.body.append(frame)
-}))).then(all => document.title = JSON.stringify(all))
-</script>"""
 
 
 def chromium(*arguments):
@@ -73,7 +45,7 @@ def page(tmp_path_factory):
 def seen(page):
     """What was seen at each width."""
     probe = page.with_name("probe.html")
-    probe.write_text(PROBE % json.dumps(WIDTHS))
+    probe.write_text(Path(__file__).with_name("probe.html").read_text().replace("WIDTHS", json.dumps(WIDTHS)))
     title = re.search(r"<title>(\[.*?\])</title>", chromium("--dump-dom", probe.as_uri()), re.DOTALL)
     return {found["width"]: found for found in json.loads(title.group(1).replace("&lt;", "<").replace("&gt;", ">"))}
 
