@@ -35,11 +35,10 @@ class Speaker:
         length, most = inputs.input_ids.shape[1], self.model.config.text_config.max_position_embeddings
         if length + tokens > most:
             raise ValueError(f"{length} tokens of conversation and {tokens} of an answer are more than {most}; /reset")
-        ids, times = inputs.input_ids, []
+        ids, times = [inputs.input_ids], []
 
         def tick(made: Any, _scores: Any) -> bool:
-            nonlocal ids
-            ids = made
+            ids.append(made)
             times.append(time.monotonic())
             return False
 
@@ -51,7 +50,7 @@ class Speaker:
         except KeyboardInterrupt:
             carry_on()
             streamer.end()
-        said = self.processor.decode(ids[0, length:], skip_special_tokens=True).strip()
+        said = self.processor.decode(ids[-1][0, length:], skip_special_tokens=True).strip()
         self.turns, self.images = [*turns, {"role": "assistant", "content": [{"type": "text", "text": said}]}], seen
         if not times:
             return f"[{length} tokens asked, stopped before the first answer token]"

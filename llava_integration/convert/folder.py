@@ -27,7 +27,6 @@ from .report import CARD_FILE, ConversionError, Report, blamed_on, model_card
 
 REPORT_FILE = "conversion.json"
 MAX_SHARD_BYTES = 2 * 10**9  # what is held in memory, too
-HEADER_BYTES = 160  # at most, of a file and of every tensor in it besides its name
 SMALL_FILES = 16 * 2**20  # room for a tokenizer and the JSON files
 
 _log = logging.getLogger(__name__)
@@ -149,13 +148,10 @@ def _check_destination(dst: Path, *sources: Path) -> None:
 def _write_weights(
     folder: Path, entries: Entries, dtype: torch.dtype, advance: Callable[[int], object], warnings: list[str] | None
 ) -> None:
-    """`entries` as `dtype` in files of MAX_SHARD_BYTES; only a tensor that alone is larger makes a larger one."""
+    """`entries` as `dtype` in files of MAX_SHARD_BYTES and a header, or of one tensor that is larger."""
     sizes = {name: math.prod(entry.shape) * dtype.itemsize for name, entry in entries.items()}
     split = split_state_dict_into_shards_factory(
-        {name: sizes[name] + len(name.encode()) + HEADER_BYTES for name in entries},
-        get_storage_size=lambda size: size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=MAX_SHARD_BYTES - HEADER_BYTES,
+        sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_BYTES
     )
     for file, names in split.filename_to_tensors.items():
         tensors = {}

@@ -30,7 +30,7 @@ from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 from .base import read_parts
 from .checkpoint import EMBEDDINGS, HEAD, Entries, match, on_meta, rename, settle_head
 from .folder import Target, generation_settings
-from .processor import VICUNA_V1, Vocabulary, make_processor, read_image_settings, read_tokenizer, settle_vocabulary
+from .processor import VICUNA_V1, make_processor, read_image_settings, read_tokenizer, settle_vocabulary
 from .report import CONFIG, ConversionError, Report, blamed_on, passed_on
 from .tower import PREFIX as TOWER
 from .tower import find_tower, tower_name
@@ -90,8 +90,9 @@ def convert_official(
     embeddings = _shape(entries, EMBEDDINGS)
     if embeddings is None:
         raise ConversionError(f"SRC: {EMBEDDINGS}: expected a matrix of embeddings, got none; complete the checkpoint")
-    vocabulary = settle_vocabulary(tokenizer, embeddings[0])
-    text = _text_config(parts.config, vocabulary, tied)
+    rows, image_token_id, pad_token_id = settle_vocabulary(tokenizer, embeddings[0])
+    text = _text_config(parts.config, rows)
+    text.pad_token_id, text.tie_word_embeddings = pad_token_id, tied
     if tower.config.model_type == "siglip_vision_model":  # its pooling head is not in every checkpoint; nobody reads it
         tower.config.vision_use_head = any(name.startswith(TOWER + "head.") for name in entries)
     selected, grid = parts.config.get("mm_vision_select_layer"), vision_grid(tower.config)
@@ -100,7 +101,7 @@ def convert_official(
         config = LlavaStfConfig(
             vision_config=tower.config,
             text_config=text,
-            image_token_index=vocabulary.image_token_id,
+            image_token_index=image_token_id,
             tie_word_embeddings=tied,
             vision_feature_layer=layers,
             spatial_merge_truncate=any(side % geometry["spatial_merge_size"] for side in grid),
@@ -110,9 +111,9 @@ def convert_official(
         report.notes.append(f"the last rows and columns of the {grid} grid are dropped, as there")
 
     for name in {EMBEDDINGS, HEAD} & entries.keys():
-        if entries[name].shape[0] < vocabulary.rows:
-            shape = (vocabulary.rows, *entries[name].shape[1:])
-            entries[name] = entries[name].then("resized", partial(_with_rows, rows=vocabulary.rows), shape)
+        if entries[name].shape[0] < rows:
+            shape = (rows, *entries[name].shape[1:])
+            entries[name] = entries[name].then("resized", partial(_with_rows, rows=rows), shape)
     if config.spatial_merge_size > 1:  # in a window of one token both orders are the same
         relay = partial(channel_to_patch_major, merge_size=config.spatial_merge_size)
         entries[CHANNEL_MAJOR] = entries[CHANNEL_MAJOR].then("relaid out", relay)
@@ -124,7 +125,7 @@ def convert_official(
         settings = read_image_settings(folders, report)
         settings["do_pad"] = parts.config.get("image_aspect_ratio") == "pad"
         processor = make_processor(settings, tokenizer, config, VICUNA_V1)
-    generation = generation_settings(parts.folders, text) | {"pad_token_id": text.pad_token_id}
+    generation = generation_settings(parts.folders, text) | {"pad_token_id": pad_token_id}
     return to.write(config, matched, processor, generation, report)
 
 
@@ -202,7 +203,7 @@ def block_layers(count: int, layers: int, selected: object, given: list[int] | N
     )
 
 
-def _text_config(content: dict, vocabulary: Vocabulary, tied: bool) -> PreTrainedConfig:
+def _text_config(content: dict, rows: int) -> PreTrainedConfig:
     """`content`: config.json, in which vision and training fields lie beside those of the language model."""
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in LANGUAGE_MODELS or "text_config" in content:
@@ -212,9 +213,7 @@ def _text_config(content: dict, vocabulary: Vocabulary, tied: bool) -> PreTraine
     known = make().to_dict().keys() - set(NOT_FIELDS) | set(ROPE_FIELDS)
     fields = {name: value for name, value in content.items() if name in known and value is not None}
     with blamed_on(CONFIG):
-        text = make(**fields | {"vocab_size": vocabulary.rows})
-    text.pad_token_id, text.tie_word_embeddings = vocabulary.pad_token_id, tied
-    return text
+        return make(**fields | {"vocab_size": rows})
 
 
 def _with_rows(weight: Tensor, rows: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import transformers
 from PIL import Image
@@ -31,9 +31,8 @@ def read_tokenizer(folders: Sequence[Path], report: Report) -> Tokenizer | None:
     """The tokenizer of the first folder that has one; None, and a warning, where none has."""
     folder = next((f for f in folders if any((f / name).is_file() for name in TOKENIZER_FILES)), None)
     if folder is None:
-        report.warnings.append(
-            f"no tokenizer files ({' or '.join(TOKENIZER_FILES)}) in {folders[0]}: DST has a model and no processor"
-        )
+        names = " or ".join(TOKENIZER_FILES)
+        report.warnings.append(f"no tokenizer files ({names}) in {folders[0]}: DST has a model and no processor")
         return None
     if not (folder / "tokenizer.json").is_file():
         return read_sentencepiece(folder)
@@ -54,10 +53,9 @@ def read_sentencepiece(folder: Path) -> Tokenizer:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2 as sentencepiece
     except ImportError as error:
-        raise ConversionError(
-            f"{file}: reading it takes the packages sentencepiece and protobuf, got {error}; "
-            "pip install 'stf-kernels[convert]', or put a tokenizer.json beside it"
-        ) from error
+        remedy = "pip install 'stf-kernels[convert]', or put a tokenizer.json beside it"
+        what = f"reading it takes the packages sentencepiece and protobuf, got {error}"
+        raise ConversionError(f"{file}: {what}; {remedy}") from error
     try:
         model = sentencepiece.ModelProto.FromString(file.read_bytes())
         problem = None if model.pieces else "no pieces"
@@ -101,19 +99,14 @@ def _tried(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-class Vocabulary(NamedTuple):
-    rows: int  # what the embeddings need
-    image_token_id: int
-    pad_token_id: int
+def settle_vocabulary(tokenizer: Tokenizer | None, rows: int) -> tuple[int, int, int]:
+    """Give `tokenizer` an image and a padding token, in place -> the embeddings that they need, and their ids.
 
-
-def settle_vocabulary(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
-    """Give `tokenizer` an image and a padding token, in place; `rows`: embeddings that the checkpoint has.
-
-    Without a tokenizer the ids are those that transformers' LLaVA checkpoints have: behind the last row.
+    `rows`: embeddings that the checkpoint has. Without a tokenizer the ids are those that transformers' LLaVA
+    checkpoints have: behind the last row.
     """
     if tokenizer is None:
-        return Vocabulary(_padded(rows + 2), rows, rows + 1)
+        return _padded(rows + 2), rows, rows + 1
     present = tokenizer.get_vocab()
     last = max((index for token, index in present.items() if token not in (IMAGE_TOKEN, PAD_TOKEN)), default=-1)
     if last >= rows:
@@ -129,7 +122,7 @@ def settle_vocabulary(tokenizer: Tokenizer | None, rows: int) -> Vocabulary:
         what = f"expected {IMAGE_TOKEN} to be one token after adding it, got {ids}"
         raise ConversionError(f"tokenizer: {what}; give SRC a tokenizer that takes new tokens")
     needed = max(image, pad, last) + 1
-    return Vocabulary(_padded(needed) if needed > rows else rows, image, pad)
+    return _padded(needed) if needed > rows else rows, image, pad
 
 
 def _padded(rows: int) -> int:
@@ -194,9 +187,7 @@ def make_processor(
         processor = kind(image_processor(config, settings), tokenizer, **options)
     rows = config.text_config.vocab_size
     if processor.image_token_id != config.image_token_index or len(tokenizer) > rows:
-        raise ConversionError(
-            f"tokenizer: expected at most {rows} tokens, the rows of the embeddings, and {image_token} with id "
-            f"{config.image_token_index}, the configuration's, got {len(tokenizer)} tokens and id "
-            f"{processor.image_token_id}; give SRC the tokenizer it was trained with"
-        )
+        expected = f"at most {rows} tokens, as embeddings, and {image_token} with id {config.image_token_index}"
+        got = f"{len(tokenizer)} tokens and id {processor.image_token_id}"
+        raise ConversionError(f"tokenizer: expected {expected}, got {got}; give SRC the one it was trained with")
     return processor
