@@ -19,7 +19,7 @@ from accelerate import PartialState
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -39,15 +39,6 @@ class RunError(ValueError):
     """Options that do not go together, or a folder that cannot be used; the message names the option."""
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of a module's tensors and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 class FeatureCache:
     """Blocks of a model's frozen tower, by image file; a model with fewer layers reads those it has of them.
 
@@ -59,7 +50,8 @@ class FeatureCache:
         config = model.config
         self.layers = resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)
         settings = json.dumps(self.process.to_dict(), sort_keys=True, default=str).encode()
-        owner = {"tower": fingerprint(self.tower), "processor": hashlib.sha256(settings).hexdigest()}
+        parts = {"tower": save(self.tower.state_dict()), "processor": settings}
+        owner = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
         folder.mkdir(parents=True, exist_ok=True)
         about = folder / "cache.json"
         self.stored = self.layers
@@ -131,10 +123,8 @@ def open_image(path: Path) -> Image.Image:
 
 
 def accept_blocks(model: PreTrainedModel) -> None:
-    """Let forward take image_blocks [N, M, T, C] in place of pixel_values, for LLaVA-1.5 and LLaVA-STF alike.
-
-    The hook is on the inner model: inside the forward that DDP, FSDP, autocast and PEFT wrap.
-    """
+    """Let forward take image_blocks [N, M, T, C] in place of pixel_values, for LLaVA-1.5 and LLaVA-STF alike."""
+    # On the inner model: inside the forward that DDP, FSDP, autocast and PEFT wrap.
     model.model.register_forward_pre_hook(_project, with_kwargs=True)
 
 

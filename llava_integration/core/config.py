@@ -41,7 +41,7 @@ def default_blocks(selected: int) -> list[int]:
 def resolve_layers(layers: int | Sequence[int], num_layers: int, name: str = "vision_feature_layer") -> list[int]:
     """Indices into the tower's num_layers + 1 hidden states (0: embeddings, i: output of layer i), all non-negative.
 
-    Raises TypeError for anything but ints, ValueError for none at all and for an index that the tower does not have.
+    Raises TypeError for anything but ints, ValueError for none at all and for one that the tower does not have.
     """
     given = [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
     if not isinstance(given, (list, tuple)) or any(type(layer) is not int for layer in given):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
 from transformers.processing_utils import Unpack
@@ -41,10 +41,7 @@ class _Saved:
     """How models of both kinds are stored and loaded; in front of a PreTrainedModel."""
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
-        """As PreTrainedModel.save_pretrained, under the names of the modules and not of LLaVA's first checkpoints.
-
-        `Trainer.train(resume_from_checkpoint=...)` drops other names and goes on without the weights.
-        """
+        """As PreTrainedModel.save_pretrained, under the names of the modules: a resumed Trainer drops all others."""
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     @classmethod
@@ -373,17 +370,6 @@ class CompactGeneration(_Saved):
         if self.generation_config.suppress_tokens is None:
             self.generation_config.suppress_tokens = [self.config.image_token_id]
         return super().generate(inputs, *args, **kwargs)
-
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
-        """As GenerationMixin's, and images for the draft model of assisted decoding too, which the stock one drops.
-
-        A draft model is told that no iteration is its first; that its cache is empty says that one is.
-        """
-        cache = kwargs.get("past_key_values", kwargs.get("cache"))  # cache since transformers 5.24
-        if type(cache) is DynamicCache and cache.get_seq_length() == 0:
-            is_first_iteration = True
-        return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
         """As GenerationMixin's, without the layers of the tower that no token needs."""

@@ -38,11 +38,7 @@ def family_of(config: Config) -> Family:
 
 
 def register(generator: Any, processor: type) -> None:
-    """Make the family of `generator`, its ForConditionalGeneration, known; again changes nothing.
-
-    A class outside transformers inherits no renames of tensors, and language_model.model.* of older checkpoints would
-    be lost: ours are those of the stock classes.
-    """
+    """Make the family of `generator`, its ForConditionalGeneration, known; again changes nothing."""
     config, model = generator.config_class, generator.model_class
     stock = next(base for base in generator.__mro__ if base.__module__.startswith("transformers."))
     _FAMILIES[config.model_type] = Family(stock, config, model, generator, processor)
@@ -55,6 +51,7 @@ def register(generator: Any, processor: type) -> None:
     modeling_auto.MODEL_MAPPING_NAMES[config.model_type] = model.__name__
     modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config.model_type] = generator.__name__
     AutoProcessor.register(config, processor, exist_ok=True)
+    # Renames of older checkpoints' tensors, which a class outside transformers does not inherit.
     stock_model = stock.__name__.replace("ForConditionalGeneration", "Model")
     for ours, theirs in ((config.model_type, stock.config_class.model_type), (model.__name__, stock_model)):
         register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
@@ -64,8 +61,8 @@ def register(generator: Any, processor: type) -> None:
         patches = {}
     if stock.config_class.model_type in patches:
         patches[config.model_type] = patches[stock.config_class.model_type]
-    # vLLM, TRL and `transformers serve` ask transformers for a model by name, and there may be more than one module
-    # object of it: its own processing_utils runs its __init__ once more, and leaves another one in sys.modules.
+    # vLLM, TRL and `transformers serve` ask transformers for a model by name, and its own processing_utils may leave
+    # more than one module object of it.
     held = [getattr(module, "__dict__", {}).get("transformers") for module in [*sys.modules.values()]]
     found = [module for module in held if isinstance(module, ModuleType) and module.__name__ == "transformers"]
     for package in [sys.modules["transformers"], *found]:

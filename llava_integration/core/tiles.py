@@ -107,7 +107,7 @@ class TiledModel(CompactModel):
 def tile_counts(config: PreTrainedConfig, image_sizes, batch_num_images=None) -> tuple[list[list[int]], list[int]]:
     """(height, width) of every image before it was cut, as ints, and how many tiles it was cut into.
 
-    An image that stands with others in a prompt has one tile where `batch_num_images` says how they belong.
+    One where it stands with others in a prompt, as `batch_num_images` says.
     """
     if image_sizes is None:
         raise ValueError("image_sizes: expected (height, width) of every image, as the processor gives, got None")
@@ -118,10 +118,8 @@ def tile_counts(config: PreTrainedConfig, image_sizes, batch_num_images=None) ->
     if len(alone) != len(sizes) or any(len(size) != 2 or min(size) < 1 for size in sizes):
         raise ValueError(f"image_sizes: expected (height, width) of {len(alone)} image(s), got {sizes}")
     pinpoints, side = config.image_grid_pinpoints, config.vision_config.image_size
-    counts = [
-        image_size_to_num_patches(size, pinpoints, side) if a else 1 for size, a in zip(sizes, alone, strict=True)
-    ]
-    return sizes, counts
+    cut = [image_size_to_num_patches(size, pinpoints, side) for size in sizes]
+    return sizes, [count if by_itself else 1 for count, by_itself in zip(cut, alone, strict=True)]
 
 
 def flat_tiles(config: PreTrainedConfig, pixel_values: Tensor, image_sizes, batch_num_images=None) -> Tensor:

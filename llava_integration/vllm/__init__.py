@@ -1,9 +1,4 @@
-"""LLaVA-STF for vLLM, which finds `register` by its entry point vllm.general_plugins where this package is.
-
-    vllm serve FOLDER            a folder of llava_integration.convert or save_pretrained, of any family
-
-Importing llava_integration does not import vLLM, and this module imports no model: vLLM does when it needs one.
-"""
+"""LLaVA-STF for vLLM, which finds `register` by its entry point vllm.general_plugins where this package is."""
 
 from ..core.register import families
 
