@@ -34,7 +34,7 @@ def test_features_from_every_form_of_file(tmp_path, dst, form, shards, monkeypat
     assert ck.snapshot(src) == before, "SRC is only read"
     sizes = [file.stat().st_size for file in dst.glob("model-*.safetensors")]
     assert len(sizes) > 2
-    assert max(sizes) <= 310_000
+    assert max(sizes) <= 320_000  # tensors of 300,000 bytes and a header
 
 
 def test_the_language_model_is_the_same(converted):
