@@ -33,9 +33,13 @@ def write_auto_map(folder: Path, family: Family) -> None:
     (folder / f"{MODULE}.py").write_text(loader, encoding="utf-8")
     for name, source in _sources(own).items():
         (folder / f"{name}.py").write_text(source, encoding="utf-8")
-    _add(folder / "config.json", {auto: prefix + kind for auto, kind in MODEL_CLASSES.items()})
-    if (folder / "processor_config.json").is_file():
-        _add(folder / "processor_config.json", {"AutoProcessor": family.processor.__name__})
+    named = {"config.json": {auto: prefix + kind for auto, kind in MODEL_CLASSES.items()}}
+    named["processor_config.json"] = {"AutoProcessor": family.processor.__name__}
+    for file, classes in named.items():
+        if (folder / file).is_file():
+            content = json.loads((folder / file).read_text(encoding="utf-8"))
+            content["auto_map"] = {auto: f"{MODULE}.{name}" for auto, name in classes.items()}
+            (folder / file).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _sources(path: Path) -> dict[str, str]:
@@ -54,9 +58,3 @@ def _flat_name(module: str) -> str:
     """tower, core.tower -> llava_stf_tower"""
     name = module.rpartition(".")[2]
     return name if name.startswith("llava_stf") else f"llava_stf_{name}"
-
-
-def _add(file: Path, classes: dict[str, str]) -> None:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    content["auto_map"] = {auto: f"{MODULE}.{name}" for auto, name in classes.items()}
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

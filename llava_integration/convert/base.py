@@ -38,24 +38,24 @@ class Parts(NamedTuple):
 
 def read_parts(src: Path, base: Path | None, projector_name: Callable[[str], str | None]) -> Parts:
     """The tensors of SRC, merged into or laid over those of its base where it has one; ConversionError otherwise."""
-    if (src / LORA_CONFIG).is_file():
-        base = _base(src, base, read_json(src / LORA_CONFIG).get("base_model_name_or_path"), "a LoRA adapter")
-        entries = _merge_lora(src, rename(open_weights(base, "--base"), _plain))
-        return Parts(entries, _config(src, base), [src, base], "LoRA adapter merged into its base")
-    if weights_file(src) is None and (src / PRETRAIN_FILE).is_file():
-        base = _base(src, base, None, f"{PRETRAIN_FILE} alone")
-        projector = open_file(src / PRETRAIN_FILE)
-        if strange := [name for name in projector if projector_name(name) is None]:
-            got = ", ".join(strange[:3])
-            raise ConversionError(f"{src / PRETRAIN_FILE}: expected the tensors of mm_projector alone, got {got}")
-        # The base may be a LLaVA with a projector of its own: only the new one counts.
-        entries = rename(open_weights(base, "--base"), _plain)
-        entries = {name: entry for name, entry in entries.items() if not projector_name(name)}
-        return Parts(entries | projector, _config(src, base), [src, base], "projector of a pretraining, with its base")
-    entries = rename(open_weights(src), _plain)
-    if base is not None:
-        raise ConversionError("--base: SRC is a whole checkpoint, which takes no base; leave the option out")
-    return Parts(entries, _config(src), [src], "whole checkpoint")
+    lora = (src / LORA_CONFIG).is_file()
+    if not lora and (weights_file(src) is not None or not (src / PRETRAIN_FILE).is_file()):
+        entries = rename(open_weights(src), _plain)
+        if base is not None:
+            raise ConversionError("--base: SRC is a whole checkpoint, which takes no base; leave the option out")
+        return Parts(entries, _config(src), [src], "whole checkpoint")
+    named = read_json(src / LORA_CONFIG).get("base_model_name_or_path") if lora else None
+    base = _base(src, base, named, "a LoRA adapter" if lora else f"{PRETRAIN_FILE} alone")
+    entries, folders = rename(open_weights(base, "--base"), _plain), [src, base]
+    if lora:
+        return Parts(_merge_lora(src, entries), _config(*folders), folders, "LoRA adapter merged into its base")
+    projector = open_file(src / PRETRAIN_FILE)
+    if strange := [name for name in projector if projector_name(name) is None]:
+        got = ", ".join(strange[:3])
+        raise ConversionError(f"{src / PRETRAIN_FILE}: expected the tensors of mm_projector alone, got {got}")
+    # The base may be a LLaVA with a projector of its own: only the new one counts.
+    entries = {name: entry for name, entry in entries.items() if not projector_name(name)} | projector
+    return Parts(entries, _config(*folders), folders, "projector of a pretraining, with its base")
 
 
 def _base(src: Path, given: Path | None, named: str | None, what: str) -> Path:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .report import CONFIG, ConversionError, Report, blamed_on
+from .report import ConversionError, Report
 
 # In the order in which they are looked for.
 WEIGHT_FILES = (
@@ -151,12 +151,6 @@ def settle_head(entries: Entries, tied: bool, report: Report) -> bool:
         return True
     report.notes.append("config.json ties the head to the embeddings, but both are there and differ: kept apart")
     return False
-
-
-def on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """What `build` returns, with shapes and no values."""
-    with blamed_on(CONFIG), torch.device("meta"):
-        return build()
 
 
 def match(model: PreTrainedModel, entries: Entries, report: Report) -> Entries:

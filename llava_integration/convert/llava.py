@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..core.register import Family, families
 from ..warm_start import from_llava
-from .checkpoint import EMBEDDINGS, Entry, match, on_meta, open_weights, read_json, rename, settle_head
+from .checkpoint import EMBEDDINGS, Entry, match, open_weights, read_json, rename, settle_head
 from .folder import Target, generation_settings
 from .processor import make_processor, read_image_settings, read_tokenizer
 from .report import CONFIG, ConversionError, Report, blamed_on
@@ -59,7 +59,8 @@ def convert_llava(
     entries = rename(open_weights(src), _model_name)
     if not settle_head(entries, stock_config.tie_word_embeddings, report):
         stock_config.tie_word_embeddings = stock_config.text_config.tie_word_embeddings = False
-    stock = on_meta(lambda: family.stock(stock_config).eval())
+    with blamed_on(CONFIG), torch.device("meta"):
+        stock = family.stock(stock_config).eval()
     entries = match(stock, entries, report)
     linears = stock.model.multi_modal_projector.to_empty(device="cpu").to(to.dtype or entries[EMBEDDINGS].dtype)
     with torch.no_grad():

@@ -28,7 +28,7 @@ from stf_kernels import channel_to_patch_major
 from ..core.config import published_blocks, resolve_layers, vision_grid
 from ..llava_stf import LlavaStfConfig, LlavaStfForConditionalGeneration
 from .base import read_parts
-from .checkpoint import EMBEDDINGS, HEAD, Entries, match, on_meta, rename, settle_head
+from .checkpoint import EMBEDDINGS, HEAD, Entries, match, rename, settle_head
 from .folder import Target, generation_settings
 from .processor import VICUNA_V1, make_processor, read_image_settings, read_tokenizer, settle_vocabulary
 from .report import CONFIG, ConversionError, Report, blamed_on, passed_on
@@ -117,7 +117,9 @@ def convert_official(
     if config.spatial_merge_size > 1:  # in a window of one token both orders are the same
         relay = partial(channel_to_patch_major, merge_size=config.spatial_merge_size)
         entries[CHANNEL_MAJOR] = entries[CHANNEL_MAJOR].then("relaid out", relay)
-    matched = match(on_meta(lambda: LlavaStfForConditionalGeneration(config)), entries, report)
+    with blamed_on(CONFIG), torch.device("meta"):
+        model = LlavaStfForConditionalGeneration(config)
+    matched = match(model, entries, report)
 
     processor = None
     if tokenizer is not None:
