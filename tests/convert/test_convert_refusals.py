@@ -94,7 +94,6 @@ class TestTensors:
         [
             (without(UP), r"^SRC: 1 tensors are missing: model\..*complete the checkpoint"),
             (without("mm_projector_crosslayer.2.bias"), r"^SRC: 1 tensors are missing: model\..*complete the"),
-            (without("encoder.layers.3.mlp.fc1.weight"), r"^SRC: 1 tensors are missing: model\..*complete the"),
             (without("mm_projector_crosslayer.2.weight"), r"^SRC: 1 tensors are missing: model\..*complete the"),
             (without("vision_tower"), r"weights of the vision tower tower in it, found none.*--vision-tower DIR"),
             (without("mm_projector", "vision_tower"), r"expected an official LLaVA-STF .*got tensors such"),
@@ -149,12 +148,8 @@ class TestConfiguration:
             ({"mm_use_im_start_end": True}, "mm_use_im_start_end: expected False, got True"),
             ({"num_hidden_layers": "two"}, "^SRC: config.json: .*num_hidden_layers.*'two'.*get the file again"),
             ({"num_attention_heads": 5}, r"^SRC: config\.json: .*attention heads \(5\)"),
-            ({"num_attention_heads": 0}, r"^SRC: config\.json: "),
-            ({"rope_scaling": [1]}, r"^SRC: config\.json: "),
             ({"rope_scaling": {"type": "nonsense"}}, r"^SRC: config\.json: .*nonsense"),
-            ({"rope_theta": "big"}, r"^SRC: config\.json: "),
             ({"hidden_act": "nonsense"}, r"^SRC: config\.json: .*nonsense"),
-            ({"bos_token_id": "a"}, r"^SRC: config\.json: .*bos_token_id"),
             ({"model_type": ["llava_llama"]}, "expected model_type llava_llama, got"),
             ({"mm_vision_tower": 5}, r"^SRC: config\.json: mm_vision_tower: expected a name, got 5"),
             ({"mm_vision_select_layer": -3}, r"^--blocks: the checkpoint does not name its 8 blocks"),
@@ -183,8 +178,6 @@ class TestConfiguration:
         [
             ({"size": "big"}, r"expected valid values, got .*correct the file or remove it"),
             ({"size": {"height": 1}}, r"expected valid values, got"),
-            ({"image_mean": [1]}, r"expected valid values, got"),
-            ({"resample": 99}, r"expected valid values, got"),
             ({"rescale_factor": "x"}, r"expected valid values, got"),
             ({"size": 28, "crop_size": 28}, r"expected images of 56x56.*got 28x28"),
         ],
@@ -260,7 +253,6 @@ class TestBase:
             ({"settings": {"peft_type": "IA3"}}, r"expected plain LoRA, got peft_type 'IA3'"),
             ({"settings": {"lora_alpha": "x"}}, r"^SRC: adapter_config\.json: expected valid values"),
             ({"settings": {"alpha_pattern": {"(": 2}}}, r"^SRC: adapter_config\.json: expected valid values"),
-            ({"settings": {"alpha_pattern": [1]}}, r"^SRC: adapter_config\.json: expected valid values"),
         ]
         + [
             ({"settings": {"init_lora_weights": start}}, rf"init_lora_weights '{start}'.* merge the adapter with PEFT")

@@ -44,14 +44,6 @@ class TestQuantised:
         assert projector <= kept
         assert kept - projector == {"lm_head"} & set(linear), "the rest is quantised as usual"
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_sixteen_bit_does_not_become_fp32(self, tmp_path, dtype):
-        """transformers' flag for both is called keep-in-fp32; only its first half is meant."""
-        build.stf(torch.float32).save_pretrained(tmp_path)
-        for loader in (AutoModelForImageTextToText, li.LlavaStfModel):
-            loaded = loader.from_pretrained(tmp_path, dtype=dtype)
-            assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-
     @pytest.mark.parametrize("bits", [8, 4])
     def test_bitsandbytes(self, tmp_path, bits):
         bitsandbytes = pytest.importorskip("bitsandbytes")
