@@ -178,8 +178,7 @@ def parse(record: Any) -> tuple[list[str], list[dict[str, Any]]]:
     turns, found = [], 0
     for index, turn in enumerate(said):
         speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        expected = ("human", "gpt")[index % 2]
-        if speaker != expected or not isinstance(value, str):
+        if speaker != (expected := ("human", "gpt")[index % 2]) or not isinstance(value, str):
             raise DataError(f"conversations: expected a text from {expected!r} in turn {index}, got {turn!r:.80}")
         here = value.count("<image>")
         if here and speaker == "gpt":

@@ -45,7 +45,12 @@ def read_parts(src: Path, base: Path | None, projector_name: Callable[[str], str
             raise ConversionError("--base: SRC is a whole checkpoint, which takes no base; leave the option out")
         return Parts(entries, _config(src), [src], "whole checkpoint")
     named = read_json(src / LORA_CONFIG).get("base_model_name_or_path") if lora else None
-    base = _base(src, base, named, "a LoRA adapter" if lora else f"{PRETRAIN_FILE} alone")
+    if base is None and named:
+        base = next((folder for folder in (Path(named), src / named) if folder.is_dir()), None)
+    if base is None:
+        what = "a LoRA adapter" if lora else f"{PRETRAIN_FILE} alone"
+        where = f"{named} is not a local folder" if named else "is not named"
+        raise ConversionError(f"--base: SRC is {what} and its base {where}; name the folder of the language model")
     entries, folders = rename(open_weights(base, "--base"), _plain), [src, base]
     if lora:
         return Parts(_merge_lora(src, entries), _config(*folders), folders, "LoRA adapter merged into its base")
@@ -56,16 +61,6 @@ def read_parts(src: Path, base: Path | None, projector_name: Callable[[str], str
     # The base may be a LLaVA with a projector of its own: only the new one counts.
     entries = {name: entry for name, entry in entries.items() if not projector_name(name)} | projector
     return Parts(entries, _config(*folders), folders, "projector of a pretraining, with its base")
-
-
-def _base(src: Path, given: Path | None, named: str | None, what: str) -> Path:
-    if given is not None:
-        return given
-    for folder in (Path(named), src / named) if named else ():
-        if folder.is_dir():
-            return folder
-    base = f"{named} is not a local folder" if named else "is not named"
-    raise ConversionError(f"--base: SRC is {what} and its base {base}; name the folder of the language model")
 
 
 def _config(*folders: Path) -> dict:
