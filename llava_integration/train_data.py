@@ -150,7 +150,7 @@ def tile_tokens(model: PreTrainedModel) -> Callable[[list[Path]], int]:
 
     def count(files: list[Path]) -> int:
         sizes = [upright_size(file) for file in files]
-        return sum(model.model.token_counts(sizes, [len(sizes)] if grouped else None)) if sizes else 0
+        return sum(model.model.image_token_counts(None, sizes, [len(sizes)] if grouped else None)) if sizes else 0
 
     return count
 

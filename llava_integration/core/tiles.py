@@ -51,13 +51,6 @@ class TiledModel(CompactModel):
         vars(config)["vision_config"] = vision  # past the checks: nobody but the stock code sees it
         return super().pack_image_features.__func__(SimpleNamespace(config=config), *args, **kwargs)
 
-    def token_counts(self, image_sizes, batch_num_images=None, **packing) -> list[int]:
-        """Tokens of every image of (height, width) `image_sizes`."""
-        _, tiles = tile_counts(self.config, image_sizes, batch_num_images)
-        tokens = torch.empty(sum(tiles), self.config.image_seq_length, 1, device="meta")
-        packed = pack_tiles(self, tokens, tokens[0, 0], image_sizes, batch_num_images, **packing)
-        return [len(image) for image in packed]
-
     @can_return_tuple
     def get_image_features(
         self,
@@ -98,7 +91,11 @@ class TiledModel(CompactModel):
         super().check_prompt(input_ids, pixel_values, image_sizes=image_sizes, **options)
 
     def image_token_counts(self, pixel_values, image_sizes=None, batch_num_images=None, vision_aspect_ratio=None, **_):
-        return self.token_counts(image_sizes, batch_num_images, vision_aspect_ratio=vision_aspect_ratio)
+        """Tokens of every image of (height, width) `image_sizes`; pixel values are not looked at."""
+        tiles = tile_counts(self.config, image_sizes, batch_num_images)[1]
+        tokens = torch.empty(sum(tiles), self.config.image_seq_length, 1, device="meta")
+        sizes, newline = (image_sizes, batch_num_images), tokens[0, 0]
+        return list(map(len, pack_tiles(self, tokens, newline, *sizes, vision_aspect_ratio=vision_aspect_ratio)))
 
     def _writes_in_place(self, inputs_embeds: Tensor) -> bool:
         return False  # the projector's rows are packed before they go into a prompt

@@ -47,7 +47,7 @@ def test_packing_makes_no_tensor_on_the_device_from_a_list(family):
             return function(*args, **(kwargs or {}))
 
     with Spy():
-        model.token_counts([(60, 100)])
+        model.image_token_counts(None, [(60, 100)])
     assert devices == [None]
 
 
@@ -60,5 +60,5 @@ def test_counts(family):
         processor = tiled.stf_processor(stock, r)
         draw = torch.Generator().manual_seed(0)
         sizes = [tuple(size) for size in (torch.randint(2, 60, (80, 2), generator=draw) ** 1.6).long().tolist()]
-        made = stf.model.token_counts(sizes)
+        made = stf.model.image_token_counts(None, sizes)
         assert processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens == made

@@ -50,7 +50,7 @@ def test_images_of_one_prompt_have_one_tile_each_as_onevision_has_it():
     stock, stf = both("onevision")
     made = tiled.inputs(stock, SIZES, together=True)
     assert made["batch_num_images"].tolist() == [3]
-    counts = stf.model.token_counts(made["image_sizes"], made["batch_num_images"])
+    counts = stf.model.image_token_counts(None, made["image_sizes"], made["batch_num_images"])
     assert counts == [3 * 3 + 1] * 3
     inputs = tiled.prompts(stf, made, [3])
     with torch.no_grad():
