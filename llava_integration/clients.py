@@ -31,10 +31,8 @@ def check_folder(folder: str | Path) -> None:
         remedy = "python -m llava_integration.convert llava SRC DST makes one of a stock LLaVA"
         raise ValueError(f"{folder}: expected a LLaVA-STF model, got {got}; {remedy}")
     if not processor.is_file():
-        raise ValueError(
-            f"{folder}: found no processor_config.json, so prompts cannot be prepared; "
-            "LlavaStfProcessor.from_llava(AutoProcessor.from_pretrained(STOCK)).save_pretrained(FOLDER) writes it"
-        )
+        remedy = "LlavaStfProcessor.from_llava(AutoProcessor.from_pretrained(STOCK)).save_pretrained(FOLDER) writes it"
+        raise ValueError(f"{folder}: found no processor_config.json, so prompts cannot be prepared; {remedy}")
 
 
 def lmms_eval_manifest():

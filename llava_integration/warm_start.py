@@ -145,10 +145,9 @@ def _check_model(model: PreTrainedModel) -> None:
     tower = model.config.vision_config
     expected = "default" if prefix_tokens(tower) else "full"
     if strategy != expected:
-        raise ValueError(
-            f"model: expected vision_feature_select_strategy={expected!r} with a {tower.model_type}, which keeps its "
-            f"patches and nothing else, got {strategy!r}; `convert official` takes trained weights of other towers"
-        )
+        what = f"vision_feature_select_strategy={expected!r} with a {tower.model_type}, its patches and nothing else"
+        remedy = "`convert official` takes trained weights of other towers"
+        raise ValueError(f"model: expected {what}, got {strategy!r}; {remedy}")
     vision_grid(tower)
     projector = model.model.multi_modal_projector
     if others := {name for name, _ in projector.named_children()} - {"linear_1", "act", "linear_2"}:
@@ -156,9 +155,7 @@ def _check_model(model: PreTrainedModel) -> None:
     for name in ("linear_1", "linear_2"):
         linear = getattr(projector, name, None)
         if type(linear) is not nn.Linear:
-            raise TypeError(
-                f"model: expected multi_modal_projector.{name} to be a plain nn.Linear, got {type(linear).__name__}; "
-                "merge adapters and load without quantization first"
-            )
+            what = f"expected multi_modal_projector.{name} to be a plain nn.Linear, got {type(linear).__name__}"
+            raise TypeError(f"model: {what}; merge adapters and load without quantization first")
         if linear.weight.is_meta:
             raise ValueError(f"model: multi_modal_projector.{name} is on the meta device; load it without offloading")

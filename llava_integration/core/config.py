@@ -142,10 +142,8 @@ class CompactConfig:
         """As PreTrainedConfig.from_dict; keywords take the place of fields before any is checked."""
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
-            raise ValueError(
-                f"config: expected model_type {cls.model_type!r}, got {kind!r}; load a stock LLaVA with its own class "
-                "and convert it with llava_integration.from_llava, or `python -m llava_integration.convert llava`"
-            )
+            remedy = "llava_integration.from_llava or `python -m llava_integration.convert llava` takes a stock LLaVA"
+            raise ValueError(f"config: expected model_type {cls.model_type!r}, got {kind!r}; {remedy}")
         dropped = {"image_seq_length"}
         if config_dict.get("quantization_config") is None:
             dropped.add("quantization_config")  # null, as some tools write it
@@ -172,10 +170,9 @@ def settled(config: PreTrainedConfig) -> dict[str, Any]:
     if act not in ACTIVATIONS:
         raise ValueError(f"projector_hidden_act: expected one of {list(ACTIVATIONS)}, got {act!r}")
     if config.feature_order != FEATURE_ORDER:
-        raise ValueError(
-            f"feature_order: expected {FEATURE_ORDER!r}, the only order in which this model stores its weights, "
-            f"got {config.feature_order!r}; relay stf.linear_1.weight out with stf_kernels.channel_to_patch_major"
-        )
+        what = f"expected {FEATURE_ORDER!r}, the only order of stored weights, got {config.feature_order!r}"
+        remedy = "relay stf.linear_1.weight out with stf_kernels.channel_to_patch_major"
+        raise ValueError(f"feature_order: {what}; {remedy}")
     if not config.use_mbtf and len(layers) != 1:
         raise ValueError(f"vision_feature_layer: expected one layer with use_mbtf=False, got {layers}")
     cls, strategy = ("a", "default") if prefix_tokens(vision) else ("no", "full")
