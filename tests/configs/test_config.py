@@ -74,6 +74,10 @@ def test_prices_change_on_purpose_alone(arch, itemsize, config, size, price):
     assert round(cycles(config, *size, itemsize, arch, ARCHITECTURES[arch].multiprocessors)) == price
 
 
+def test_work_a_tenth_above_the_least_is_taken_where_it_is_cheaper():
+    assert default_config("sm_90", 2, 3168, 4096, 4096) == GemmConfig(128, 128, 64, 8, 8, 3)
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_what_a_search_with_time_tries(itemsize):
     """All of it is taken by a form, and holds 4 to 128 elements of its tile a thread."""

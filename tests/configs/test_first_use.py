@@ -137,6 +137,7 @@ def test_where_nothing_can_be_written_it_serves_its_process(gpu, how, monkeypatc
     else:
         path.with_suffix(".lock").mkdir()
     with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         for rows in (72, 72, 20):
             call(X[:, :rows].contiguous())
     [warning] = warned
@@ -346,12 +347,14 @@ def test_the_variable_that_turns_it_off(monkeypatch):
         selection.selects.__wrapped__()
 
 
-def test_tf32_is_for_cuda_alone(monkeypatch):
+def test_tf32_and_fast_activations_are_for_cuda_alone(monkeypatch):
+    assert [launch.fast_activation(dtype) for dtype in (torch.float32, torch.float16)] == [0, 2]
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
     assert selection.uses_tf32(torch.float32)
     assert not selection.uses_tf32(torch.float16)
     monkeypatch.setattr(torch.version, "hip", "6")
     assert not selection.uses_tf32(torch.float32)
+    assert launch.fast_activation(torch.float16) == 1
 
 
 def test_room_beside_what_torch_has_exact(gpu):

@@ -109,6 +109,11 @@ def test_the_unchanged_arguments_are_accepted():
         stf_kernels.spatial_merge_linear(**GOOD_MERGE | {"grid": grid})
 
 
+def test_windows_divide_the_grid_by_default():
+    with pytest.raises(ValueError, match="truncate=True"):
+        stf_kernels.SpatialTokenFusion(8, 5)(zeros(1, 15, 8), (3, 5))
+
+
 def test_several_blocks_are_not_merged():
     """The kernel and torch.func would order the columns otherwise, and a gradient has no shape to take."""
     blocks, weight = [torch.randn(1, 16, 4)] * 2, torch.randn(3, 32)
