@@ -47,6 +47,9 @@ def test_configurations_that_are_refused(changes, match):
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_the_models_tiles_fit_every_architecture(arch, itemsize):
     limit = SHARED_MEMORY_LIMIT.get(arch, 65_536 if arch.startswith("gfx") else 101_376)
+    spills = itemsize == 4 or arch in ("sm_89", "sm_120", "sm_75")
+    assert tiles(arch, itemsize, wgrad=True) == tiles(arch, itemsize)[spills:]
+    assert tiles(arch, itemsize, save_pre=True) == tiles(arch, itemsize)[1:]
     for config in (*tiles(arch, itemsize), *others(arch, itemsize)):
         assert config.shared_bytes(itemsize) <= limit, config
         assert config.portable().shared_bytes(itemsize) <= config.shared_bytes(itemsize)
