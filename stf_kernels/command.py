@@ -184,7 +184,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         frame = frame.f_back
     if not _received:
         _received.append(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit
 
 
 def carry_on() -> None:

@@ -79,6 +79,6 @@ def model_card(config: PreTrainedConfig, report: Report, **there: bool) -> str:
     licence = licence if isinstance(licence, str) else None
     folder = report.src.resolve()
     name, repository = folder.name, folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):  # the hub's cache
+    if repository.startswith("models--"):  # the hub's cache
         name = f"{repository.removeprefix('models--').replace('--', '/')} at {folder.name}"
     return template.render(config=config, report=report, name=name, licence=licence, **there)

@@ -15,6 +15,7 @@ import triton.language as tl
 from support.processes import python
 
 from stf_kernels.aot import __main__ as command
+from stf_kernels.aot import codegen
 from stf_kernels.aot.cases import Case, cases, examine, launch_of, violations
 from stf_kernels.aot.codegen import SASS, Code, compile_for, innermost_math_loop
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
@@ -49,7 +50,6 @@ NO_DEFAULTS = {
     "swap_ab": lambda case: case.config.form == "swap_ab" and case.config.split_k == 1,
     "swap_ab, K split": lambda case: case.config.form == "swap_ab" and case.config.split_k > 1,
     "pointer, K split": lambda case: case.config.form == "pointer" and case.config.split_k > 1,
-    "dependent launch": lambda case: case.config.pdl,
     "tf32": lambda case: case.tf32,
     "concatenated weight gradient": lambda case: case.problem == "concat_wgrad",
     "merged weight gradient": lambda case: case.problem == "merge_wgrad",
@@ -61,6 +61,21 @@ def test_every_form_of_kernel_compiles(what):
     found = [case for case in cases("sm_90", defaults_only=False) if NO_DEFAULTS[what](case)]
     line, wrong, _ = examine(found[0])
     assert not wrong, (line, wrong)
+
+
+@pytest.mark.parametrize("form", ["pointer", "tma", "swap_ab"])
+def test_a_dependent_launch_waits_before_it_reads(form, monkeypatch):
+    """For all that the kernel ahead stores; and lets the next one start."""
+    seen, read = [], codegen.read
+    monkeypatch.setattr(
+        codegen, "read", lambda words, core, lines, *of: seen.extend(lines) or read(words, core, lines, *of)
+    )
+    [case, *_] = [c for c in cases("sm_90", defaults_only=False) if c.config.pdl and c.config.form == form]
+    line, wrong, _ = examine(case)
+    assert not wrong, (line, wrong)
+    memory = re.findall(r"\b(?:ACQBULK|PREEXIT|LDG|LDGSTS|STG|UTMALDG)\b", "\n".join(seen))
+    assert memory[:2] == ["ACQBULK", "PREEXIT"]
+    assert len(set(memory)) > 2
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,17 @@ def test_a_weight_gradient_falls_back_to_the_library(gpu, monkeypatch):
     assert len(tried) == 1, "the second call starts with what runs"
 
 
+@pytest.mark.parametrize(("hip", "kept"), [(None, 1), ("7", 0)])
+def test_a_launch_is_repeated_on_nvidia_alone(gpu, monkeypatch, hip, kept):
+    """Of a compiled kernel that takes its arguments as NVIDIA's do; interpreted, there is none."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    launch.run_stage([X], WEIGHT, None, Stage())
+    assert not launch._ready
+    monkeypatch.setattr(type(gpu), "compiled", object())
+    launch.run_stage([X], WEIGHT, None, Stage())
+    assert len(launch._ready) == kept
+
+
 def test_another_error_is_the_users_to_see(gpu):
     gpu.planted[CHOSEN] = RuntimeError("an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal memory access"):

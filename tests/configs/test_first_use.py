@@ -325,13 +325,17 @@ def test_a_weight_gradient_is_selected_too(gpu):
     "stage", [Stage("gelu", merge_in=2, grid=(7, 6)), Stage(merge_out=2, grid=(7, 6)), GELU], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_exact_rows_are_those_of_the_results(stage, dtype):
-    """Of merged layouts too, with rows and columns that are in no window."""
+def test_the_exact_rows_are_those_of_the_results(stage, dtype, monkeypatch):
+    """Of merged layouts too, with rows and columns that are in no window, and where an image is padding."""
+    monkeypatch.setattr(first_use, "AT_ONCE", 4)
     blocks = [torch.randn(3, 43, 16).to(dtype)[:, 1:] for _ in range(1 if stage.merge_in > 1 else 2)]
     weight = torch.randn(24, stage.num_segments(blocks) * 16).to(dtype)
+    for block in blocks:
+        block[1] = 0
     product = launch.product_of((blocks, weight, None), stage)
     expected = first_use.Expected(product)
     assert expected.tells
+    assert expected.allowed[0] > 2 * first_use.ONE_SUM * expected.exact[0].square().mean().sqrt(), "one long sum"
     assert expected.allowed[0] < (0.5 if dtype == torch.bfloat16 else 1e-3)
     assert expected.differs(product.library()) is None
     assert first_use.Expected(product.drawn()).tells

@@ -75,6 +75,8 @@ def test_times_are_taken_in_turns_on_a_cold_cache(monkeypatch):
     now, order, rounds = [0.0], [], {}
 
     class Event:
+        reached = -1.0
+
         def __init__(self, enable_timing):
             self.at = None
 
@@ -82,9 +84,10 @@ def test_times_are_taken_in_turns_on_a_cold_cache(monkeypatch):
             self.at = now[0]
 
         def synchronize(self):
-            pass
+            Event.reached = self.at
 
         def elapsed_time(self, end):
+            assert end.at <= Event.reached, "it has not come yet"
             return 1e-3 * (end.at - self.at)
 
     def flush():

@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 
 from llava_integration.convert import convert_llava, convert_official
-from llava_integration.convert.folder import whole_folder
+from llava_integration.convert.folder import generation_settings, whole_folder
 from tests.convert import checkpoints as ck
 from tests.llava import build
 from tests.support.processes import python
@@ -86,15 +86,16 @@ def test_without_auto_map_there_is_no_code(official, dst):
     assert "trust_remote_code" not in (dst / "README.md").read_text()
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_in_bytes_on_a_terminal_only(official, dst, monkeypatch, terminal):
+@pytest.mark.parametrize(("terminal", "asked"), [(True, True), (False, True), (True, False)])
+def test_progress_in_bytes_on_a_terminal_only(official, dst, monkeypatch, terminal, asked):
+    """Where it is asked for."""
     stream = io.StringIO()
     stream.isatty = lambda: terminal
     monkeypatch.setattr("sys.stderr", stream)
-    convert_official(official, dst, progress=True)
+    convert_official(official, dst, **{"progress": True} if asked else {})
     size = (dst / "model.safetensors").stat().st_size
     shown = re.findall(r"100%.*?([\d.]+)([kM])/", stream.getvalue())
-    assert bool(shown) == terminal
+    assert bool(shown) == (terminal and asked)
     for value, unit in shown:
         assert float(value) * {"k": 1e3, "M": 1e6}[unit] == pytest.approx(size, rel=0.1)
 
@@ -207,6 +208,18 @@ class TestCard:
         src = ck.linked(stock[0], tmp_path / "models--an--llava-1.5" / "snapshots" / "0a1b")
         convert_llava(src, dst)
         assert "# LLaVA-STF from an/llava-1.5 at 0a1b\n" in (dst / "README.md").read_text()
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_settings_of_generation(tmp_path, sampled):
+    """Of the first file, over the configuration's ids; without what transformers refuses beside greedy search."""
+    theirs = {"do_sample": sampled, "max_length": 9, "eos_token_id": [2, 7], "temperature": 0.6, "top_p": 0.9}
+    ck.write_json(tmp_path / "generation_config.json", theirs)
+    expected = theirs | {"bos_token_id": 1, "pad_token_id": 3}
+    for name in () if sampled else ("temperature", "top_p"):
+        del expected[name]
+    text = LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    assert generation_settings([tmp_path / "adapter", tmp_path], text) == expected
 
 
 def test_no_machine_path_anywhere(official, converted):

@@ -5,13 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
-    LlavaForConditionalGeneration,
-    LlavaImageProcessorPil,
-    LlavaProcessor,
-)
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaImageProcessorPil, LlavaProcessor
 
 import llava_integration as li
 from llava_integration.convert import convert_llava
@@ -104,18 +98,18 @@ def test_processor_comes_along(stock, dst):
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_processor_as_transformers_5_saves_it(tmp_path, dst, pad):
-    """Image settings within processor_config.json, the template in a file of its own."""
+    """Image settings and the image token within processor_config.json, the template in a file of its own."""
     src = tmp_path / "llava"
-    ck.make_stock(src)
-    tokenizer = AutoTokenizer.from_pretrained(src)
-    (src / "chat_template.json").unlink()
+    ck.make_stock(src, tokenizer=False)
+    tokenizer = ck.make_tokenizer([*ck.SPECIAL, *ck.WORDS, "<picture>", "<pad>"])
     images = LlavaImageProcessorPil(**build.square(), image_mean=[0.1, 0.2, 0.3], do_pad=pad)
-    stock = LlavaProcessor(images, tokenizer, patch_size=build.PATCH, chat_template="{{ messages[0]['role'] }}")
+    stock = LlavaProcessor(images, tokenizer, patch_size=build.PATCH, image_token="<picture>")
+    stock.chat_template = "{{ messages[0]['role'] }}"
     stock.save_pretrained(src)
     assert not (src / "preprocessor_config.json").exists()
     convert_llava(src, dst)
     processor = AutoProcessor.from_pretrained(dst)
-    assert processor.chat_template == stock.chat_template
+    assert (processor.image_token, processor.chat_template) == ("<picture>", stock.chat_template)
     assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
     assert processor.image_processor.do_pad == pad
 

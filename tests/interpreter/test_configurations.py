@@ -3,13 +3,16 @@ fetches its tiles by TMA is launched on operands that a descriptor cannot name."
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from support.operators import shifted
 from support.stages import compare, compare_indexed, tower
 
 from stf_kernels import configs
 from stf_kernels.configs import SHARED_MEMORY_LIMIT, GemmConfig
 from stf_kernels.configs.model import others, tiles
-from stf_kernels.ops import tma
+from stf_kernels.kernels.segmented_linear import tile_of_program
+from stf_kernels.ops import launch, tma
 from stf_kernels.ops.segments import Stage
 
 CONFIGS = [
@@ -61,6 +64,30 @@ def test_blocks_of_unlike_strides(config):
 def test_rows_outside_out_are_not_written(config, dtype):
     """Two launches with the same result: each of a split K has counters of its own that begin at zero."""
     compare_indexed(config, tower(2, 2, 11, 20, dtype), 40)
+
+
+@triton.jit
+def tiles_in_order(order_ptr, M, N, GROUP_M: tl.constexpr):
+    program = tl.program_id(0)
+    tile_m, tile_n = tile_of_program(program, M, N, 16, 16, GROUP_M)
+    tl.store(order_ptr + 2 * program, tile_m)
+    tl.store(order_ptr + 2 * program + 1, tile_n)
+
+
+def test_tiles_of_a_group_share_what_they_read_of_w():
+    """Eleven rows of tiles, about four at a time: groups of four, four and three, each column by column."""
+    order = torch.empty(33, 2, dtype=torch.int32)
+    tiles_in_order[(33,)](order, 11 * 16 - 3, 3 * 16, GROUP_M=4)
+    groups = (range(4), range(4, 8), range(8, 11))
+    assert order.tolist() == [[row, column] for rows in groups for column in range(3) for row in rows]
+
+
+def test_addresses_that_the_compiler_is_told_of():
+    """Distances of blocks in elements of which 16 bytes are a multiple; a block off them forbids that."""
+    blocks, weight, stage = tower(2, 1, 16, 32, torch.float16), torch.randn(8, 64).half(), Stage()
+    for given, alignment in ((blocks, 8), ([blocks[0], shifted(blocks[1])], 1)):
+        tensors = given, weight, None, torch.empty(1, 16, 8), None, None
+        assert launch.ARGUMENTS["pointer"](CONFIGS[0], tensors, stage)[-1]["ALIGNMENT"] == alignment
 
 
 ASKED = [(arch, itemsize) for arch in SHARED_MEMORY_LIMIT for itemsize in (2, 4)]

@@ -44,7 +44,7 @@ def test_a_gradient_of_stride_zero():
     torch.testing.assert_close(found, exact)
 
 
-@pytest.mark.parametrize("case", ["blocks-interleaved", "each-block-another"])
+@pytest.mark.parametrize("case", ["columns-one-short", "blocks-interleaved", "each-block-another"])
 def test_blocks_by_their_own_pointers(case, monkeypatch):
     """As on AMD, where a block may lie farther from another one than a load reaches; alike and unlike strides."""
     monkeypatch.setattr(torch.version, "hip", "7")

@@ -121,9 +121,10 @@ def test_several_blocks_are_not_merged():
         operators.spatial_merge_linear(blocks, [weight], [], None, 0, 2, 4, 4)
 
 
-def test_a_stage_that_merges_on_store_has_nothing_else():
+@pytest.mark.parametrize("other", [{"activation": "gelu"}, {"merge_in": 2}], ids=str)
+def test_a_stage_that_merges_on_store_has_nothing_else(other):
     with pytest.raises(ValueError, match="merges on store"):
-        stf_kernels.ops.segments.Stage("gelu", merge_out=2, grid=(4, 4))
+        stf_kernels.ops.segments.Stage(merge_out=2, grid=(4, 4), **other)
 
 
 RELAYOUT = {

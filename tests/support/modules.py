@@ -21,7 +21,7 @@ CASES = {
     "mbtf-linear": (FUSION, (2, 16), (3, 4), {"activation": None}),
     "stf": (MERGING, (8, 24), (4, 4), {}),
     "stf-r3-tall": (MERGING, (6, 20), (6, 3), {"merge_size": 3, "hidden_dim": 40}),
-    "stf-truncated": (MERGING, (8, 24), (5, 7), {"truncate": True, "activation": "gelu_tanh"}),
+    "stf-truncated": (MERGING, (8, 24), (4, 7), {"truncate": True, "activation": "gelu_tanh"}),
     "projector": (PROJECTOR, (3, 8, 20), (4, 4), {}),
     "class-token": (PROJECTOR, (4, 17, 20), (4, 6), {"skip_tokens": 1}),
     "truncated": (PROJECTOR, (2, 8, 20), (5, 7), {"truncate": True, "skip_tokens": 1, "activation": "silu"}),
