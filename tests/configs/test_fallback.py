@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from stf_kernels import configs
 from stf_kernels.configs import GemmConfig, default_config, selection, tables
-from stf_kernels.ops import launch, tma, weight_grad
+from stf_kernels.ops import launch, weight_grad
 from stf_kernels.ops.segments import Stage
 
 X = torch.zeros(1, 64, 128, dtype=torch.bfloat16)
@@ -90,17 +90,3 @@ def test_a_refused_descriptor_costs_its_own_call_alone(gpu, monkeypatch):
             launch.run_stage([X], WEIGHT, None, Stage(), forced=forced)
     assert [config for config, _ in gpu.ran] == [TMA.portable()]
     assert not tables.cache_of("test-gpu", "sm_90").failed
-
-
-@pytest.mark.parametrize(
-    ("error", "seen"),
-    [
-        (OutOfResources(300_000, 232_448, "shared memory"), OutOfResources),
-        (RuntimeError("Failed to create tensor map descriptor: invalid argument"), tma.Refused),
-    ],
-)
-def test_who_names_a_configuration_gets_no_other(gpu, error, seen):
-    gpu.planted[TMA] = error
-    with pytest.raises(seen):
-        launch.run_stage([X], WEIGHT, None, Stage(), TMA)
-    assert not gpu.ran

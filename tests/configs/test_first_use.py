@@ -3,10 +3,10 @@ again, or selects where it must not. (conftest.py has the GPU.)
 """
 
 import fcntl
-import logging
 import re
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -57,7 +57,9 @@ def test_the_fastest_that_is_right_serves_and_nothing_is_asked_again(gpu, caplog
     assert gpu.selections == 1
     assert {config for config, _ in gpu.ran} == {slow, fast, *rest}
     assert all(poisoned for _, poisoned in gpu.ran[: len(rest) + 2]), "outputs and workspaces hold NaN"
-    [line] = caplog.messages
+    [record] = caplog.records
+    assert (record.name.split(".")[0], record.levelname) == ("stf_kernels", "WARNING")
+    line = record.getMessage()
     assert all(part in line for part in ("linear bfloat16 m 144 n 256 k 128", str(fast), "40.0 us (torch: 50.0 us)"))
     gpu.ran.clear()
     call()
@@ -205,18 +207,19 @@ def test_a_mistake_of_the_selection_does_not_cost_the_call(gpu, monkeypatch, cap
     assert "ZeroDivisionError: division by zero. Plain torch serves" in caplog.text
 
 
-@pytest.mark.parametrize("why", ["capture", "compile", "off", "deterministic"])
-def test_where_nothing_is_selected_the_model_serves(gpu, monkeypatch, why, caplog):
-    off = why in ("off", "deterministic")
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        (torch.cuda, "is_current_stream_capturing"),
+        (torch.compiler, "is_compiling"),
+        (selection, "selects"),
+        (torch, "are_deterministic_algorithms_enabled"),
+    ],
+)
+def test_where_nothing_is_selected_the_model_serves(gpu, monkeypatch, where, why, caplog):
+    off = where in (selection, torch)
     with monkeypatch.context() as patch:
-        if why == "capture":
-            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        elif why == "compile":
-            patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        elif why == "off":
-            patch.setattr(selection, "selects", lambda: False)
-        else:
-            patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        patch.setattr(where, why, lambda: why != "selects")
         for _ in range(2):
             call()
         model = configs.default_config("sm_90", 2, 144, 256, 128, multiprocessors=132)
@@ -229,7 +232,7 @@ def test_where_nothing_is_selected_the_model_serves(gpu, monkeypatch, why, caplo
         call()
         assert served() is None, "plain torch where the model says so"
         assert configs.choose(X.device, GEMM, forced=True)[0] == model
-    if why == "off":  # a process has it from its beginning
+    if why == "selects":  # a process has it from its beginning
         launch.forget()
     call()
     assert gpu.selections == 1
@@ -296,17 +299,9 @@ def test_trials_do_not_write_into_what_is_the_callers(gpu):
 
 
 def test_threads_select_once(gpu):
-    began, threads = threading.Barrier(4), []
-
-    def run():
-        began.wait()
-        call()
-
-    for _ in range(4):
-        threads.append(threading.Thread(target=run))
-        threads[-1].start()
-    for thread in threads:
-        thread.join()
+    began = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: (began.wait(), call()), range(4)))
     assert gpu.selections == 1
 
 
@@ -373,9 +368,3 @@ def test_nothing_to_compute_selects_nothing(gpu):
     launch.run_stage([X[:0]], WEIGHT, BIAS, GELU)
     launch.run_stage([X], WEIGHT[:0], None, GELU)
     assert gpu.selections == 0
-
-
-def test_selection_is_said_through_logging(gpu, caplog):
-    with caplog.at_level(logging.ERROR, logger="stf_kernels"):
-        call()
-    assert not caplog.messages
