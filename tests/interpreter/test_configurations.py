@@ -136,6 +136,19 @@ def test_swap_ab(config, dtype, batch, tokens, c, n):
     compare(config, Stage("gelu"), tower(1, batch, tokens, c, dtype, skip=0), n)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        GemmConfig(16, 16, 16, group_m=2),
+        GemmConfig(64, 16, 16, group_m=2, form="tma"),
+        GemmConfig(16, 16, 16, group_m=2, form="swap_ab", tail_m=16),
+    ],
+    ids=str,
+)
+def test_many_groups_of_tiles(config):
+    compare(config, Stage(), tower(1, 1, 25 * config.rows, 16, skip=0), 24)
+
+
 @pytest.mark.parametrize("config", [TMA[0], TMA[2], SWAP_AB[1], SWAP_AB[2]], ids=str)
 def test_descriptors_read_and_rows_placed(config):
     compare(config, Stage(merge_out=2, grid=(8, 9)), tower(1, 2, 72, 32, skip=0), 24)  # a column that is not stored
