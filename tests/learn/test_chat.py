@@ -23,6 +23,7 @@ class Terminal:
         self.end, other = pty.openpty()
         command = [sys.executable, "-m", chat.NAME, *map(str, arguments)]
         options = {"cwd": ROOT, "env": clean_environment(), "close_fds": True, "start_new_session": True}
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
         self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, **options)
         os.close(other)
         self.text = ""

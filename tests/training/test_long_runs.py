@@ -18,7 +18,7 @@ from stf_kernels import CompactTokenProjector, spatial_merge_linear, use_backend
 from stf_kernels.backend import current_backend
 from stf_kernels.ops import torch_path
 
-CALLS, WARM_UP, ROOM = 10_000, 5_000, 4 << 20  # until then malloc finds its level, plain torch or not
+CALLS, WARM_UP, ROOM = 10_000, 5_000, 8 << 20  # until then malloc finds its level, plain torch or not; 1.6 kB a step
 
 
 def step(seed: int, projector: torch.nn.Module | None = None) -> list[np.ndarray]:
