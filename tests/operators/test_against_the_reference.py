@@ -3,11 +3,8 @@ window, a tail, a stride, the bias, the activation, in some dtype; or state dict
 
 import pytest
 import torch
-from support.modules import CASES, EACH_CASE, EACH_MODULE, build, compare_case, draw, flat
+from support.modules import EACH_CASE, EACH_MODULE, build, compare_case, draw, flat
 from support.operators import EACH_FUNCTION
-
-import reference
-import stf_kernels
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 
@@ -32,16 +29,6 @@ def test_an_empty_batch_has_gradients_of_zero(name):
     assert y.shape == (0, *ours(draw(name)).shape[1:])
     y.sum().backward()
     assert all(leaf.grad is not None and not leaf.grad.any() for leaf in (*flat(x), *ours.parameters()))
-
-
-@pytest.mark.parametrize("case", [CASES[name] for name in ("mbtf-no-bias-silu", "stf-r3-tall", "widths", "stf-alone")])
-def test_state_dicts_go_both_ways(case):
-    name, args, _, options = case
-    ours, theirs = (getattr(package, name)(*args, **options) for package in (stf_kernels, reference))
-    ours.load_state_dict(other := theirs.state_dict())
-    assert all(torch.equal(value, other[key]) for key, value in ours.state_dict().items())
-    theirs.load_state_dict({key: value + 1 for key, value in ours.state_dict().items()})
-    assert [type(p) for p in ours.parameters()] == [torch.nn.Parameter] * len(other)
 
 
 @EACH_MODULE

@@ -71,6 +71,7 @@ def twins(name: str, *args, dtype: torch.dtype, device="cpu", **options):
             parameter.mul_(1.5).add_(torch.randn(parameter.shape, device=device).to(dtype), alpha=0.05)
     mine = getattr(stf_kernels, name)(*args, **options, device=device).to(dtype)
     mine.load_state_dict(same.state_dict())
+    same.load_state_dict(mine.state_dict())
     return mine, same, copy.deepcopy(same).double()
 
 
