@@ -21,14 +21,11 @@ def result():
     return found | {"concurrency": 4, "requests": 8, "new_tokens": 8, "rows": rows, "ratios": ratios}
 
 
-def test_rounds_are_paired(result):
+def test_rounds_are_paired_in_the_file_and_its_page(result, tmp_path):
     assert [row["ttft_ms"] for row in result["rows"]] == [300, 100]
     assert result["ratios"]["ttft_ms"] == pytest.approx({"ratio": 3, "low": 3, "high": 3})
     assert result["ratios"]["requests_per_s"] == pytest.approx({"ratio": 2, "low": 2, "high": 2})
     assert "First token sooner: 3.00x (3.00 to 3.00, p10 to p90 of 4 paired rounds)" in report(result)
-
-
-def test_the_file_and_its_page(result, tmp_path):
     write(tmp_path / "serving.json", result)
     page, _ = write_report([tmp_path / "serving.json"], tmp_path)
     assert "requests per second: 2.00x" in page.read_text()

@@ -52,13 +52,9 @@ def test_the_example_of_trl_says_what_to_install():
     assert (result.returncode, result.stderr) == (1, "datasets is not installed: pip install trl peft datasets\n")
 
 
-def test_there_are_examples_and_snippets():
-    assert len(EXAMPLES) >= 4
-    assert len(snippets(ROOT / "README.md")) == 4
-
-
 def test_the_readme_from_top_to_bottom(tmp_path):
     """Save in one process; load and train in another, as a reader would, without what the first imported."""
+    assert len(EXAMPLES) >= 4
     save, load, train, operator = snippets(ROOT / "README.md")
     run(CHECKPOINT + save, tmp_path)
     assert "USER:" in run(IMAGE + load + BATCHES + train, tmp_path)
