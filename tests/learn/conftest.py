@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 import llava_integration as li
+from examples.tiny_llava import make_processor
 from tests.llava import build
 
 ANSWERS = ["a cat", "a dog", "a picture", "a cat and a dog"]
@@ -37,9 +37,9 @@ def write_data(folder, records):
 
 @pytest.fixture(scope="package")
 def processor():
-    images = CLIPImageProcessorPil(**build.square())
-    tokenizer = build.tokenizer(extra_special_tokens={"image_token": "<image>"})
-    return LlavaProcessor(images, tokenizer, build.PATCH, "default", TEMPLATE, num_additional_image_tokens=1)
+    made = make_processor(build.SPECIAL + build.WORDS, build.PIXELS, build.PATCH)
+    made.chat_template = TEMPLATE
+    return made
 
 
 @pytest.fixture(scope="package")

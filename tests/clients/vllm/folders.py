@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
+from tiny_llava import make_processor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 
 import llava_integration as li
 from llava_integration.convert import convert_llava
@@ -27,10 +28,10 @@ def images(seeds: list[int]) -> list:
     return [build.image(seed) for seed in seeds]
 
 
-def processor(kind: type, **options):
-    side = {"height": build.PIXELS, "width": build.PIXELS}
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": build.PIXELS}, crop_size=side)
-    return kind(pictures, build.tokenizer(), patch_size=build.PATCH, chat_template=TEMPLATE, **options)
+def processor() -> LlavaProcessor:
+    made = make_processor(build.SPECIAL + build.WORDS, build.PIXELS, build.PATCH)
+    made.chat_template = TEMPLATE
+    return made
 
 
 def make(folder: Path, tower: str = "clip", names: str = "new") -> Path:
@@ -39,7 +40,7 @@ def make(folder: Path, tower: str = "clip", names: str = "new") -> Path:
     if tower == "siglip":
         sizes["vision"] = build.siglip(hidden_size=128, intermediate_size=256)
     build.randomize(build.stf(torch.float32, **sizes)).save_pretrained(folder)
-    processor(li.LlavaStfProcessor).save_pretrained(folder)
+    li.LlavaStfProcessor.from_llava(processor()).save_pretrained(folder)
     if names == "oldest":
         file = folder / "model.safetensors"
         tensors = {build.oldest_name(name): tensor for name, tensor in load_file(file).items()}
@@ -57,9 +58,7 @@ def converted(folder: Path, family: str = "llava", **options) -> Path:
     stock = (tiled.MODELS | {"llava": build.stock})[family](torch.float32, **sizes)
     stock.save_pretrained(source)
     if family == "llava":
-        processor(
-            LlavaProcessor, num_additional_image_tokens=1, vision_feature_select_strategy="default"
-        ).save_pretrained(source)
+        processor().save_pretrained(source)
     else:
         build.tokenizer(WORDS, padding_side="left").save_pretrained(source)
         tiled.processor(stock).image_processor.save_pretrained(source)
