@@ -55,15 +55,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.slow)
     items.sort(key=slow.__contains__)
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needing_gpu and not _has_gpu():
-        for item in needing_gpu:
-            item.add_marker(pytest.mark.skip(reason="no GPU that Triton serves"))
+    if needing_gpu:
+        from stf_kernels.backend import triton_serves
 
-
-def _has_gpu() -> bool:
-    from stf_kernels.backend import triton_serves
-
-    return torch.cuda.is_available() and triton_serves(torch.device("cuda", torch.cuda.current_device()))
+        if not torch.cuda.is_available() or not triton_serves(torch.device("cuda", torch.cuda.current_device())):
+            for item in needing_gpu:
+                item.add_marker(pytest.mark.skip(reason="no GPU that Triton serves"))
 
 
 # Where torch.empty holds NaN, so that an element nobody wrote is seen.

@@ -1,8 +1,5 @@
-"""If this fails, a function or a module takes a wrong argument, or refuses it without saying which and why, or after
-writing.
-
-Every message names the argument (or dtype, or device), what was expected and what came.
-"""
+"""If this fails, a function or a module takes a wrong argument, or refuses it after writing, or without naming it, what
+was expected and what came."""
 
 import numpy as np
 import pytest

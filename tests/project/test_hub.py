@@ -1,7 +1,4 @@
-"""If this fails, stf_kernels cannot be put on the kernels hub, or a copy from there kills the process beside this one.
-
-tests/clients/test_kernels.py loads the same layout with the package `kernels`.
-"""
+"""If this fails, stf_kernels cannot be put on the kernels hub, or its copy kills the process beside this one."""
 
 import json
 
