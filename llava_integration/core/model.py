@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
 from transformers.processing_utils import Unpack
@@ -370,6 +370,15 @@ class CompactGeneration(_Saved):
         if self.generation_config.suppress_tokens is None:
             self.generation_config.suppress_tokens = [self.config.image_token_id]
         return super().generate(inputs, *args, **kwargs)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
+        """As GenerationMixin's, and images wherever the cache is empty: a prompt that is prefilled in chunks (in
+        older transformers) and the draft model of assisted decoding are told that no iteration is their first."""
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))  # cache since transformers 5.24
+        if type(cache) is DynamicCache and cache.get_seq_length() == 0:
+            is_first_iteration = True
+        return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
         """As GenerationMixin's, without the layers of the tower that no token needs."""

@@ -80,11 +80,18 @@ class TestGenerate:
 
     @pytest.mark.parametrize("images", [[2], [0]], ids=str)
     @pytest.mark.parametrize("draft", ["self", "copy"])
-    def test_assisted_by_a_draft_model(self, stf, images, draft):
+    def test_assisted_by_a_draft_model_that_sees_the_images(self, stf, images, draft):
+        """A draft model with the same weights guesses right every time: one pass of the model for all its tokens."""
         ids, mask = build.prompt(images)
         pixels = build.pixels(2) if images[0] else None
-        plain, assistant = build.generate(stf, ids, mask, pixels), build.stf() if draft == "copy" else stf
+        plain = build.generate(stf, ids, mask, pixels)
+        assistant, passes = build.stf() if draft == "copy" else stf, []
+        options = {"num_assistant_tokens": 6, "num_assistant_tokens_schedule": "constant"}
+        assistant.generation_config.update(assistant_confidence_threshold=0.0, **options)
+        stf.model.language_model.register_forward_hook(lambda *_: passes.append(1))
         assert torch.equal(build.generate(stf, ids, mask, pixels, assistant_model=assistant), plain)
+        if draft == "copy":
+            assert len(passes) <= 2
 
     @pytest.mark.parametrize("size", [1, 3, 7, 12, 17])
     def test_prefill_in_chunks_that_cut_images(self, stf, size):
