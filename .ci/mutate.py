@@ -64,9 +64,8 @@ def run_mutant(mutant: dict[str, Any], tests: list[tuple[bool, str, float]]) -> 
     original = file.read_bytes()
     for interpreted in (False, True):
         left = {node: seconds for of, node, seconds in tests if of == interpreted}
-        few = list(dict.fromkeys(node.partition("::")[0] for node in left))[
-            :FILES
-        ]  # where they do, no other is imported
+        files = dict.fromkeys(node.partition("::")[0] for node in left)
+        few = list(files)[:FILES]  # where they do, no other is imported
         while left:
             nodes = [node for node in left if node.partition("::")[0] in few] or list(left)
             limit = 60 + 5 * sum(left.values())

@@ -102,7 +102,7 @@ def run_stage(
             except Exception as error:  # another one is raised again
                 ready = Ready(_instead(tile, error, x, exact=config is not None, forced=forced))
                 continue
-            if compiled is not None and torch.version.hip is None:
+            if compiled is not None and key is not None and torch.version.hip is None:
                 _keep(_ready, key, Ready(tile, compiled, grid, behind))
             break
     if ready.config is None:
@@ -136,9 +136,9 @@ def chosen(device: torch.device, gemm: configs.Gemm, forced: bool, measure: conf
     return config
 
 
-def reject(device: torch.device, gemm_dtype: torch.dtype, config: GemmConfig, error: Exception, *, wgrad: bool) -> None:
+def reject(device: torch.device, dtype: torch.dtype, config: GemmConfig, error: Exception, *, wgrad: bool) -> None:
     """configs.reject, and what was chosen so far is chosen anew."""
-    configs.reject(device, gemm_dtype, config, error, wgrad=wgrad)
+    configs.reject(device, dtype, config, error, wgrad=wgrad)
     _chosen.clear()
 
 
@@ -148,11 +148,10 @@ def forget() -> None:
     _ready.clear()
 
 
-def _keep(kept: dict, key: tuple | None, value: Any) -> None:
-    if key is not None:
-        if len(kept) >= _MOST_KEPT:
-            kept.clear()
-        kept[key] = value
+def _keep(kept: dict, key: tuple, value: Any) -> None:
+    if len(kept) >= _MOST_KEPT:
+        kept.clear()
+    kept[key] = value
 
 
 def _problem(device: torch.device, gemm: configs.Gemm, forced: bool) -> tuple:

@@ -38,7 +38,7 @@ def first_weight_grad(g: Tensor, blocks: Sequence[Tensor], shape: Sequence[int],
 
 
 def has_one_row_stride(block: Tensor) -> bool:
-    """Whether [B, T, C] is [B*T, C] without a copy; then a concatenation is quick."""
+    """Whether [B, T, C] is [B*T, C] without a copy: the kernel is for other blocks."""
     batch, tokens = block.shape[:2]
     return batch <= 1 or tokens <= 1 or block.stride(0) == tokens * block.stride(1)
 
