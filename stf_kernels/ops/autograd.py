@@ -69,7 +69,7 @@ class ChainOperator:
         if needs:
             lengths = len(blocks), len(weights), len(biases)
             return _Eager.apply(plan, path, lengths, self._kept(static, *lengths[:2], tuple(needs)), *tensors)
-        return _no_view(chain_fwd(plan, path, blocks, weights, biases)[0])
+        return chain_fwd(plan, path, blocks, weights, biases)[0]
 
     def _what_is_kept(self, static: tuple, num_blocks: int, num_weights: int, needs: tuple) -> tuple[list[bool], ...]:
         """For a backward: of the stages (Needs.keeps), and of [*blocks, *weights]."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import torch_path
 from .chain import Plan, without_autocast
-from .segments import Stage, unmerge_windows
+from .segments import Stage
 from .weight_grad import first_weight_grad
 
 
@@ -92,7 +92,7 @@ def chain_bwd(
         """dL/d(output of stage i) -> its g, in dx's memory if that is our own."""
         stage = stages[i]
         if stage.merge_out > 1:
-            dx = unmerge_windows(dx, stage.grid, stage.merge_out)
+            dx = torch_path.unmerged(dx, stage.grid, stage.merge_out)
         g = dx.flatten(0, 1)  # rows in the order of the stage's GEMM
         if stage.activation is None:
             return g
@@ -127,6 +127,6 @@ def _block_grads(g: Tensor, shape: Sequence[int], weight: Tensor, stage: Stage, 
     """dX of each needed block: windows tile one, so every row is written once."""
     if stage.merge_in > 1:
         merged = torch.mm(g, weight).view(shape[0], stage.tokens(shape), weight.shape[1])
-        return [unmerge_windows(merged, stage.grid, stage.merge_in)]
+        return [torch_path.unmerged(merged, stage.grid, stage.merge_in)]
     parts = weight.tensor_split(len(needs), dim=1)
     return [torch.mm(g, part).view(shape) if need else None for part, need in zip(parts, needs, strict=True)]

@@ -43,19 +43,25 @@ def chain_fwd(
         raise ValueError(f"blocks: a stage that merges on load takes one block, got {len(blocks)}")
     x: Sequence[Tensor] = [block.narrow(1, skip, block.shape[1] - skip) for block in blocks] if skip else blocks
     saved: list[Tensor | None] = []
-    last = len(stages) - 1
+    last, asked = len(stages) - 1, None
+    if path == "auto":
+        asked = launch.chain_of(x, weights, plan, keep)
+        if launch.chain_is_plain(asked):
+            path, asked = "torch", None
     for i, (stage, weight) in enumerate(zip(stages, weights, strict=True)):
         bias = biases[i] if biases else None
         save_pre, save_out = keep[2 * i : 2 * i + 2] if keep else (False, False)
         save_pre = save_pre and stage.activation is not None
         into, at = (out, rows) if i == last else (None, None)
-        if path == "torch":
+        if path == "torch" or (path == "auto" and launch.is_plain(x, weight, stage, save_pre)):
             y, pre = torch_path.run_stage(x, weight, bias, stage, save_pre, out=into, rows=at)
         else:
-            forced = path == "triton"
+            forced, asked = path == "triton", None
             y, pre = launch.run_stage(x, weight, bias, stage, forced=forced, save_pre=save_pre, out=into, rows=at)
         saved += [pre, y if save_out else None]
         x = [y]
+    if asked is not None:
+        launch.keep_plain(asked)
     return y, saved
 
 

@@ -30,7 +30,8 @@ class Ready(NamedTuple):
     sizes: tuple = ()  # its arguments behind the tensors
 
 
-_chosen: dict[tuple, GemmConfig | None] = {}  # of every problem, whatever the layout of its operands
+# Of every problem, whatever the layout of its operands; None, plain torch, also of a chain of such problems.
+_chosen: dict[tuple, GemmConfig | None] = {}
 _UNKNOWN: Any = object()
 _ready: dict[tuple, Ready] = {}
 _MOST_KEPT = 4096
@@ -57,12 +58,8 @@ def run_stage(
     out [R, N], rows [M] int64: row i of the GEMM is written to out[rows[i]], and y is out; rows outside [0, R) are
         not written.
     """
-    x, (n, k) = blocks[0], weight.shape
-    m = x.shape[0] * stage.tokens(x.shape)
-    gemm = configs.Gemm(stage.kind(len(blocks)), x.dtype, m, n, k, save_pre)
-    problem = _problem(x.device, gemm, forced)
-    if config is None and _chosen.get(problem, _UNKNOWN) is None:
-        return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
+    x, gemm = blocks[0], _gemm(blocks, weight, stage, save_pre)
+    m, n, problem = gemm.m, gemm.n, _problem(x.device, gemm, forced)
     key = _key(problem, config, stage, blocks, weight, bias, out, rows)
     ready = _ready.get(key)
     if ready is None:  # perhaps for operands that are copied first
@@ -142,6 +139,26 @@ def reject(device: torch.device, dtype: torch.dtype, config: GemmConfig, error: 
     _chosen.clear()
 
 
+def is_plain(blocks: Sequence[Tensor], weight: Tensor, stage: Stage, save_pre: bool) -> bool:
+    """Whether plain torch is known to serve a stage that is not forced."""
+    return _chosen.get(_problem(blocks[0].device, _gemm(blocks, weight, stage, save_pre), False), _UNKNOWN) is None
+
+
+def chain_of(blocks: Sequence[Tensor], weights: Sequence[Tensor], plan: Any, keep: Sequence[bool]) -> tuple:
+    """All that the choices of a chain's products can depend on."""
+    x = blocks[0]
+    return plan, *keep, len(blocks), x.shape, *[weight.shape for weight in weights], *_around(x.device, x.dtype)
+
+
+def chain_is_plain(chain: tuple) -> bool:
+    return _chosen.get(chain, _UNKNOWN) is None
+
+
+def keep_plain(chain: tuple) -> None:
+    """Of a chain each of whose stages `is_plain`, not to be asked one by one again."""
+    _keep(_chosen, chain, None)
+
+
 def forget() -> None:
     """The next call of every product chooses anew, from what is known by now."""
     _chosen.clear()
@@ -154,9 +171,19 @@ def _keep(kept: dict, key: tuple, value: Any) -> None:
     kept[key] = value
 
 
+def _gemm(blocks: Sequence[Tensor], weight: Tensor, stage: Stage, save_pre: bool) -> configs.Gemm:
+    x = blocks[0]
+    m = x.shape[0] * stage.tokens(x.shape)
+    return configs.Gemm(stage.kind(len(blocks)), x.dtype, m, *weight.shape, save_pre)
+
+
 def _problem(device: torch.device, gemm: configs.Gemm, forced: bool) -> tuple:
     """All that a choice can depend on."""
-    return gemm, device, forced, configs.uses_tf32(gemm.dtype), torch.are_deterministic_algorithms_enabled()
+    return gemm, forced, *_around(device, gemm.dtype)
+
+
+def _around(device: torch.device, dtype: torch.dtype) -> tuple:
+    return device, dtype, configs.uses_tf32(dtype), torch.are_deterministic_algorithms_enabled()
 
 
 def _key(problem, config, stage, blocks, weight, bias, out, rows) -> tuple:

@@ -5,17 +5,18 @@ On a CPU, in fp32 and fp64, the GEMM runs segment by segment, without a concaten
     y = b + sum_s X_s @ W_s^T
 
 Else the segments are copied side by side and one GEMM runs: in 16 bit a sum of rounded partial products has three times
-its error, and on a GPU every part is a pass over y and a launch.
+its error, and on a GPU every part is a pass over y and a launch. There torch's strided copies take as long for an
+element of 16 bytes as for one of 2, so they are given those of 16 (bench/TUNING.md, row 39).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .segments import Stage, merge_windows
+from .segments import Stage, merge_windows, unmerge_windows
 
 WIDE = (torch.float32, torch.float64)
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -37,7 +38,7 @@ def run_stage(
     pre = y.view(-1, n) if save_pre else None
     y = activate(y, stage.activation, inplace=not save_pre)
     if stage.merge_out > 1:
-        return merge_windows(y, stage.grid, stage.merge_out), pre
+        return merged(y, stage.grid, stage.merge_out), pre
     if out is not None:
         return out.index_copy_(0, rows, y.view(-1, n).to(out.dtype)), pre
     return y, pre
@@ -46,7 +47,7 @@ def run_stage(
 def _linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage: Stage) -> Tensor:
     """A @ W^T + b -> [B, tokens, N], rows in the order of the GEMM."""
     x = blocks[0]
-    by_segments = x.device.type == "cpu" and x.dtype in WIDE and stage.num_segments(blocks) > 1
+    by_segments = x.dtype in WIDE and x.is_cpu and stage.num_segments(blocks) > 1
     if not by_segments or is_transformed():
         return F.linear(gathered(blocks, stage), weight, bias)
     c = x.shape[-1]
@@ -61,8 +62,42 @@ def _linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage
 def gathered(blocks: Sequence[Tensor], stage: Stage) -> Tensor:
     """A of a stage as one operand [B, tokens, K], contiguous: then the bias is the GEMM's."""
     if stage.merge_in > 1:
-        return merge_windows(blocks[0], stage.grid, stage.merge_in)
-    return torch.cat(list(blocks), -1) if len(blocks) > 1 else blocks[0].contiguous()
+        return merged(blocks[0], stage.grid, stage.merge_in)
+    if len(blocks) == 1:
+        return blocks[0].contiguous()
+    if blocks[0].is_contiguous():  # torch.cat has a fast kernel of its own for those
+        return torch.cat(list(blocks), -1)
+    return in_16_bytes(lambda wide: torch.cat(wide, -1), list(blocks))
+
+
+def merged(x: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """segments.merge_windows"""
+    return in_16_bytes(lambda wide: merge_windows(wide[0], grid, size), [x])
+
+
+def unmerged(y: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """segments.unmerge_windows"""
+    return in_16_bytes(lambda wide: unmerge_windows(wide[0], grid, size), [y], size * size)
+
+
+def in_16_bytes(copy: Callable[[list[Tensor]], Tensor], tensors: list[Tensor], parts: int = 1) -> Tensor:
+    """copy(tensors), which moves whole rows, or `parts` of a row, and looks into none; on a GPU in units of 16 bytes
+    where every part is a multiple of that."""
+    if copies_by_element(tensors[0]) and all(_is_wide(x, parts) for x in tensors) and not is_transformed():
+        return copy([x.view(torch.complex128) for x in tensors]).view(tensors[0].dtype)
+    return copy(tensors)
+
+
+def copies_by_element(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _is_wide(x: Tensor, parts: int) -> bool:
+    unit = 16 // x.element_size()
+    if x.data_ptr() % 16 or x.storage_offset() % unit or x.shape[-1] % (parts * unit) or x.is_neg():
+        return False
+    *strides, last = x.stride()
+    return last == 1 and not any(stride % unit for stride in strides)
 
 
 def activate(x: Tensor, activation: str | None, *, inplace: bool = False) -> Tensor:
@@ -70,7 +105,7 @@ def activate(x: Tensor, activation: str | None, *, inplace: bool = False) -> Ten
         return x
     if activation == "silu":
         return F.silu(x, inplace=inplace)
-    gelu = torch.ops.aten.gelu_ if inplace else F.gelu
+    gelu = torch._C._nn.gelu_ if inplace else F.gelu  # torch.ops.aten.gelu_ costs the host three times as much
     return gelu(x, approximate=_APPROXIMATE[activation])
 
 
