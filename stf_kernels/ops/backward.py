@@ -81,7 +81,7 @@ def chain_bwd(
     backend.resolve.
     """
     (stages, skip), wants, last = plan, Needs.of(needs, len(blocks), len(weights)), len(weights) - 1
-    blocks = [None if x is None else x[:, skip:] for x in blocks]
+    blocks = [None if x is None else x.narrow(1, skip, block[1] - skip) for x in blocks]
     block = block[0], block[1] - skip, block[2]
     shapes, weight_shapes = shapes_of(stages, len(blocks), block, widths)
     d_blocks: list[Tensor | None] = [None] * len(blocks)

@@ -172,9 +172,8 @@ def _keep(kept: dict, key: tuple, value: Any) -> None:
 
 
 def _gemm(blocks: Sequence[Tensor], weight: Tensor, stage: Stage, save_pre: bool) -> configs.Gemm:
-    x = blocks[0]
-    m = x.shape[0] * stage.tokens(x.shape)
-    return configs.Gemm(stage.kind(len(blocks)), x.dtype, m, *weight.shape, save_pre)
+    x, (n, k) = blocks[0], weight.shape
+    return configs.Gemm(stage.kind(len(blocks)), x.dtype, x.shape[0] * stage.tokens(x.shape), n, k, save_pre)
 
 
 def _problem(device: torch.device, gemm: configs.Gemm, forced: bool) -> tuple:

@@ -20,6 +20,9 @@ from .segments import Stage, merge_windows, unmerge_windows
 
 WIDE = (torch.float32, torch.float64)
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+# The binding that F.gelu is, in place: torch.ops.aten.gelu_ takes three times as long to call.
+_gelu_ = torch._C._nn.gelu_  # type: ignore[attr-defined]
+_gelu_backward, _silu_backward = torch.ops.aten.gelu_backward.grad_input, torch.ops.aten.silu_backward.grad_input
 
 
 def run_stage(
@@ -105,16 +108,15 @@ def activate(x: Tensor, activation: str | None, *, inplace: bool = False) -> Ten
         return x
     if activation == "silu":
         return F.silu(x, inplace=inplace)
-    gelu = torch._C._nn.gelu_ if inplace else F.gelu  # torch.ops.aten.gelu_ costs the host three times as much
-    return gelu(x, approximate=_APPROXIMATE[activation])
+    return (_gelu_ if inplace else F.gelu)(x, approximate=_APPROXIMATE[activation])
 
 
 def activation_bwd(dy: Tensor, pre: Tensor, activation: str, *, overwrite: bool = False) -> Tensor:
     """dy * act'(pre), in dy's memory if overwrite."""
     out = dy if overwrite else torch.empty_like(dy)
     if activation == "silu":
-        return torch.ops.aten.silu_backward.grad_input(dy, pre, grad_input=out)
-    return torch.ops.aten.gelu_backward.grad_input(dy, pre, approximate=_APPROXIMATE[activation], grad_input=out)
+        return _silu_backward(dy, pre, grad_input=out)
+    return _gelu_backward(dy, pre, approximate=_APPROXIMATE[activation], grad_input=out)
 
 
 def is_transformed() -> bool:

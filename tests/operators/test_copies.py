@@ -1,4 +1,4 @@
-"""If this fails, plain torch on a GPU concatenates or merges other values than the blocks hold, or copies them slowly."""
+"""If this fails, plain torch on a GPU concatenates or merges other values than there are, or copies them slowly."""
 
 import pytest
 import torch
