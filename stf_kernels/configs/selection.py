@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .config import GemmConfig
-from .model import copy_cycles, cycles, default_config, does_not_suit, others, tiles
+from .model import LIBRARY, copy_cycles, cycles, default_config, does_not_suit, others, tiles
 from .tables import Known, Table, cache_of, device_identity, multiprocessors, table_of
 
 _log = logging.getLogger(__name__)  # its warnings are seen on stderr where an application has set up no logging
@@ -161,7 +161,8 @@ def _model(index: int, gemm: Gemm, forced: bool) -> GemmConfig | None:
     config = default_config(arch, itemsize, m, n, k, multiprocessors=count, **which)
     every = menu(arch, itemsize, save_pre=False, wgrad=False)
     best = min(cycles(other, *size) for other in every if does_not_suit(other, arch, "linear", itemsize) is None)
-    return config if forced or cycles(config, *size) <= best + copy_cycles(gemm.stage, *size) else None
+    plain = LIBRARY * best + copy_cycles(gemm.stage, *size)
+    return config if forced or cycles(config, *size) <= plain else None
 
 
 def menu(arch: str, itemsize: int, *, save_pre: bool, wgrad: bool) -> list[GemmConfig]:

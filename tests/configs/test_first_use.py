@@ -81,9 +81,11 @@ def test_training_and_other_buckets_are_other_problems(gpu):
     assert rows == [1, 2, 3, 4, 6, 96, 128, 192, 768, 1536]
 
 
-def test_plain_torch_wins_within_the_noise_but_not_where_triton_is_forced(gpu):
+@pytest.mark.parametrize(("torch_us", "us"), [(50.0, 49.5), (1000.0, 985.0), (50.0, 46.0)])
+def test_plain_torch_wins_within_the_noise_but_not_where_triton_is_forced(gpu, torch_us, us):
+    """And where the device would save less than a launch costs the host."""
     first, second, *_ = candidates()
-    gpu.us |= {first: 49.5, second: 60.0}
+    gpu.us |= dict.fromkeys(candidates(), 2 * torch_us) | {None: torch_us, first: us, second: 1.1 * us}
     call()
     assert served() is None
     assert None in launch._chosen.values(), "what is plain torch's is not chosen again"
