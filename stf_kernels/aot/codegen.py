@@ -29,6 +29,7 @@ class Words:
     async_copy: str
     plain_copy: str  # global loads and shared stores; AMD: loads by whole addresses, not within one buffer
     constant_load: str
+    stack: str  # what was spilled, on its way there or back
 
 
 SASS = Words(
@@ -38,6 +39,7 @@ SASS = Words(
     async_copy=r"\b(?:LDGSTS|UTMALDG)\b",  # of a thread's 16 bytes; of a box, by descriptor
     plain_copy=r"\b(?:LDG|STS)\b",
     constant_load=r"\bU?LDC\b",
+    stack=r"\b(?:LDL|STL)\b",
 )
 GCN = Words(
     label=r"^(\.LBB\w+):",
@@ -46,6 +48,7 @@ GCN = Words(
     async_copy=r"\b(?:global|buffer)_load_lds",
     plain_copy=r"\bglobal_load",
     constant_load=r"\bs_load",
+    stack=r"\bscratch_",
 )
 _MATH = r"\b(?:HMMA|HGMMA|UTC\w*MMA|FFMA2?|v_mfma\w*|v_(?:pk_)?fmac?_f32|v_dot\w*)\b"
 _SASS_WORD = re.compile(r"/\* 0x([0-9a-f]{16}) \*/")
@@ -57,6 +60,7 @@ class Code:
 
     registers: int
     spills: int  # bytes of stack per thread (NVIDIA), registers spilled (AMD)
+    stack_accesses: int  # in the loop
     shared: int  # bytes per program
     tensor_core: int  # matrix instructions of the architecture, in the whole kernel
     loop: dict[str, int]  # of the innermost one that multiplies, "instructions" (0: none was found), "mma", ...
@@ -105,7 +109,8 @@ def read(words: Words, tensor_core: str, lines: list[str], registers: int, spill
     return Code(
         registers,
         spills,
-        shared,
+        stack_accesses=_count(words.stack, loop),
+        shared=shared,
         tensor_core=_count(tensor_core, lines),
         loop={
             "instructions": _count(words.instruction, loop),
