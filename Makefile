@@ -18,7 +18,7 @@ help:
 	@echo "make lint             1 s    ruff"
 	@echo "make types           30 s    mypy; 3 s when little has changed"
 	@echo "make docs            20 s    the pages of docs/ into docs/_build/html/"
-	@echo "make fuzz                    24,000 drawn calls of operators and kernels between pages that fault; 2,000 broken files"
+	@echo "make fuzz                    20,000 drawn calls of operators and kernels between pages that fault; 2,000 broken files"
 	@echo "make mutate            hours 400 mutants against the tests that cover their lines; goes on where it stopped"
 	@echo "make kill-sweep    > 10 min  kill conversions, selections, trainings and benchmarks, and see what is left"
 	@echo "make aot           > 10 min  compile every configuration for every GPU and check the generated code"

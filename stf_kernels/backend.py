@@ -2,8 +2,10 @@
 
 auto     on a GPU that Triton serves, for each product a kernel or plain torch as configs/selection.py says;
          plain torch elsewhere
-triton   Triton always; CPU tensors need TRITON_INTERPRET=1
+triton   a Triton kernel for every product of a forward; CPU tensors need TRITON_INTERPRET=1
 torch    plain torch always
+
+A backward is plain torch under each of them.
 """
 
 import functools
@@ -35,21 +37,16 @@ def _switched(backend: str) -> Iterator[None]:
 def use_backend(backend: str):
     """Context manager: run the operators of this thread on "auto", "triton" or "torch"; ValueError for another name.
 
-    A backward takes the backend of its forward, in whatever thread autograd runs it. Not one that computes its forward
-    again (activation checkpointing): wrap the checkpointed function itself, or set STF_KERNELS_BACKEND.
+    A backward is plain torch under each. One that computes its forward again (activation checkpointing) does so outside
+    this block or in another thread: wrap the checkpointed function itself, or set STF_KERNELS_BACKEND.
     """
     check_choice("backend", backend, BACKENDS)
     return _switched(backend)
 
 
-def chosen_backend() -> str | None:
-    """The innermost `use_backend` of this thread."""
-    return getattr(_state, "backend", None)
-
-
 def current_backend() -> str:
     """The innermost `use_backend` of this thread, else STF_KERNELS_BACKEND, else "auto"."""
-    return chosen_backend() or _default_backend()
+    return getattr(_state, "backend", None) or _default_backend()
 
 
 @functools.cache
@@ -90,10 +87,10 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
-def resolve(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
-    """The path for operands of one device and dtype under a backend, by default the current one: "auto" only where
-    Triton serves; ValueError or TypeError where "triton" was asked for and cannot be had."""
-    backend = backend or current_backend()
+def resolve(device: torch.device, dtype: torch.dtype) -> str:
+    """The path for operands of one device and dtype under the current backend: "auto" only where Triton serves;
+    ValueError or TypeError where "triton" was asked for and cannot be had."""
+    backend = current_backend()
     if backend == "torch":
         return backend
     if backend == "auto":

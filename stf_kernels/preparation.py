@@ -45,7 +45,7 @@ def prepare(
         module: a MultiBlockTokenFusion, SpatialTokenFusion or CompactTokenProjector, or a module that contains some.
         batch_sizes: images of a call.
         dtype: of the tokens; where it is not the parameters' own, the module runs under autocast to it.
-        training: the forward that keeps what a backward reads, and the backward. No `.grad` is touched.
+        training: the forward that keeps what a backward reads; the backward itself selects nothing.
         grid: (H, W) of an image's tokens before merging; LLaVA-1.5's by default. What was selected serves neighbouring
             numbers of rows, too.
 
@@ -103,7 +103,4 @@ def _run(
 
     x = draw() if merging is module else [draw() for _ in range(module.num_blocks)]
     with torch.set_grad_enabled(training):
-        y = module(x) if merging is None else module(x, tuple(grid))
-        wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if training and wanted:
-            torch.autograd.grad(y.sum(), wanted, allow_unused=True)
+        module(x) if merging is None else module(x, tuple(grid))

@@ -11,13 +11,13 @@ from torch import Tensor
 from ..configs import GemmConfig
 from ..configs.model import ARCHITECTURES, SHARED_MEMORY_LIMIT, does_not_suit, has_tma, others, tiles
 from ..configs.tables import DTYPES, shipped_configs
-from ..ops import launch, weight_grad
+from ..ops import launch
 from ..ops.segments import Stage
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One segmented GEMM, or its weight gradient (wgrad). tokens: GEMM rows per image; index_rows: the last stage."""
+    """One segmented GEMM. tokens: GEMM rows per image; index_rows: the last stage."""
 
     name: str
     stage: Stage
@@ -27,11 +27,10 @@ class Problem:
     tokens: int
     save_pre: bool = False
     index_rows: bool = False
-    wgrad: bool = False
 
     @property
     def kind(self) -> str:
-        return self.stage.kind(self.num_blocks) + ("_wgrad" if self.wgrad else "")
+        return self.stage.kind(self.num_blocks)
 
     @property
     def k(self) -> int:
@@ -51,8 +50,6 @@ PROBLEMS = {
         Problem("linear_scatter", Stage(), 1, 16384, 4096, 144, index_rows=True),
         Problem("concat_train", Stage("gelu"), 8, 1024, 4096, 576, save_pre=True),
         Problem("linear_train", Stage("gelu"), 1, 4096, 16384, 144, save_pre=True),
-        Problem("concat_wgrad", Stage(), 8, 1024, 4096, 576, wgrad=True),
-        Problem("merge_wgrad", Stage(merge_in=2, grid=_GRID), 1, 1024, 16384, 144, wgrad=True),
     )
 }
 
@@ -80,7 +77,7 @@ def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
     """Every shipped specialisation of an architecture, or of the defaults the aligned ones in bf16 and fp32."""
     for dtype in ("bfloat16", "float32") if defaults_only else DTYPES:
         for problem in PROBLEMS.values():
-            defaults = () if problem.wgrad else tiles(arch, DTYPES[dtype], save_pre=problem.save_pre)
+            defaults = tiles(arch, DTYPES[dtype], save_pre=problem.save_pre)
             for config in defaults:
                 yield Case(arch, problem.name, dtype, config, default=True)
             if not defaults_only:
@@ -91,12 +88,9 @@ def cases(arch: str, *, defaults_only: bool) -> Iterator[Case]:
 
 def _others(arch: str, dtype: str, problem: Problem, defaults: tuple[GemmConfig, ...]) -> Iterator[Case]:
     itemsize = DTYPES[dtype]
-    configs = shipped_configs(arch, dtype, wgrad=problem.wgrad)
-    if problem.wgrad:
-        configs = [*tiles(arch, itemsize, wgrad=True), *configs]
-    elif problem.save_pre:
-        configs = []
-    else:
+    configs: list[GemmConfig] = []
+    if not problem.save_pre:
+        configs += shipped_configs(arch, dtype)
         configs += [config.portable() for config in configs]
         few_tiles = problem.name in ("linear_merge", "linear_scatter")  # where a search splits K first
         configs += [config for config in others(arch, itemsize) if config.form != "pointer" or few_tiles]
@@ -110,38 +104,34 @@ def _others(arch: str, dtype: str, problem: Problem, defaults: tuple[GemmConfig,
         if dtype == "float32" and not arch.startswith("gfx"):
             yield replace(case, tf32=True)
         # Where dependent launches are, too; they add the same instructions in float16.
-        if has_tma(arch, itemsize) and dtype == "bfloat16" and not problem.wgrad:
+        if has_tma(arch, itemsize) and dtype == "bfloat16":
             yield replace(case, config=replace(config, pdl=True))
-        if problem.wgrad or (problem.name == "concat" and config in defaults):
+        if problem.name == "concat" and config in defaults:
             yield replace(case, aligned=False)
 
 
 def launch_of(case: Case) -> tuple[Any, dict[str, Any]]:
     """(kernel, its arguments by name) of a real launch, made by the launcher itself from operands without memory: those
-    of the chain, the tower's blocks with CLS cut off by a view; for a weight gradient what the library would copy."""
+    of the chain, the tower's blocks with CLS cut off by a view."""
     problem, config, stage = PROBLEMS[case.problem], case.config, PROBLEMS[case.problem].stage
 
     def empty(*shape: int) -> Tensor:
         odd = 0 if case.aligned else 1  # an odd pitch and address
         return torch.empty((*shape[:-1], shape[-1] + odd), dtype=getattr(torch, case.dtype), device="meta")[..., odd:]
 
-    batch, skip = 1 if case.one_image else 8, 1 if problem.num_blocks > 1 or problem.wgrad else 0
+    batch, skip = 1 if case.one_image else 8, 1 if problem.num_blocks > 1 else 0
     m, tokens = batch * problem.tokens, problem.tokens * stage.merge_in**2
     blocks = tuple(empty(batch, tokens + skip, problem.c)[:, skip:] for _ in range(problem.num_blocks))
     x, weight, bias = blocks[0], empty(problem.n, problem.k), empty(problem.n)
-    if problem.wgrad:
-        results = x.new_empty(m, problem.n), x.new_empty(weight.shape)
-        kernel, _, tensors, sizes, constants = weight_grad.wgrad_arguments(config, (blocks, *results), stage)
-    else:
-        y = x.new_empty((m, problem.n) if problem.index_rows else stage.out_shape(x.shape, problem.n))
-        pre = x.new_empty(m, problem.n) if problem.save_pre else None
-        rows = x.new_empty(m, dtype=torch.int64) if problem.index_rows else None
-        operands = blocks, weight, bias, y, pre, rows
-        kernel, _, tensors, sizes, constants = launch.ARGUMENTS[config.form](config, operands, stage)
+    y = x.new_empty((m, problem.n) if problem.index_rows else stage.out_shape(x.shape, problem.n))
+    pre = x.new_empty(m, problem.n) if problem.save_pre else None
+    rows = x.new_empty(m, dtype=torch.int64) if problem.index_rows else None
+    operands = blocks, weight, bias, y, pre, rows
+    kernel, _, tensors, sizes, constants = launch.ARGUMENTS[config.form](config, operands, stage)
     # What the launcher reads off the process
     if case.tf32:
         constants["INPUT_PRECISION"] = "tf32"
-    if case.arch.startswith("gfx") and not problem.wgrad:
+    if case.arch.startswith("gfx"):
         constants |= {"ALIGNMENT": 0, "FAST_ACTIVATION": min(constants["FAST_ACTIVATION"], 1)}
     return kernel, dict(zip(kernel.arg_names, (*tensors, *sizes), strict=False)) | constants
 
@@ -186,11 +176,9 @@ def violations(case: Case, code) -> list[str]:
             and PROBLEMS[case.problem].num_blocks > 1
             and not code.plain_copies,
             # Each waits for the last, between the tensor cores' instructions. One that stands for itself is none:
-            # sm_100 computes with no operand in constant memory, and a weight gradient's loop, short of registers,
-            # loads its bounds again.
+            # sm_100 computes with no operand in constant memory.
             f"{code.loop['constant_loads']} loads of constants in the loop": warpgroups
-            and code.loop["constant_loads"] > (case.arch == "sm_100")
-            and not PROBLEMS[case.problem].wgrad,
+            and code.loop["constant_loads"] > (case.arch == "sm_100"),
         }
         issue, tensor = cycles(case, code)
         # Not on sm_100, whose tensor cores are twice as fast: 128x256x64 takes 45 to 52% of their cycles, 128x128x64 80

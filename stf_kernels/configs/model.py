@@ -104,14 +104,11 @@ def _family(arch: str) -> str:
     return {"sm_90": "sm_90", "sm_100": "sm_90", "sm_103": "sm_90", "sm_80": "sm_80"}.get(arch, "sm_89")
 
 
-def tiles(arch: str, itemsize: int, *, save_pre: bool = False, wgrad: bool = False) -> tuple[GemmConfig, ...]:
-    """What may serve when no table matches, without the largest tile where it spills.
-
-    save_pre: for an epilogue that stores the pre-activation too. wgrad: for the weight gradient.
-    """
+def tiles(arch: str, itemsize: int, *, save_pre: bool = False) -> tuple[GemmConfig, ...]:
+    """What may serve when no table matches; save_pre: where the epilogue stores the pre-activation too, without the
+    largest tile, which spills there."""
     found = (_HALF if itemsize == 2 else _FLOAT)[_family(arch)]
-    spills = save_pre or (wgrad and (itemsize == 4 or _family(arch) == "sm_89"))
-    return found[1:] if spills else found
+    return found[1:] if save_pre else found
 
 
 def others(arch: str, itemsize: int) -> list[GemmConfig]:
@@ -122,7 +119,7 @@ def others(arch: str, itemsize: int) -> list[GemmConfig]:
     return found
 
 
-def every_tile(arch: str, itemsize: int, **which: bool) -> Iterator[GemmConfig]:
+def every_tile(arch: str, itemsize: int, *, save_pre: bool = False) -> Iterator[GemmConfig]:
     """For a search with time: each tile with the warps that hold its accumulator, steps, and depths of the pipeline."""
     pipelines = [*itertools.product((64, 32, 128) if itemsize == 2 else (32, 16), (8, 4), (5, 4, 3, 2))]
     for form, (rows, columns, shares) in _EVERY.items():
@@ -197,9 +194,9 @@ def copy_cycles(kind: str, m: int, n: int, k: int, itemsize: int, arch: str, mul
 
 
 def default_config(
-    arch: str, itemsize: int, m: int, n: int, k: int, *, multiprocessors: int | None = None, **which: bool
+    arch: str, itemsize: int, m: int, n: int, k: int, *, multiprocessors: int | None = None, save_pre: bool = False
 ) -> GemmConfig:
-    """What serves for y [m, n] = A [m, k] @ W^T when no table matches, itemsize bytes an element; which: as `tiles`.
+    """What serves for y [m, n] = A [m, k] @ W^T when no table matches, itemsize bytes an element.
 
     The cheapest, unless it takes several waves and a tile that leaves less of the last one idle costs little more:
     waves are counted, all else in a price is estimated. On sm_90 and sm_100 tiles of 64 rows fill the last wave better
@@ -207,7 +204,7 @@ def default_config(
     times as much shared memory: there the cheapest stays (20 of LLaVA-1.5's 294 defaults in 16 bit).
     """
     count = multiprocessors or ARCHITECTURES.get(arch, ARCHITECTURES["sm_89"]).multiprocessors
-    menu = tiles(arch, itemsize, **which)
+    menu = tiles(arch, itemsize, save_pre=save_pre)
     costs = {config: cycles(config, m, n, k, itemsize, arch, count) for config in menu}
     work = {config: waves(config, m, n, count)[1] for config in menu}
     cheapest = min(menu, key=costs.__getitem__)
@@ -219,7 +216,7 @@ def default_config(
 
 def does_not_suit(config: GemmConfig, arch: str, stage: str, itemsize: int) -> str | None:
     """Why a configuration cannot run a stage on an architecture, or None."""
-    amd, wgrad = arch.startswith("gfx"), stage.endswith("_wgrad")
+    amd = arch.startswith("gfx")
     threads = config.num_warps * (64 if amd else 32)
     if threads > 1024:
         return f"num_warps: {config} has {threads} threads, a program has at most 1024"
@@ -227,9 +224,8 @@ def does_not_suit(config: GemmConfig, arch: str, stage: str, itemsize: int) -> s
     tensor_memory = arch.startswith("sm_10")  # there it is not registers that hold the tile
     if config.rows * config.block_n > registers * threads and not tensor_memory:
         return f"the tile of {config} takes more than {registers} registers a thread"
-    if config.split_k > 1 and (amd or wgrad):
-        where = "is for NVIDIA GPUs" if amd else f"is not for stage {stage!r}"
-        return f"split_k {where}, got {config} for {arch}"
+    if config.split_k > 1 and amd:
+        return f"split_k is for NVIDIA GPUs, got {config} for {arch}"
     if (config.form != "pointer" or config.pdl) and not has_tma(arch, itemsize):
         return f"form {config.form!r} (pdl {config.pdl}) is for 16 bit on Hopper and later, got {config} for {arch}"
     dense = stage in ("linear", "linear_merge")

@@ -47,8 +47,7 @@ _listeners: list[list[dict[str, Any]]] = []
 
 
 class Gemm(NamedTuple):
-    """y [m, n] = A [m, k] @ W^T at a stage of `tables.STAGES`, with the pre-activation stored, too, if save_pre; or the
-    weight gradient dW [m, n], a sum over k rows."""
+    """y [m, n] = A [m, k] @ W^T at a stage of `tables.STAGES`, with the pre-activation stored, too, if save_pre."""
 
     stage: str
     dtype: torch.dtype
@@ -57,17 +56,11 @@ class Gemm(NamedTuple):
     k: int
     save_pre: bool = False
 
-    @property
-    def wgrad(self) -> bool:
-        return self.stage.endswith("_wgrad")
-
     def key(self) -> tuple:
-        """tables.KEY: by the shape of W, which is that of a weight gradient, and for rows of A up to the next power of
-        two or 3/4 of it."""
-        rows, *shape = (self.k, self.m, self.n) if self.wgrad else (self.m, self.n, self.k)
-        power = 1 << max(rows - 1, 0).bit_length()
-        m_max = power if 4 * rows > 3 * power else max(3 * power // 4, 1)
-        return self.stage, self.named()["dtype"], *shape, m_max, self.save_pre, uses_tf32(self.dtype)
+        """tables.KEY: for rows of A up to the next power of two or 3/4 of it."""
+        power = 1 << max(self.m - 1, 0).bit_length()
+        m_max = power if 4 * self.m > 3 * power else max(3 * power // 4, 1)
+        return self.stage, self.named()["dtype"], self.n, self.k, m_max, self.save_pre, uses_tf32(self.dtype)
 
     def size(self, index: int) -> tuple:
         """What the model asks of it on a GPU."""
@@ -86,8 +79,7 @@ def choose(
 ) -> tuple[GemmConfig | None, bool]:
     """(configuration for a product on `device`, whether the next call will get the same: no selection is to come).
 
-    None is plain torch, never if `forced`; a weight gradient is also the library's where no table and no selection
-    names the kernel, and where that did not run. measure: of the call's own operands; without it nothing is selected.
+    None is plain torch, never if `forced`. measure: of the call's own operands; without it nothing is selected.
     """
     if device.type == "cpu":  # the interpreter: nothing there depends on speed
         return INTERPRETER_CONFIG, True
@@ -107,7 +99,7 @@ def choose(
     config, us = (None, {}) if known is None else (known.kernel if forced else known.config, known.us)
     if known is None or (forced and config is None):
         source, config, us = "model", _model(index, gemm, forced), {}
-    if (gemm.dtype.itemsize, gemm.wgrad, config) in cache.failed and (gemm.wgrad or not forced):
+    if (gemm.dtype.itemsize, config) in cache.failed and not forced:
         config = None
     for heard in _listeners:
         serves = {"serves": str(config or "plain torch"), "us": us.get(config), "torch us": us.get(None), "by": source}
@@ -117,7 +109,7 @@ def choose(
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[dict[str, Any]]]:
-    """What `choose` says meanwhile, in any thread: a backward has one of its own."""
+    """What `choose` says meanwhile, in any thread."""
     heard: list[dict[str, Any]] = []
     _listeners.append(heard)
     try:
@@ -154,19 +146,16 @@ def _why_not_now() -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _model(index: int, gemm: Gemm, forced: bool) -> GemmConfig | None:
-    if gemm.wgrad and not forced:
-        return None
     m, n, k, itemsize, arch, count = size = gemm.size(index)
-    which = {"save_pre": gemm.save_pre, "wgrad": gemm.wgrad}
-    config = default_config(arch, itemsize, m, n, k, multiprocessors=count, **which)
-    every = menu(arch, itemsize, save_pre=False, wgrad=False)
+    config = default_config(arch, itemsize, m, n, k, multiprocessors=count, save_pre=gemm.save_pre)
+    every = menu(arch, itemsize, save_pre=False)
     best = min(cycles(other, *size) for other in every if does_not_suit(other, arch, "linear", itemsize) is None)
     plain = LIBRARY * best + copy_cycles(gemm.stage, *size)
     return config if forced or cycles(config, *size) <= plain else None
 
 
-def menu(arch: str, itemsize: int, *, save_pre: bool, wgrad: bool) -> list[GemmConfig]:
-    return [*tiles(arch, itemsize, save_pre=save_pre, wgrad=wgrad), *([] if wgrad else others(arch, itemsize))]
+def menu(arch: str, itemsize: int, *, save_pre: bool) -> list[GemmConfig]:
+    return [*tiles(arch, itemsize, save_pre=save_pre), *others(arch, itemsize)]
 
 
 class Search(NamedTuple):
@@ -188,10 +177,10 @@ def contenders(index: int, gemm: Gemm) -> list[GemmConfig]:
     size, itemsize, arch = gemm.size(index), gemm.dtype.itemsize, device_identity(index)[1]
     costs = {
         config: cycles(config, *size)
-        for config in search.menu(arch, itemsize, save_pre=gemm.save_pre, wgrad=gemm.wgrad)
+        for config in search.menu(arch, itemsize, save_pre=gemm.save_pre)
         if does_not_suit(config, arch, gemm.stage, itemsize) is None
         if config.split_k == 1 or 4 * gemm.m * gemm.n * config.split_k <= _WORKSPACE
-        if (itemsize, gemm.wgrad, config) not in _kept(index).failed
+        if (itemsize, config) not in _kept(index).failed
     }
     found, promising = Counter[Hashable](), []
     for config in sorted(costs, key=costs.__getitem__):
@@ -247,7 +236,7 @@ def _keep(cache: Table, gemm: Gemm, known: dict[tuple, Known], failed: Failures)
     """For this process, and in the file."""
     cache.known |= known
     for config, reason in failed.items():
-        cache.failed[gemm.dtype.itemsize, gemm.wgrad, config] = f"{gemm}: {reason}"
+        cache.failed[gemm.dtype.itemsize, config] = f"{gemm}: {reason}"
     try:
         if known or failed:
             cache.write()
@@ -258,9 +247,9 @@ def _keep(cache: Table, gemm: Gemm, known: dict[tuple, Known], failed: Failures)
         warnings.warn(f"stf_kernels: not used on {cache.slug} any more, found for {gemm}: {listed}", stacklevel=2)
 
 
-def reject(device: torch.device, dtype: torch.dtype, config: GemmConfig, error: Exception, *, wgrad: bool) -> None:
+def reject(device: torch.device, dtype: torch.dtype, config: GemmConfig, error: Exception) -> None:
     """Do not choose a configuration again on a device, for it does not run there: plain torch serves. Warns once."""
-    cache, rejected = _kept(_index(device)), (dtype.itemsize, wgrad, config)
+    cache, rejected = _kept(_index(device)), (dtype.itemsize, config)
     if rejected not in cache.failed:
         cache.failed[rejected] = f"does not run: {error}"
         warnings.warn(f"stf_kernels: {config} does not run on {cache.slug}: {error}. Plain torch serves", stacklevel=3)

@@ -4,11 +4,11 @@
     $STF_KERNELS_CACHE, else $XDG_CACHE_HOME/stf_kernels, else ~/.cache/stf_kernels
         nvidia-h200-torch2.13.0-triton3.7.1-stf_kernels0.2.0.json
 
-    {"version": 3, "device": "nvidia-h200", "arch": "sm_90", "made_with": {"torch": ..., "triton": ..., ...},
+    {"version": 4, "device": "nvidia-h200", "arch": "sm_90", "made_with": {"torch": ..., "triton": ..., ...},
      "entries": [{"stage": "concat", "dtype": "bfloat16", "n": 4096, "k": 8192, "m_max": 1536, "save_pre": false,
                   "tf32": false, "config": {...}, or null for plain torch,
                   "candidates": [{"config": {...} or null, "us": ...}, ...]}, ...],
-     "failed": [{"itemsize": 2, "wgrad": false, "config": {...}, "reason": ...}, ...]}
+     "failed": [{"itemsize": 2, "config": {...}, "reason": ...}, ...]}
 
 An entry's config is what serves, for rows of A up to m_max and beyond the next smaller of 1, 2, 3, 4, 6, 8, 12, ...;
 candidates are the microseconds that decided it. A file may be edited; one that is not right is not used.
@@ -31,15 +31,15 @@ import torch
 from .config import GemmConfig, check_fields
 from .model import does_not_suit
 
-VERSION = 3
-STAGES = ("concat", "merge", "linear", "linear_merge", "concat_wgrad", "merge_wgrad", "linear_wgrad")
+VERSION = 4  # 3 had weight gradients
+STAGES = ("concat", "merge", "linear", "linear_merge")
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
 KEY = ("stage", "dtype", "n", "k", "m_max", "save_pre", "tf32")
 _FOLDER = Path(__file__).with_name("tables")
 _LOCK_SECONDS = 5.0
 
-# itemsize, of a weight gradient, configuration: kernels share tiles, and what is wrong at one product is not trusted.
-Failed = tuple[int, bool, GemmConfig]
+# itemsize, configuration: kernels share tiles, and what is wrong at one product is not trusted.
+Failed = tuple[int, GemmConfig]
 
 
 class Known(NamedTuple):
@@ -141,8 +141,8 @@ class Table:
                 for key, (config, us) in self.known.items()
             ]
             failed = [
-                {"itemsize": itemsize, "wgrad": wgrad, "config": config.to_dict(), "reason": reason}
-                for (itemsize, wgrad, config), reason in self.failed.items()
+                {"itemsize": itemsize, "config": config.to_dict(), "reason": reason}
+                for (itemsize, config), reason in self.failed.items()
             ]
             write_json(self.path, self._header() | {"entries": entries, "failed": failed})
 
@@ -167,8 +167,8 @@ class Table:
                 us[_config(candidate)] = float(candidate["us"])
             known[tuple(entry[name] for name in KEY)] = Known(config, us)
         for number, record in enumerate(value["failed"]):
-            check_fields(f"failed[{number}]", record, {"itemsize", "wgrad", "config", "reason"})
-            failed[record["itemsize"], record["wgrad"], _config(record)] = record["reason"]
+            check_fields(f"failed[{number}]", record, {"itemsize", "config", "reason"})
+            failed[record["itemsize"], _config(record)] = record["reason"]
         return known, failed
 
     def warn(self, what: str) -> None:
@@ -184,15 +184,15 @@ def _config(record: dict) -> GemmConfig | None:
     return None if record["config"] is None else GemmConfig.from_dict(record["config"])
 
 
-def shipped_configs(arch: str, dtype: str, *, wgrad: bool) -> list[GemmConfig]:
-    """Every configuration that a shipped table of an architecture names for a dtype: of weight gradients, or others."""
+def shipped_configs(arch: str, dtype: str) -> list[GemmConfig]:
+    """Every configuration that a shipped table of an architecture names for a dtype."""
     found: dict[GemmConfig, None] = {}
     for path in sorted(_FOLDER.glob("*.json")):
         text = path.read_text(encoding="utf-8")
         if json.loads(text)["arch"] == arch:
             known, _ = Table(path, path.stem, arch).parse(text)
-            for (stage, entry_dtype, *_), (config, _) in known.items():
-                if config and entry_dtype == dtype and stage.endswith("_wgrad") == wgrad:
+            for (_, entry_dtype, *_), (config, _) in known.items():
+                if config and entry_dtype == dtype:
                     found[config] = None
     return list(found)
 

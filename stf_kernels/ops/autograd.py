@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..backend import BACKENDS, chosen_backend, current_backend, resolve
+from ..backend import resolve
 from ..checks import ORDINARY
 from .backward import Needs, chain_bwd, shapes_of
 from .chain import Plan, chain_fwd, without_autocast
@@ -47,7 +47,7 @@ class ChainOperator:
         self._kept = functools.lru_cache(MOST_PLANS)(self._what_is_kept)  # the same in every step of a training
         self._traced_plan = plan  # torch.compile does not see through a cache
         self._forward_op = define(name, f"{TENSORS}, {STATIC}, bool[] needs", "Tensor[]", self._forward, self._fake)
-        arguments = f"Tensor grad, {KEPT}, {STATIC}, str backend, bool[] needs"
+        arguments = f"Tensor grad, {KEPT}, {STATIC}, bool[] needs"
         self._backward_op = define(f"{name}_bwd", arguments, "Tensor[]", self._backward, self._fake_backward)
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}", self._autograd_backward, setup_context=self._setup_context, lib=_library
@@ -61,9 +61,7 @@ class ChainOperator:
         if is_transformed() and is_ordinary(tensors):
             plan = self._traced_plan(*static)
             return chain_fwd(plan, "torch", blocks, weights, biases, keep=[True] * 2 * len(weights))[0]
-        # asking for the backend makes it a guard of torch.compile's, whose graph holds the backend of its backward
-        traced = torch.compiler.is_compiling() and chosen_backend() in (None, *BACKENDS)
-        if traced or not is_ordinary(tensors) or is_recorded(blocks[0]):
+        if torch.compiler.is_compiling() or not is_ordinary(tensors) or is_recorded(blocks[0]):
             return self._forward_op(blocks, weights, biases, *static, needs)[0]
         plan, path = self.plan(*static), resolve(blocks[0].device, blocks[0].dtype)
         if needs:
@@ -96,8 +94,7 @@ class ChainOperator:
 
     def _setup_context(self, ctx, inputs, output) -> None:
         blocks, weights, biases, *static, needs = inputs
-        # A compiled backward runs in a thread of autograd's, where the caller's `use_backend` is not seen.
-        ctx.backend, ctx.static, ctx.kept_for = current_backend(), static, needs
+        ctx.static, ctx.kept_for = static, needs
         ctx.sizes = blocks[0].shape, [weight.shape[0] for weight in weights]
         ctx.lengths = len(blocks), len(weights), len(biases)
         keep, reads = self._kept(tuple(static), *ctx.lengths[:2], tuple(needs))
@@ -114,18 +111,17 @@ class ChainOperator:
                 "pass the operator a flag for every tensor, true where a gradient will be wanted"
             )
         kept = _split(ctx.saved_tensors, (2 * ctx.lengths[1], *ctx.lengths))[:3]
-        found = iter(self._backward_op(grads[0], *kept, *ctx.sizes, *ctx.static, ctx.backend, wanted))
+        found = iter(self._backward_op(grads[0], *kept, *ctx.sizes, *ctx.static, wanted))
         in_order = [next(found) if want else None for want in wanted]
         return (*_split(in_order, ctx.lengths), *(None for _ in ctx.static), None)
 
     def _backward(self, grad, saved, blocks, weights, block, widths, *static_and_needs) -> list[Tensor]:
-        *static, backend, needs = static_and_needs
-        plan, path = self.plan(*static), resolve(grad.device, grad.dtype, backend)
-        grads = chain_bwd(plan, path, grad, list(saved), blocks, weights, block, widths, needs)
+        *static, needs = static_and_needs
+        grads = chain_bwd(self.plan(*static), grad, list(saved), blocks, weights, block, widths, needs)
         return [g for g, need in zip(grads, needs, strict=False) if need]
 
     def _fake_backward(self, grad, saved, blocks, weights, block, widths, *static_and_needs) -> list[Tensor]:
-        *static, _, needs = static_and_needs
+        *static, needs = static_and_needs
         _, of_weights = shapes_of(self.plan(*static).stages, len(blocks), block, widths)
         shapes = [*[block] * len(blocks), *of_weights, *[(n,) for n in widths]]
         return [grad.new_empty(shape) for shape, need in zip(shapes, needs, strict=False) if need]
@@ -141,7 +137,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, plan: Plan, path: str, lengths: tuple[int, int, int], kept: tuple, *tensors: Tensor) -> Tensor:
         blocks, weights, biases = _split(tensors, lengths)
         y, saved = chain_fwd(plan, path, blocks, weights, biases, keep=kept[0])
-        ctx.plan, ctx.path, ctx.lengths = plan, path, lengths
+        ctx.plan, ctx.lengths = plan, lengths
         ctx.sizes = blocks[0].shape, [weight.shape[0] for weight in weights]  # a backward is given what it reads alone
         ctx.save_for_backward(*saved, *_read(tensors, kept[1]))
         return _no_view(y)
@@ -154,7 +150,7 @@ class _Eager(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()
         needs = ctx.needs_input_grad[4:]
         block, widths = ctx.sizes
-        grads = chain_bwd(ctx.plan, ctx.path, grad, saved, blocks, weights, block, widths, needs)
+        grads = chain_bwd(ctx.plan, grad, saved, blocks, weights, block, widths, needs)
         return None, None, None, None, *grads[: len(needs)]
 
 

@@ -1,10 +1,10 @@
 """The backward of a chain. g = dL/d(pre-activation) of a stage, rows in the order of its GEMM:
 
-    db = sum_rows g      dW_s = g^T @ X_s, each segment into its columns of dW      dX_s = g @ W_s
+    db = sum_rows g      dW = g^T @ A      dX_s = g @ W_s
 
-dW and dX run in the library GEMM (cuBLAS, MKL); for the first stage's dW, whose X are the caller's own blocks, see
-weight_grad.py. One elementwise kernel of our own that made act'(pre) * dX, act(pre) and db of one reading was slower
-than torch's three (bench/TUNING.md, row 34).
+It is plain torch whatever the backend. Products run in the library GEMM (cuBLAS, MKL); A of the first stage, which the
+forward has not kept, is concatenated or merged again. Kernels of our own were slower and are gone: one that made
+act'(pre) * dX, act(pre) and db of one reading, and one that read A of dW where it lies (bench/TUNING.md, rows 34, 23).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from . import torch_path
 from .chain import Plan, without_autocast
 from .segments import Stage
-from .weight_grad import first_weight_grad
 
 
 class Needs(NamedTuple):
@@ -64,7 +63,6 @@ def shapes_of(
 
 def chain_bwd(
     plan: Plan,
-    path: str,
     dy: Tensor,
     saved: list[Tensor | None],
     blocks: Sequence[Tensor | None],
@@ -77,8 +75,7 @@ def chain_bwd(
 
     dy has the shape of the chain's output. `saved` has an entry for every flag of `Needs.keeps`, None where it is
     false; it is consumed from its end, so that it is freed as the backward passes it. Blocks and weights that
-    `Needs.reads` does not flag may be None; block is the shape of each block, widths are N of each weight. path: see
-    backend.resolve.
+    `Needs.reads` does not flag may be None; block is the shape of each block, widths are N of each weight.
     """
     (stages, skip), wants, last = plan, Needs.of(needs, len(blocks), len(weights)), len(weights) - 1
     blocks = [None if x is None else x.narrow(1, skip, block[1] - skip) for x in blocks]
@@ -115,7 +112,7 @@ def chain_bwd(
             g = through(i - 1, torch.mm(g, weights[i]).view(shapes[i - 1]), pre)
             del pre  # of the first stage before the largest product
         if wants.weights[0]:
-            d_weights[0] = first_weight_grad(g, blocks, weight_shapes[0], stages[0], path)
+            d_weights[0] = torch.mm(g.t(), torch_path.gathered(blocks, stages[0]).flatten(0, 1))
         if any(wants.blocks):
             d_blocks = _block_grads(g, block, weights[0], stages[0], wants.blocks)
     if skip:

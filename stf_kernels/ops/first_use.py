@@ -11,10 +11,11 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,58 +31,60 @@ _HEAD_START = 400_000  # cycles that the device waits while the host queues a ca
 AT_ONCE = 1024  # rows, or rows of W, that are widened at once
 
 
-class Product(NamedTuple):
-    """One product on its operands, for any configuration. Results are y and, if saved, the pre-activation; or dW."""
+@dataclass(eq=False)
+class Product:
+    """One stage on its operands, for any configuration. Results are y and, if saved, the pre-activation."""
 
-    device: torch.device
-    columns: int  # of every result
-    factor: Tensor  # [..., terms of a sum]: W; a term that is zero in all of it shows nobody whether it is read
-    new: Callable[[], tuple[Tensor, ...]]  # memory for the results
-    arguments: Callable[[GemmConfig, tuple[Tensor, ...]], tuple]  # as launch.ARGUMENTS, of a launch into such memory
-    library: Callable[[], tuple[Tensor, ...]]  # the results by plain torch
-    exact: Callable[[Tensor], tuple[Tensor, ...]]  # the results' rows of these numbers, in float64
-    drawn: Callable[[], "Product"]  # the same on random operands
+    forms: Mapping[str, Callable[[GemmConfig, tuple, Stage], tuple]]  # launch.ARGUMENTS
+    blocks: Sequence[Tensor]
+    weight: Tensor
+    bias: Tensor | None
+    stage: Stage
+    save_pre: bool = False
+    out: Tensor | None = None  # the caller's; a trial writes its rows into one of our own
 
+    def __post_init__(self) -> None:
+        x = self.blocks[0]
+        self.device, self.m = x.device, x.shape[0] * self.stage.tokens(x.shape)
 
-def of_stage(
-    arguments: Callable[[GemmConfig, tuple], tuple],
-    operands: tuple[Sequence[Tensor], Tensor, Tensor | None],
-    stage: Stage,
-    save_pre: bool,
-    out: Tensor | None,
-) -> Product:
-    """operands: blocks, weight, bias. Where the caller has an out, the rows go to one of our own."""
-    blocks, weight, bias = operands
-    x, n = blocks[0], weight.shape[0]
-    m, kept = x.shape[0] * stage.tokens(x.shape), 2 if save_pre else 1
-    rows = None if out is None else torch.arange(m, device=x.device)
+    @functools.cached_property
+    def rows(self) -> Tensor | None:
+        return None if self.out is None else torch.arange(self.m, device=self.device)
 
-    def new() -> tuple[Tensor, ...]:
-        y = x.new_empty(stage.out_shape(x.shape, n)) if out is None else out.new_empty(m, n)
-        return (y, x.new_empty(m, n))[:kept]
+    def new(self) -> tuple[Tensor, ...]:
+        """Memory for the results."""
+        x, n = self.blocks[0], self.weight.shape[0]
+        y = x.new_empty(self.stage.out_shape(x.shape, n)) if self.out is None else self.out.new_empty(self.m, n)
+        return (y, x.new_empty(self.m, n)) if self.save_pre else (y,)
 
-    def into(config: GemmConfig, results: tuple[Tensor, ...]) -> tuple:
+    def arguments(self, config: GemmConfig, results: tuple[Tensor, ...]) -> tuple:
+        """Of a launch into such memory."""
         y, pre = (*results, None)[:2]
-        return arguments(config, (tuple(blocks), weight, bias, y, pre, rows))
+        tensors = tuple(self.blocks), self.weight, self.bias, y, pre, self.rows
+        return self.forms[config.form](config, tensors, self.stage)
 
-    def library() -> tuple[Tensor, ...]:
-        y = None if out is None else new()[0]
-        return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=y, rows=rows)[:kept]
+    def library(self) -> tuple[Tensor, ...]:
+        """The results by plain torch."""
+        out, kept = None if self.out is None else self.new()[0], 2 if self.save_pre else 1
+        operands = self.blocks, self.weight, self.bias, self.stage, self.save_pre
+        return torch_path.run_stage(*operands, out=out, rows=self.rows)[:kept]
 
-    def exact(rows: Tensor) -> tuple[Tensor, ...]:
+    def exact(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The results' rows of these numbers, in float64."""
+        stage, x = self.stage, self.blocks[0]
         if stage.merge_out > 1:  # rows of y -> rows of the GEMM
-            in_order = torch.arange(m, device=x.device).view(*x.shape[:2], 1)
+            in_order = torch.arange(self.m, device=x.device).view(*x.shape[:2], 1)
             rows = merge_windows(in_order, stage.grid, stage.merge_out).flatten()[rows]
-        a = torch.cat([s[torch.unravel_index(rows, s.shape[:-1])] for s in stage.segments(blocks)], -1).double()
-        pre = torch.cat([a @ part.double().t() for part in weight.split(AT_ONCE)], -1)
-        pre = pre if bias is None else pre + bias
-        return (torch_path.activate(pre, stage.activation), pre)[:kept]
+        a = torch.cat([s[torch.unravel_index(rows, s.shape[:-1])] for s in stage.segments(self.blocks)], -1).double()
+        pre = torch.cat([a @ part.double().t() for part in self.weight.split(AT_ONCE)], -1)
+        pre = pre if self.bias is None else pre + self.bias
+        y = torch_path.activate(pre, stage.activation)
+        return (y, pre) if self.save_pre else (y,)
 
-    def drawn() -> Product:
-        like = [draw(x) for x in blocks], draw(weight, weight.shape[1] ** -0.5), None if bias is None else draw(bias)
-        return of_stage(arguments, like, stage, save_pre, out)
-
-    return Product(x.device, n, weight, new, into, library, exact, drawn)
+    def drawn(self) -> "Product":
+        """The same on random operands."""
+        blocks, weight = [draw(x) for x in self.blocks], draw(self.weight, self.weight.shape[1] ** -0.5)
+        return replace(self, blocks=blocks, weight=weight, bias=None if self.bias is None else draw(self.bias))
 
 
 def draw(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -93,14 +96,13 @@ def draw(x: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def measure(
-    make: Callable[[], Product], configs: Sequence[GemmConfig], failed: dict[GemmConfig, str], rounds: int
+    product: Product, configs: Sequence[GemmConfig], failed: dict[GemmConfig, str], rounds: int
 ) -> dict[GemmConfig | None, float]:
-    """Microseconds of plain torch (None) and of every configuration that is right, for the product that `make` gives.
+    """Microseconds of plain torch (None) and of every configuration that is right.
 
     One that is wrong or does not run is in `failed` with its reason, as soon as that is known; one that these operands
     do not suit is left out. What is not a configuration's fault is raised: no memory left, a device that is gone.
     """
-    product = make()
     with on_device(product.device), torch.no_grad(), torch.autocast(product.device.type, enabled=False):
         expected = Expected(product)
         if not expected.tells:
@@ -172,8 +174,8 @@ class Expected:
     """The results of plain torch, and how far others may be from them."""
 
     def __init__(self, product: Product) -> None:
-        self.factor = product.factor
-        self.results = [result.view(-1, product.columns) for result in product.library()]
+        self.weight = product.weight
+        self.results = [result.view(-1, len(self.weight)) for result in product.library()]
         total = len(self.results[0])
         self.rows = torch.linspace(0, total - 1, min(total, ROWS), dtype=torch.float64, device=product.device).long()
         self.exact = product.exact(self.rows)
@@ -189,7 +191,7 @@ class Expected:
         whose columns are zero: a wrong kernel would pass, or none."""
         last = self.exact[-1]
         alike = any(last.shape[dim] > 1 and not last.diff(dim=dim).any() for dim in (0, 1))
-        seen = bool(self.factor.any(0).all())
+        seen = bool(self.weight.any(0).all())
         return seen and not alike and all(part.isfinite().all() for y in self.results for part in y.split(AT_ONCE))
 
     def differs(self, results: Sequence[Tensor]) -> str | None:

@@ -70,7 +70,7 @@ def run_stage(
     if ready is None:
         tile = config
         if config is None:
-            product = functools.partial(product_of, (blocks, weight, bias), stage, save_pre, out)
+            product = first_use.Product(ARGUMENTS, blocks, weight, bias, stage, save_pre, out)
             tile = chosen(x.device, gemm, forced, functools.partial(first_use.measure, product))
             key = key if problem in _chosen else None  # the next call may choose otherwise
         ready = Ready(tile)
@@ -114,13 +114,6 @@ def run_stage(
     return y if out is None else out, pre
 
 
-def product_of(operands: tuple, stage: Stage, save_pre: bool = False, out: Tensor | None = None) -> first_use.Product:
-    """A stage as it is tried and timed at first use, on (blocks, weight, bias)."""
-    return first_use.of_stage(
-        lambda config, tensors: ARGUMENTS[config.form](config, tensors, stage), operands, stage, save_pre, out
-    )
-
-
 def chosen(device: torch.device, gemm: configs.Gemm, forced: bool, measure: configs.Measure) -> GemmConfig | None:
     """configs.choose, which is not asked again once no selection is to come. An empty product is not measured."""
     problem = _problem(device, gemm, forced)
@@ -131,12 +124,6 @@ def chosen(device: torch.device, gemm: configs.Gemm, forced: bool, measure: conf
         if settled:
             _keep(_chosen, problem, config)
     return config
-
-
-def reject(device: torch.device, dtype: torch.dtype, config: GemmConfig, error: Exception, *, wgrad: bool) -> None:
-    """configs.reject, and what was chosen so far is chosen anew."""
-    configs.reject(device, dtype, config, error, wgrad=wgrad)
-    _chosen.clear()
 
 
 def is_plain(blocks: Sequence[Tensor], weight: Tensor, stage: Stage, save_pre: bool) -> bool:
@@ -208,7 +195,8 @@ def _instead(config: GemmConfig, error: Exception, x: Tensor, *, exact: bool, fo
     if exact or not isinstance(error, does_not_run()) or (forced and not refused):
         raise error
     if not refused:
-        reject(x.device, x.dtype, config, error, wgrad=False)
+        configs.reject(x.device, x.dtype, config, error)
+        _chosen.clear()  # what was chosen so far is chosen anew
     return config.portable() if forced else None
 
 
@@ -223,10 +211,6 @@ def with_contiguous_last(x: Tensor) -> Tensor:
     """x itself where its last axis is contiguous, as of every hidden state; else a copy, and one of its own sign."""
     x = x.resolve_neg() if x.is_neg() else x
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def input_precision(dtype: torch.dtype) -> str:
-    return "tf32" if configs.uses_tf32(dtype) else "ieee"
 
 
 def fast_activation(dtype: torch.dtype) -> int:
@@ -260,7 +244,7 @@ def _of_all_forms(config: GemmConfig, tensors: tuple, stage: Stage) -> tuple[tup
         "FAST_ACTIVATION": fast_activation(x.dtype),
         "HAS_BIAS": bias is not None,
         "SAVE_PRE": pre is not None,
-        "INPUT_PRECISION": input_precision(x.dtype),
+        "INPUT_PRECISION": "tf32" if configs.uses_tf32(x.dtype) else "ieee",
         "PDL": config.pdl,
     }
     return grid, (m, n, tokens, *stage.grid, y.stride(-2), y.shape[0]), constants

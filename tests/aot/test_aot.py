@@ -51,8 +51,6 @@ NO_DEFAULTS = {
     "swap_ab, K split": lambda case: case.config.form == "swap_ab" and case.config.split_k > 1,
     "pointer, K split": lambda case: case.config.form == "pointer" and case.config.split_k > 1,
     "tf32": lambda case: case.tf32,
-    "concatenated weight gradient": lambda case: case.problem == "concat_wgrad",
-    "merged weight gradient": lambda case: case.problem == "merge_wgrad",
 }
 
 

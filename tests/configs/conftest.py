@@ -8,7 +8,7 @@ import torch
 
 from stf_kernels import configs
 from stf_kernels.configs import selection, tables
-from stf_kernels.ops import first_use, launch, torch_path, weight_grad
+from stf_kernels.ops import first_use, launch, torch_path
 
 CUDA = torch.device("cuda", 0)
 SLOW = 90.0  # of a kernel whose time is not planted; plain torch takes 50
@@ -50,9 +50,6 @@ class Gpu:
     def arguments(self, config, tensors, stage):
         room = torch.zeros(4) if config.split_k > 1 else None
         return Kernel(self, config, tensors, stage, room), (1, 1, 1), (room, None), (), {}
-
-    def wgrad_arguments(self, config, tensors, stage):
-        return WgradKernel(self, config, tensors, stage), (1,), (), (), {}
 
     def medians(self, calls, device, most):
         self.selections += 1
@@ -107,20 +104,12 @@ class Kernel:
         return self.gpu.compiled
 
 
-class WgradKernel(Kernel):
-    def launch(self, *_, **__):
-        blocks, g, dw = self.tensors
-        self.gpu.ran.append((self.config, dw.isnan().all().item()))
-        dw.copy_(weight_grad.by_library(g, blocks, self.stage))
-
-
 @pytest.fixture
 def gpu(pretend, monkeypatch, tmp_path):
     pretend("sm_90")
     gpu = Gpu()
     for form in launch.ARGUMENTS:
         monkeypatch.setitem(launch.ARGUMENTS, form, gpu.arguments)
-    monkeypatch.setattr(weight_grad, "wgrad_arguments", gpu.wgrad_arguments)
     choose = configs.choose
     monkeypatch.setattr(configs, "choose", lambda device, gemm, **options: choose(CUDA, gemm, **options))
     monkeypatch.setattr(selection, "selects", lambda: True)

@@ -20,7 +20,7 @@ def key(n: int = 4096) -> tuple:
 
 def add(table: Table, n: int = 4096, known: Known = KNOWN) -> None:
     table.known[key(n)] = known
-    table.failed[2, False, CONFIG] = "wrong"
+    table.failed[2, CONFIG] = "wrong"
     table.write()
 
 
@@ -50,7 +50,7 @@ def test_what_is_written_is_there_for_the_next_process(fresh):
     found = fresh()
     assert found.known == {key(4096): again, key(1024): torchs}
     assert {known.kernel for known in found.known.values()} == {CONFIG}
-    assert found.failed == {(2, False, CONFIG): "wrong"}
+    assert found.failed == {(2, CONFIG): "wrong"}
     assert {path.suffix for path in found.path.parent.iterdir()} == {".json", ".lock"}, "nothing half-written is left"
     assert re.search(r"test-gpu-torch.+-triton.+-stf_kernels.+\.json$", found.path.name)
 

@@ -47,8 +47,6 @@ def test_configurations_that_are_refused(changes, match):
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_the_models_tiles_fit_every_architecture(arch, itemsize):
     limit = SHARED_MEMORY_LIMIT.get(arch, 65_536 if arch.startswith("gfx") else 101_376)
-    spills = itemsize == 4 or arch in ("sm_89", "sm_120", "sm_75")
-    assert tiles(arch, itemsize, wgrad=True) == tiles(arch, itemsize)[spills:]
     assert tiles(arch, itemsize, save_pre=True) == tiles(arch, itemsize)[1:]
     for config in (*tiles(arch, itemsize), *others(arch, itemsize)):
         assert config.shared_bytes(itemsize) <= limit, config
@@ -102,7 +100,7 @@ def test_what_serves_when_no_table_matches(arch, itemsize):
     for problem in PROBLEMS.values():
         menu, before = tiles(arch, itemsize, save_pre=problem.save_pre), 0.0
         assert {(config.form, config.split_k, config.pdl) for config in menu} == {("pointer", 1, False)}
-        for batch in () if problem.wgrad else (1, 2, 4, 8, 16, 32, 64):
+        for batch in (1, 2, 4, 8, 16, 32, 64):
             m, n, k = batch * problem.tokens, problem.n, problem.k
             costs = {config: cycles(config, m, n, k, itemsize, arch, count) for config in menu}
             work = {config: waves(config, m, n, count)[1] for config in menu}

@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from stf_kernels import configs
 from stf_kernels.configs import GemmConfig, default_config, selection, tables
-from stf_kernels.ops import launch, weight_grad
+from stf_kernels.ops import launch
 from stf_kernels.ops.segments import Stage
 
 X = torch.zeros(1, 64, 128, dtype=torch.bfloat16)
@@ -41,23 +41,6 @@ def test_it_falls_back_once_with_one_warning(gpu):
     gpu.planted[CHOSEN] = OutOfResources(400_000, 232_448, "shared memory")
     with pytest.raises(OutOfResources, match="400000"):  # who forces a kernel hears why it does not run
         launch.run_stage([X], WEIGHT, None, Stage(), forced=True)
-
-
-def test_a_weight_gradient_falls_back_to_the_library(gpu, monkeypatch):
-    tried = []
-
-    def launch_wgrad(g, blocks, stage, config):
-        tried.append(config)
-        raise OutOfResources(300_000, 232_448, "shared memory")
-
-    monkeypatch.setattr(weight_grad, "launch_wgrad", launch_wgrad)
-    g = torch.empty(2 * 64, 256, dtype=torch.bfloat16, device="meta")
-    cropped = torch.empty(2, 65, 128, dtype=torch.bfloat16, device="meta")[:, 1:]
-    with pytest.warns(UserWarning, match="shared memory.*Plain torch serves"):
-        dw = weight_grad.first_weight_grad(g, [cropped], (256, 128), Stage(), "triton")
-    assert dw.shape == (256, 128)
-    weight_grad.first_weight_grad(g, [cropped], (256, 128), Stage(), "triton")
-    assert len(tried) == 1, "the second call starts with what runs"
 
 
 @pytest.mark.parametrize(("hip", "kept"), [(None, 1), ("7", 0)])

@@ -14,7 +14,7 @@ import torch
 
 from stf_kernels import configs
 from stf_kernels.configs import Gemm, selection, tables
-from stf_kernels.ops import first_use, launch, tma, torch_path, weight_grad
+from stf_kernels.ops import first_use, launch, tma, torch_path
 from stf_kernels.ops.segments import Stage
 
 X, WEIGHT = torch.randn(2, 72, 128).bfloat16(), torch.randn(256, 128).bfloat16() / 11
@@ -46,8 +46,6 @@ def test_candidates_are_the_best_few_of_every_form(gpu):
     assert len(candidates()) <= 10
     several = selection.contenders(0, Gemm("concat", torch.bfloat16, 64 * 576, 4096, 8192))
     assert {config.split_k for config in several} == {1}, "parts of gigabytes"
-    wgrad = selection.contenders(0, Gemm("merge_wgrad", torch.bfloat16, 256, 128, 144))
-    assert {config.form for config in wgrad} == {"pointer"}
 
 
 def test_the_fastest_that_is_right_serves_and_nothing_is_asked_again(gpu, caplog):
@@ -307,17 +305,6 @@ def test_threads_select_once(gpu):
     assert gpu.selections == 1
 
 
-def test_a_weight_gradient_is_selected_too(gpu):
-    first, *_ = selection.contenders(0, Gemm("linear_wgrad", torch.bfloat16, 256, 128, 142))
-    gpu.us[first] = 40.0
-    g, blocks = torch.randn(142, 256).bfloat16(), [X[:, 1:]]
-    for _ in range(2):
-        gpu.ran.clear()
-        dw = weight_grad.first_weight_grad(g, blocks, (256, 128), Stage(), "auto")
-        assert torch.equal(dw, weight_grad.by_library(g, blocks, Stage()))
-    assert (gpu.selections, [config for config, _ in gpu.ran]) == (1, [first])
-
-
 @pytest.mark.parametrize(
     "stage", [Stage("gelu", merge_in=2, grid=(7, 6)), Stage(merge_out=2, grid=(7, 6)), GELU], ids=str
 )
@@ -329,7 +316,7 @@ def test_the_exact_rows_are_those_of_the_results(stage, dtype, monkeypatch):
     weight = torch.randn(24, stage.num_segments(blocks) * 16).to(dtype)
     for block in blocks:
         block[1] = 0
-    product = launch.product_of((blocks, weight, None), stage)
+    product = first_use.Product(launch.ARGUMENTS, blocks, weight, None, stage)
     expected = first_use.Expected(product)
     assert expected.tells
     assert expected.allowed[0] > 2 * first_use.ONE_SUM * expected.exact[0].square().mean().sqrt(), "one long sum"
@@ -362,7 +349,7 @@ def test_room_beside_what_torch_has_exact(gpu):
     """Of small integers: in fp32 another order of the sum is no error, in 16 bit everybody sums in fp32."""
     x, weight = (torch.randint(-9, 9, shape) for shape in ((1, 72, 128), (64, 128)))
     for dtype in (torch.float32, torch.float16):
-        product = launch.product_of(([x.to(dtype)], weight.to(dtype) / 1024, None), Stage())
+        product = first_use.Product(launch.ARGUMENTS, [x.to(dtype)], weight.to(dtype) / 1024, None, Stage())
         assert (first_use.Expected(product).allowed[0] > 5e-6) == (dtype == torch.float32)
 
 

@@ -24,8 +24,8 @@ def entry(config: GemmConfig | dict | None = CONFIG, **changes) -> dict:
 
 
 def table(*entries: dict, **changes) -> str:
-    top = {"version": 3, "device": "test-gpu", "arch": "sm_90", "made_with": {"torch": "2", "triton": "3"}}
-    failed = {"itemsize": 2, "wgrad": False, "config": CONFIG.to_dict(), "reason": "of another table"}
+    top = {"version": 4, "device": "test-gpu", "arch": "sm_90", "made_with": {"torch": "2", "triton": "3"}}
+    failed = {"itemsize": 2, "config": CONFIG.to_dict(), "reason": "of another table"}
     return json.dumps({**top, "entries": list(entries), "failed": [failed], **changes})
 
 
@@ -52,12 +52,8 @@ def choose(m: int, n: int = 4096, k: int = 8192, *, stage="concat", dtype=torch.
 
 def test_configurations_of_shipped_tables(use):
     use(table(entry(), entry(SWAP_AB, stage="linear"), entry(TMA, dtype="float16"), entry(None, m_max=1536)))
-    assert tables.shipped_configs("sm_90", "bfloat16", wgrad=False) == [CONFIG, SWAP_AB]
-    assert (
-        tables.shipped_configs("sm_90", "bfloat16", wgrad=True)
-        == tables.shipped_configs("sm_80", "bfloat16", wgrad=False)
-        == []
-    )
+    assert tables.shipped_configs("sm_90", "bfloat16") == [CONFIG, SWAP_AB]
+    assert tables.shipped_configs("sm_80", "bfloat16") == []
 
 
 def test_an_entry_serves_the_rows_of_its_bucket(use):
@@ -81,7 +77,6 @@ def test_nothing_to_compute_has_a_configuration_too(pretend, arch):
     pretend(arch)
     assert choose(0) == choose(1)
     assert choose(576, 0) == choose(576, 1)
-    assert choose(0, stage="concat_wgrad", forced=True) is not None
 
 
 def test_torch_is_named_by_the_table_unless_triton_was_asked_for(use):
@@ -97,30 +92,10 @@ def test_a_stage_that_keeps_its_pre_activation_gets_a_smaller_tile(use):
     assert choose(576, save_pre=True) != choose(576) == CONFIG
 
 
-def test_a_weight_gradient_is_the_librarys_until_a_table_names_the_kernel(use):
-    """The kernel has run on no hardware: a silent table must not make it anyone's default."""
-
-    def choose_wgrad(stage: str = "concat", **options) -> GemmConfig | None:
-        return choose(4096, 8192, 576, stage=f"{stage}_wgrad", **options)
-
-    use(table(entry()))
-    for stage in ("concat", "merge", "linear", "linear_merge"):
-        assert choose_wgrad(stage) is None
-        assert choose_wgrad(stage, forced=True) == default_config(
-            "sm_90", 2, 4096, 8192, 576, multiprocessors=132, wgrad=True
-        )
-    use(table(entry(), entry(stage="concat_wgrad")))
-    assert choose_wgrad() == CONFIG
-    with pytest.warns(UserWarning, match="does not run.*too large. Plain torch serves"):
-        configs.reject(CUDA, torch.bfloat16, CONFIG, RuntimeError("too large"), wgrad=True)
-    assert choose_wgrad() is None
-    assert choose(576) == CONFIG, "the forward's kernel of the same tile is another one"
-
-
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (table(entry(), version=2), "version"),
+        (table(entry(), version=3), "version: expected 4, got 3"),  # had weight gradients
         (table(entry(), colour="red"), "colour"),
         (table(entry(speed=9)), "speed"),
         (table({"stage": "concat"}), "'candidates' is missing"),
@@ -128,8 +103,6 @@ def test_a_weight_gradient_is_the_librarys_until_a_table_names_the_kernel(use):
         (table(entry({**CONFIG.to_dict(), "block_m": 96})), "block_m"),
         (table(entry({"block_m": 64})), "block_k"),
         (table(entry(stage="conv")), "stage"),
-        (table(entry(replace(CONFIG, split_k=2), stage="concat_wgrad")), "concat_wgrad"),
-        (table(entry(TMA, stage="concat_wgrad")), "concat_wgrad"),
         (table(entry(TMA, stage="merge")), "stage 'merge' has no form 'tma'"),
         (table(entry(SWAP_AB, stage="merge")), "stage 'merge' has no form 'swap_ab'"),
         (table(entry(SWAP_AB)), "stage 'concat' has no form 'swap_ab'"),

@@ -13,7 +13,7 @@ RECORDER = recording_driver.install(sys.argv[1])
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from stf_kernels.configs import GemmConfig  # noqa: E402
-from stf_kernels.ops import launch, weight_grad  # noqa: E402
+from stf_kernels.ops import launch  # noqa: E402
 from stf_kernels.ops.segments import Stage  # noqa: E402
 
 TILE = GemmConfig(64, 64, 32, num_warps=4, num_stages=2)
@@ -80,8 +80,6 @@ def calls():
     yield stage("indexed in unaligned rows", [x], square, out=shifted(out), rows=rows)
     yield stage("indexed in fp32", [x], square, out=out.float(), rows=rows)
     yield stage("indexed in rows apart", [x], square, out=torch.zeros(2000, 520, dtype=bf16)[:, :512], rows=rows)
-    g = torch.zeros(1152, 512, dtype=bf16)
-    yield "wgrad", lambda: weight_grad.launch_wgrad(g, blocks, Stage(), replace(TILE, group_m=4))
     if sys.argv[1] == "sm_90":
         dense = [torch.zeros(1, 144, 256, dtype=bf16)]
         yield stage("pointer pdl", config=replace(TILE, pdl=True))

@@ -20,7 +20,6 @@ RUNS = [  # kind, cases, interpreted
     ("functions", 200, True),
     ("modules", 400, True),
     ("stages", 600, True),
-    ("weight_gradient", 200, True),
 ]
 
 

@@ -30,12 +30,11 @@ from stf_kernels.configs import GemmConfig
 from stf_kernels.ops import tma
 from stf_kernels.ops.launch import run_stage
 from stf_kernels.ops.segments import Stage
-from stf_kernels.ops.weight_grad import launch_wgrad
 
 from .guard import Guard, between_pages, span
 from .modules import ARGUMENTS
 from .operators import ACTIVATIONS
-from .stages import by_layers, matrix
+from .stages import by_layers
 
 LAYOUTS = {  # (B, T, C, gap) -> strides
     "dense": lambda b, t, c, gap: (t * c, c, 1),
@@ -110,7 +109,7 @@ def attempt(calls, leaves, c, *, roundings, parameters=((), (), (), ())):
     """calls: ours, the reference in dtype and in float64, the same without activations, which of absolute values is a
     bound; each of its own leaves (and of its parameters). c["gradient"]: how what is sent back lies, or None."""
     dtype, gradient, results, sent = c["dtype"], c["gradient"], [], None
-    given_ = [*c["blocks"], *filter(None, (c["weight"], gradient, c.get("g")))]
+    given_ = [*c["blocks"], *filter(None, (c["weight"], gradient))]
     named = [{name for _, name in specials} for _, specials in given_]
     if sum("largest" in names for names in named) > 1 and {"inf", "-inf"} & set().union(*named):
         reject()  # a product beyond fp32 beside an infinity is NaN where it is rounded first, and not where it is fused
@@ -353,28 +352,6 @@ def stages(**c):
     attempt(calls, [weight, bias, *leaves], c, roundings=2)
 
 
-WGRADS = [GemmConfig(32, 32, 32, group_m=2), GemmConfig(16, 16, 16)]
-
-
-@kind(merge=MERGES, g=OPERAND, config=st.sampled_from(WGRADS), whole=st.booleans())
-def weight_gradient(**c):
-    """dW = g^T @ A by its kernel; A is concatenated or merged on load. whole: whole steps, which have fewer masks."""
-    if c["whole"]:
-        c |= {"tokens": 32, "height": 8, "width": 4, "r": 1}
-    c |= {"merge": c["merge"].replace("out", ""), "gradient": None}
-    stage, tokens = draw_stage(c, "pointer")
-    leaves, given_ = draw_blocks(c, tokens)
-    g = operand((c["batch"] * stage.tokens(leaves[0].shape), c["n"]), c["g"], c["dtype"])
-
-    def ours(leaves):
-        return launch_wgrad(leaves[0], [leaves[1 + i] for i in given_], stage, c["config"])
-
-    def theirs(leaves):
-        return leaves[0].t() @ matrix([leaves[1 + i] for i in given_], stage).flatten(0, 1)
-
-    attempt([ours, theirs, theirs, theirs], [g, *leaves], c, roundings=2)
-
-
 def attack(name, cases, seed, last):
     """Draw and try them; `last`, a file, holds the case that is tried."""
     drawn, function = KINDS[name]
@@ -410,9 +387,7 @@ def main():
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    every = [
-        name for name in KINDS if interpreting() or name not in ("stages", "weight_gradient")
-    ]  # kernels themselves
+    every = [name for name in KINDS if interpreting() or name != "stages"]  # kernels themselves
     with open(options.last, "w") as last:
         for name in every if "all" in options.kinds else options.kinds:
             attack(name, options.cases, options.seed, last)

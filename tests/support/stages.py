@@ -1,4 +1,4 @@
-"""One stage, or its weight gradient, on the kernels beside the same in torch: operands, and the rule on the results."""
+"""One stage on the kernels beside the same in torch: operands, and the rule on the results."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,6 @@ from reference.functional import activate, spatial_merge
 from stf_kernels.configs import GemmConfig
 from stf_kernels.ops.launch import run_stage
 from stf_kernels.ops.segments import Stage
-from stf_kernels.ops.weight_grad import launch_wgrad
 
 from .rule import assert_within_rule
 
@@ -74,12 +73,3 @@ def compare_indexed(config: GemmConfig, blocks: list[Tensor], n: int) -> None:
     torch.testing.assert_close(out[rows[inside]], expected.flatten(0, 1)[inside])
     out[rows[inside]] = 7.0
     assert bool((memory == 7).all())
-
-
-def compare_wgrad(config: GemmConfig, stage: Stage, blocks: list[Tensor], n: int, g: Tensor | None = None) -> Tensor:
-    """The weight gradient for g, [rows, n], of one's own or drawn -> dW, held to the rule."""
-    a = matrix(blocks, stage).flatten(0, 1)
-    g = torch.randn(a.shape[0], n, device=a.device).to(a.dtype) if g is None else g
-    found = launch_wgrad(g, blocks, stage, config)
-    assert_within_rule(f"dW of {config}", found, g.t() @ a, g.double().t() @ a.double())
-    return found

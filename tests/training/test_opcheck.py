@@ -60,7 +60,7 @@ def test_backward_operator(wanted):
     options = static("concat_linear")
     y, *saved = OPS.concat_linear(blocks, weights, biases, *options, [True] * 5)
     kept = [*saved, None], blocks if any(wanted[:4]) else [None] * 3, weights
-    opcheck(OPS.concat_linear_bwd.default, (torch.randn_like(y), *kept, [2, 25, 4], [6], *options, "auto", wanted))
+    opcheck(OPS.concat_linear_bwd.default, (torch.randn_like(y), *kept, [2, 25, 4], [6], *options, wanted))
 
 
 def test_every_registered_operator_is_checked_here():
