@@ -20,8 +20,9 @@ from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.utils import StageMissingLayer, WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from ..clients import check_folder
 from ..core.config import vision_grid
-from ..core.projector import build_projector
+from ..core.model import build_projector
 from ..core.register import Family, families
 from ..core.tiles import pack_tiles, tile_counts
 
@@ -38,23 +39,11 @@ class Info:
     ctx: Any
 
     def get_hf_config(self) -> PreTrainedConfig:
-        config = self.ctx.model_config.hf_config
-        if not isinstance(config, self.family.config):
-            raise TypeError(
-                f"config.json: expected model_type {self.family.config.model_type!r} with this architecture, got "
-                f"{config.model_type!r}; make a LLaVA-STF folder with python -m llava_integration.convert"
-            )
-        return config
+        return self.ctx.model_config.hf_config
 
     def get_hf_processor(self, **kwargs: object) -> ProcessorMixin:
-        processor = self.family.processor
-        try:
-            return self.ctx.get_hf_processor(processor, **kwargs)
-        except (OSError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{self.ctx.model_config.model}: its processor cannot be loaded ({error}); save one beside the model: "
-                f"{processor.__name__}.from_llava(AutoProcessor.from_pretrained(LLAVA)).save_pretrained(FOLDER)"
-            ) from error
+        check_folder(self.ctx.model_config.model)  # not before: a ValueError then means "text alone" to vLLM
+        return self.ctx.get_hf_processor(self.family.processor, **kwargs)
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         model = without_parts(self.family, self.get_hf_config())

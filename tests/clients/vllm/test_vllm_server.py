@@ -98,14 +98,14 @@ def test_a_folder_without_processor_files(folder, tmp_path):
     bare = shutil.copytree(folder, tmp_path / "bare")
     for name in ("processor_config.json", "preprocessor_config.json"):
         (bare / name).unlink(missing_ok=True)
-    assert "its processor cannot be loaded" in refusal(bare, tmp_path)
+    assert "found no processor_config.json" in refusal(bare, tmp_path)
 
 
 def test_a_folder_of_another_model_type(folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
-    assert "got 'llava'; make a LLaVA-STF folder with" in refusal(other, tmp_path)
+    assert "expected a LLaVA-STF model, got model_type 'llava'" in refusal(other, tmp_path)
 
 
 def test_the_benchmark(tmp_path):
