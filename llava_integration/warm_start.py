@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .core.config import default_blocks, prefix_tokens, resolve_layers, smallest_window, vision_grid
-from .core.projector import build_projector
+from .core.model import build_projector
 from .core.register import Family, families
 
 PROJECTOR = "multi_modal_projector"
@@ -120,11 +120,9 @@ def _stf_config(family: Family, stock, selected, blocks, merge_size, truncate, m
     if merge_size is None:
         merge_size = smallest_window(side, truncate=truncate)
     if not 1 <= merge_size <= side or (side % merge_size and not truncate):
-        what = f"expected a divisor of the {side}x{side} grid, got {merge_size}"
-        raise ValueError(f"merge_size: {what}; truncate=True drops the last rows and columns")
+        raise ValueError(f"merge_size: expected a divisor of the {side}x{side} grid or truncate=True, got {merge_size}")
     if mbtf_hidden_size is not None and mbtf_hidden_size < 2 * dim:
-        least = f"2 * {dim} = {2 * dim} to pass a layer through exactly"
-        raise ValueError(f"mbtf_hidden_size: expected at least {least}, got {mbtf_hidden_size}")
+        raise ValueError(f"mbtf_hidden_size: expected at least 2 * {dim} = {2 * dim}, got {mbtf_hidden_size}")
     kept = [field.name for field in dataclasses.fields(stock) if field.name not in NOT_KEPT]
     config = family.config(
         **{name: copying.deepcopy(getattr(stock, name)) for name in kept},
@@ -148,7 +146,6 @@ def _check_model(model: PreTrainedModel) -> None:
         what = f"vision_feature_select_strategy={expected!r} with a {tower.model_type}, its patches and nothing else"
         remedy = "`convert official` takes trained weights of other towers"
         raise ValueError(f"model: expected {what}, got {strategy!r}; {remedy}")
-    vision_grid(tower)
     projector = model.model.multi_modal_projector
     if others := {name for name, _ in projector.named_children()} - {"linear_1", "act", "linear_2"}:
         raise TypeError(f"model: expected a multi_modal_projector of two linears alone, got {sorted(others)}")

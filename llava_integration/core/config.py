@@ -67,8 +67,7 @@ def vision_grid(vision_config: PreTrainedConfig) -> tuple[int, int]:
     """Patches (H, W) of the tower's square image; ValueError for a tower whose images are not square."""
     image, patch = vision_config.image_size, vision_config.patch_size
     if type(image) is not int or type(patch) is not int or image < patch:
-        got = f"image_size {image}, patch_size {patch}"
-        raise ValueError(f"vision_config: expected a square grid of patches, got {got}")
+        raise ValueError(f"vision_config: expected a square grid of patches, got patches of {patch} in {image}")
     return image // patch, image // patch
 
 
@@ -154,10 +153,6 @@ class CompactConfig:
             given["vision_config"] = (old if isinstance(old, dict) else old.to_dict()) | given["vision_config"]
         return super().from_dict(config_dict | given, **kwargs)
 
-    @classmethod
-    def from_json_file(cls, json_file):
-        return cls.from_dict(cls._dict_from_json_file(json_file))
-
 
 # What depends on each other; every way to change one of them ends in `settled`.
 FIELDS = {"vision_config", "projector_hidden_act", *CompactConfig.__annotations__}
@@ -170,15 +165,13 @@ def settled(config: PreTrainedConfig) -> dict[str, Any]:
     if act not in ACTIVATIONS:
         raise ValueError(f"projector_hidden_act: expected one of {list(ACTIVATIONS)}, got {act!r}")
     if config.feature_order != FEATURE_ORDER:
-        what = f"expected {FEATURE_ORDER!r}, the only order of stored weights, got {config.feature_order!r}"
         remedy = "relay stf.linear_1.weight out with stf_kernels.channel_to_patch_major"
-        raise ValueError(f"feature_order: {what}; {remedy}")
+        raise ValueError(f"feature_order: expected {FEATURE_ORDER!r}, got {config.feature_order!r}; {remedy}")
     if not config.use_mbtf and len(layers) != 1:
         raise ValueError(f"vision_feature_layer: expected one layer with use_mbtf=False, got {layers}")
     cls, strategy = ("a", "default") if prefix_tokens(vision) else ("no", "full")
-    if config.vision_feature_select_strategy not in (None, strategy):
+    if (got := config.vision_feature_select_strategy) not in (None, strategy):
         expected = f"{strategy!r} for a {vision.model_type} tower, which has {cls} CLS token"
-        got = config.vision_feature_select_strategy
         raise ValueError(f"vision_feature_select_strategy: expected {expected}, got {got!r}")
     (side, _), r = vision_grid(vision), config.spatial_merge_size
     if not 1 <= r <= side:
@@ -186,12 +179,10 @@ def settled(config: PreTrainedConfig) -> dict[str, Any]:
     if side % r and not config.spatial_merge_truncate:
         remedy = "choose another or set spatial_merge_truncate=True to drop the last rows and columns"
         raise ValueError(f"spatial_merge_size: {r} does not divide the {side}x{side} grid of the tower; {remedy}")
-    found: dict[str, Any] = {"vision_feature_layer": layers, "vision_feature_select_strategy": strategy}
-    found |= {"image_seq_length": (side // r) ** 2}
-    defaults = {"mbtf_hidden_size": 4 * vision.hidden_size, "stf_hidden_size": 4 * r**2 * vision.hidden_size}
-    for name, default in defaults.items():
-        given = getattr(config, name)
-        found[name] = default if given is None else given
-        if found[name] < 1:
-            raise ValueError(f"{name}: expected a positive width, got {given}")
-    return found
+    widths = {"mbtf_hidden_size": 4 * vision.hidden_size, "stf_hidden_size": 4 * r**2 * vision.hidden_size}
+    widths |= {name: given for name in widths if (given := getattr(config, name)) is not None}
+    for name, width in widths.items():
+        if width < 1:
+            raise ValueError(f"{name}: expected a positive width, got {width}")
+    tokens = {"image_seq_length": (side // r) ** 2}
+    return tokens | widths | {"vision_feature_layer": layers, "vision_feature_select_strategy": strategy}

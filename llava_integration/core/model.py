@@ -16,12 +16,14 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
 from transformers.processing_utils import Unpack
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, output_capturing
 from transformers.utils.generic import can_return_tuple
 
-from .config import CompactConfig, Layers, resolve_layers, vision_grid
+from stf_kernels import CompactTokenProjector
+
+from .config import ACTIVATIONS, CompactConfig, Layers, prefix_tokens, resolve_layers, vision_grid
 from .insertion import check_token_count, image_rows, images_in_parts, is_captured
-from .projector import build_projector
 from .tower import check_pixels, image_chunks, to_device_of, tower_hidden_states
 
 # Since transformers 5.19 a tower can be told which hidden states to keep.
@@ -34,7 +36,7 @@ BUILT_BY = (  # a weight's axis, the field that says how long it is, and what it
     (".stf.linear_1.weight", 0, "stf_hidden_size", "{} units"),
 )
 PER_IMAGE = {"image_sizes", "batch_num_images"}  # besides the pixels
-SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # of transformers' quantizers
+SKIP_LISTS = {"llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"}  # of transformers' quantizers
 
 
 class _Saved:
@@ -73,13 +75,11 @@ class _Saved:
 
 def _without_projector(quantization_config):
     """A copy of the configuration, an object or a dict, whose list of modules to skip has the projector in it."""
-    given = copy.deepcopy(quantization_config)
-    fields = given if isinstance(given, dict) else vars(given)
-    bitsandbytes = any(fields.get(name) for name in ("load_in_4bit", "load_in_8bit"))
-    known = [name for name in SKIP_LISTS if name in fields] or SKIP_LISTS[0 if bitsandbytes else 1 :]
-    if isinstance(given, dict) or known[0] in fields:
-        skipped = ["lm_head"] if fields.get(known[0]) is None else fields[known[0]]
-        fields[known[0]] = [*skipped, "multi_modal_projector", "model.multi_modal_projector"]
+    is_dict = isinstance(quantization_config, dict)
+    given = AutoQuantizationConfig.from_dict(quantization_config) if is_dict else copy.deepcopy(quantization_config)
+    for name in SKIP_LISTS & vars(given).keys():
+        skipped = ["lm_head"] if getattr(given, name) is None else getattr(given, name)
+        setattr(given, name, [*skipped, "multi_modal_projector", "model.multi_modal_projector"])
     return given
 
 
@@ -100,6 +100,24 @@ def forward_of(stock: type[PreTrainedModel], *more: str) -> Callable:
 
     forward.__signature__ = signature.replace(parameters=[*known, rest])
     return forward
+
+
+def build_projector(config: PreTrainedConfig, **factory) -> CompactTokenProjector:
+    """A CompactTokenProjector of the sizes in `config`; `factory`: device, dtype."""
+    return CompactTokenProjector(
+        len(config.vision_feature_layer),
+        config.vision_config.hidden_size,
+        config.text_config.hidden_size,
+        merge_size=config.spatial_merge_size,
+        skip_tokens=prefix_tokens(config.vision_config),
+        mbtf=config.use_mbtf,
+        mbtf_hidden_dim=config.mbtf_hidden_size,
+        stf_hidden_dim=config.stf_hidden_size,
+        activation=ACTIVATIONS[config.projector_hidden_act],
+        bias=config.multimodal_projector_bias,
+        truncate=config.spatial_merge_truncate,
+        **factory,
+    )
 
 
 class CompactModel(_Saved):
@@ -219,8 +237,7 @@ class CompactModel(_Saved):
         videos = kwargs.pop("pixel_values_videos", None)
         kwargs.pop("image_sizes_videos", None)  # frames have the size of the tower's images
         if videos is not None and not hasattr(self, "get_video_features"):
-            what = f"expected none, {type(self).__name__} takes images alone"
-            raise ValueError(f"pixel_values_videos: {what}; give the frames as images")
+            raise ValueError(f"pixel_values_videos: expected none for {type(self).__name__}; give the frames as images")
         if pixel_values is not None:
             self.check_options(**options)
             self.check_pixels(pixel_values)

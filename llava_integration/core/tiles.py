@@ -78,10 +78,6 @@ class TiledModel(CompactModel):
 
     own_image_features = get_image_features
 
-    def placeholders(self, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor) -> Tensor:
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, **{f"{kind}_features": features})
-        return mask[kind == "video"] if isinstance(mask, tuple) else mask
-
     def check_pixels(self, pixel_values: Tensor) -> None:
         five = isinstance(pixel_values, Tensor) and pixel_values.ndim == 5
         super().check_pixels(pixel_values.flatten(0, 1) if five else pixel_values)

@@ -15,7 +15,7 @@ from transformers import (
 
 import llava_integration as li
 import reference
-from llava_integration.core import projector
+from llava_integration.core import model as core_model
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
 WORDS = ["USER", "ASSISTANT", "what", "is", "in", "the", "picture", "a", "cat", "and", "dog", ":"]
@@ -68,7 +68,7 @@ def stf(dtype=torch.float64, **changes):
 
 def with_reference(model, monkeypatch):
     """The same model and weights with the projector of reference/."""
-    monkeypatch.setattr(projector, "CompactTokenProjector", reference.CompactTokenProjector)
+    monkeypatch.setattr(core_model, "CompactTokenProjector", reference.CompactTokenProjector)
     other = type(model)(model.config).eval().to(model.dtype)
     other.load_state_dict(model.state_dict())
     assert type(other.model.multi_modal_projector) is reference.CompactTokenProjector

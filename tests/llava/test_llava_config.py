@@ -133,9 +133,9 @@ def test_a_refused_assignment_changes_nothing():
 def test_tokens_of_a_file_are_derived_anew_and_null_is_nothing(stored, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(stored | {"image_seq_length": 576, "quantization_config": None}))
-    for config in (AutoConfig.from_pretrained(tmp_path), LlavaStfConfig.from_json_file(file)):
-        assert config.image_seq_length == 4
-        assert not hasattr(config, "quantization_config")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.image_seq_length == 4
+    assert not hasattr(config, "quantization_config")
 
 
 def test_keywords_change_the_tower_of_a_folder_together_with_the_window(stored, tmp_path):
