@@ -24,7 +24,6 @@ from PIL import Image, ImageOps
 
 LARGE = 2**20  # pixels: a strip that would become so many is cut to what the crop keeps before it is resized
 MARGIN = 4  # of its pixels on either side, or of the result's where those are larger: more than a filter's reach
-REPORTED = 8  # broken images of one call
 
 
 def pictures(images: Any, *, name: str = "images", image_processor: Any = None, **options: Any) -> Any:
@@ -45,9 +44,7 @@ def pictures(images: Any, *, name: str = "images", image_processor: Any = None, 
 
     converted = convert(images, "")
     if wrong:
-        more = f"; and {len(wrong) - REPORTED} more" if len(wrong) > REPORTED else ""
-        got = "; ".join(wrong[:REPORTED])
-        raise ValueError(f"{name}: expected PIL images, arrays, paths or lists of them, got {got}{more}")
+        raise ValueError(f"{name}: expected PIL images, arrays, paths or lists of them, got {'; '.join(wrong)}")
     return converted
 
 

@@ -83,8 +83,7 @@ class CompactProcessor(ProcessorMixin):
             images = (images if self.groups_images else _flat(images)) if any(images) else None
         if videos is not None:
             if not hasattr(self, "video_token"):
-                what = f"expected none, {type(self).__name__} takes images alone"
-                raise ValueError(f"videos: {what}; give the frames as images, each with its own placeholder")
+                raise ValueError(f"videos: expected none for {type(self).__name__}; give the frames as images")
             videos = pictures(_videos(videos), name="videos", **options)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
 

@@ -134,14 +134,16 @@ def test_default_blocks(selected, expected):
     [
         ({"vision_feature_layer": [-2, -3]}, {}, ValueError, "model: expected one vision_feature_layer, got the list"),
         ({"vision_feature_select_strategy": "full"}, {}, ValueError, "model: expected .*select_strategy='default'"),
+        ({"vision": build.siglip()}, {}, ValueError, "model: expected .*select_strategy='full' with a siglip"),
         ({}, {"blocks": [6, 3]}, ValueError, "blocks: expected layer 5 among them"),
         ({}, {"blocks": [5, 9]}, ValueError, "blocks: expected layers from -7 to 6"),
         ({}, {"blocks": []}, ValueError, "blocks: expected at least one layer"),
         ({}, {"blocks": ["5"]}, TypeError, "blocks: expected an int or a list of ints"),
-        ({}, {"merge_size": 3}, ValueError, "merge_size: expected a divisor of the 4x4 grid, got 3"),
+        ({}, {"merge_size": 3}, ValueError, "merge_size: expected a divisor of the 4x4 grid or truncate=True, got 3"),
         ({}, {"merge_size": 0}, ValueError, "merge_size: expected a divisor"),
+        ({}, {"merge_size": 5, "truncate": True}, ValueError, "merge_size: expected .* got 5"),
         ({}, {"merge_size": 2.0}, TypeError, "merge_size: expected .* got 2.0"),
-        ({}, {"mbtf_hidden_size": 63}, ValueError, r"mbtf_hidden_size: expected at least 2 \* 32 = 64 .* got 63"),
+        ({}, {"mbtf_hidden_size": 63}, ValueError, r"mbtf_hidden_size: expected at least 2 \* 32 = 64, got 63"),
         ({}, {"mbtf_hidden_size": "64"}, TypeError, "mbtf_hidden_size: expected .* got '64'"),
         ({}, {"copy": "no"}, TypeError, "copy: expected .* got 'no'"),
         ({}, {"truncate": 1}, TypeError, "truncate: expected .* got 1"),
@@ -156,6 +158,9 @@ def test_wrong_models_are_refused(stock, stf):
     for wrong in (stf, stock.model, None):
         with pytest.raises(TypeError, match="model: expected a stock transformers LlavaForConditionalGeneration, "):
             li.from_llava(wrong)
+    stock.config.vision_config.image_size = [56, 112]
+    with pytest.raises(ValueError, match="vision_config: expected a square grid"):
+        li.from_llava(stock)
     stock.model.multi_modal_projector.norm = torch.nn.LayerNorm(32)
     with pytest.raises(TypeError, match=r"model: expected a multi_modal_projector of two linears .* got \['norm'\]"):
         li.from_llava(stock)

@@ -269,26 +269,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match="videos: expected none"):
             tiled.stf_processor(stock)(text="USER", videos=[frames[0]])
 
-    @pytest.mark.parametrize(
-        ("family", "changes", "options", "match"),
-        [
-            ("onevision", {"vision_feature_select_strategy": "default"}, {}, "model: .*select_strategy='full'"),
-            ("next", {}, {"merge_size": 5}, "merge_size: expected a divisor of the 4x4 grid, got 5"),
-            ("onevision", {}, {"merge_size": 2}, "merge_size: expected a divisor of the 9x9 grid, got 2"),
-            ("onevision", {}, {"merge_size": 10, "truncate": True}, "merge_size: expected .* got 10"),
-        ],
-    )
-    def test_models(self, family, changes, options, match):
-        with pytest.raises(ValueError, match=match):
-            li.from_llava(tiled.MODELS[family](**changes), **options)
-
-    @TILED
-    def test_a_tower_without_a_square_grid(self, family):
-        stock = tiled.MODELS[family]()
-        stock.config.vision_config.image_size = [56, 112]
-        with pytest.raises(ValueError, match="vision_config: expected a square grid"):
-            li.from_llava(stock)
-
     def test_processors(self):
         stock = tiled.next_model()
         processor = tiled.processor(stock)
