@@ -152,13 +152,12 @@ def load(args: argparse.Namespace) -> tuple["PreTrainedModel", "ProcessorMixin"]
     try:
         model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype)
         processor = AutoProcessor.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
+        if type(model) not in [family.generator for family in families()]:
+            model = from_llava(model)
+            kind, r = family_of(model.config).processor, model.config.spatial_merge_size
+            processor = kind.from_llava(processor, merge_size=r)
+    except (OSError, TypeError, ValueError) as error:
         raise RunError(f"--model: {args.model} cannot be loaded ({str(error).splitlines()[0]})") from None
-    if type(model) in [family.stock for family in families()]:
-        model = from_llava(model)
-        processor = family_of(model.config).processor.from_llava(processor, merge_size=model.config.spatial_merge_size)
-    elif type(model) not in [family.generator for family in families()]:
-        raise RunError(f"--model: expected a LLaVA or LLaVA-STF, got a {type(model).__name__}")
     if args.cache_features and hasattr(model.config, TILES):
         raise RunError(f"--cache-features: expected LLaVA-1.5 or LLaVA-STF, got {type(model).__name__}")
     if args.from_random:

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert: Callable = convert_llava if options.pop("command") == "llava" else convert_official
     options["dtype"] = None if options["dtype"] == "auto" else getattr(torch, options["dtype"])
     try:
-        report = convert(options.pop("src"), options.pop("dst"), progress=True, **options)
+        report = convert(options.pop("src"), options.pop("dst"), **options)
     except ConversionError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2

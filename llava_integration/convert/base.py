@@ -56,8 +56,7 @@ def read_parts(src: Path, base: Path | None, projector_name: Callable[[str], str
         return Parts(_merge_lora(src, entries), _config(*folders), folders, "LoRA adapter merged into its base")
     projector = open_file(src / PRETRAIN_FILE)
     if strange := [name for name in projector if projector_name(name) is None]:
-        got = ", ".join(strange[:3])
-        raise ConversionError(f"{src / PRETRAIN_FILE}: expected the tensors of mm_projector alone, got {got}")
+        raise ConversionError(f"{src / PRETRAIN_FILE}: expected the tensors of mm_projector alone, got {strange[0]}")
     # The base may be a LLaVA with a projector of its own: only the new one counts.
     entries = {name: entry for name, entry in entries.items() if not projector_name(name)} | projector
     return Parts(entries, _config(*folders), folders, "projector of a pretraining, with its base")
@@ -94,8 +93,7 @@ def _merge_lora(folder: Path, base: Entries) -> Entries:
         if found := FACTOR.match(_plain(name)):
             factors.setdefault(found["module"], {})[found["side"]] = entry
         elif "lora_" in name or _plain(name) not in base:
-            what = "neither a LoRA factor of a linear layer nor a tensor of the base"
-            raise ConversionError(f"{file}: {name} is {what}; merge it with PEFT first")
+            raise ConversionError(f"{file}: {name} is neither a LoRA factor nor of the base; merge it with PEFT first")
         else:
             merged[_plain(name)] = entry
     for module, pair in factors.items():

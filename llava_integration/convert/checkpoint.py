@@ -73,8 +73,7 @@ def open_weights(folder: Path, what: str = "SRC") -> Entries:
             raise ConversionError(f"{file}: names {shard}, which is not in the folder; complete the checkpoint")
         entries |= open_file(folder / shard)
     if missing := sorted(weight_map.keys() - entries.keys()):
-        what = f"names {len(missing)} tensors that its files do not hold, first {missing[0]}"
-        raise ConversionError(f"{file}: {what}; complete the checkpoint")
+        raise ConversionError(f"{file}: names {missing[0]}, which no file holds; complete the checkpoint")
     return entries
 
 
@@ -93,10 +92,8 @@ def open_file(path: Path) -> Entries:
         else:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ConversionError(
-            f"{path}: expected tensors only, got a pickle with other objects or code in it, which was not executed; "
-            "get the weights as safetensors or from a source you trust"
-        ) from error
+        got = "a pickle with other objects or code in it, which was not executed"
+        raise ConversionError(f"{path}: expected tensors only, got {got}; get the weights as safetensors") from error
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise ConversionError(f"{path}: truncated or not a file of weights; get the file again") from error
     values = content.values() if isinstance(content, dict) else [content]
@@ -172,8 +169,7 @@ def match(model: PreTrainedModel, entries: Entries, report: Report) -> Entries:
         if entry.shape != shape:
             raise ConversionError(f"{where} shape {list(shape)} by the configuration, got {list(entry.shape)}")
         if entry.dtype not in (*DTYPES, torch.float64):
-            what = f"float32, float16 or bfloat16, got {entry.dtype}"
-            raise ConversionError(f"{where} {what}; convert a checkpoint that is not quantized")
+            raise ConversionError(f"{where} float32, float16 or bfloat16, got {entry.dtype}; take one not quantized")
         report.tensors[entry.how].append(f"{name} <- {entry.name}")
     report.tensors["left over"] += [f"{entries[name].name}: computed by the model" for name in left]
     return {name: entries[name] for name in wanted}

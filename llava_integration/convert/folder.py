@@ -1,9 +1,7 @@
 """The converted folder: weights, configurations, processor, model card and report; whole or not at all."""
 
 import contextlib
-import glob
 import json
-import logging
 import math
 import os
 import shutil
@@ -27,9 +25,6 @@ from .report import CARD_FILE, ConversionError, Report, blamed_on, model_card
 
 REPORT_FILE = "conversion.json"
 MAX_SHARD_BYTES = 2 * 10**9  # what is held in memory, too
-SMALL_FILES = 16 * 2**20  # room for a tokenizer and the JSON files
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,14 +34,12 @@ class Target:
     Args:
         dtype: float32, float16 or bfloat16; default: the embeddings' own.
         auto_map: write the code that trust_remote_code=True takes; without stf_kernels it runs in plain torch.
-        progress: show a bar on a terminal.
         allow_nonfinite: a weight that holds NaN or infinity is a warning of the report, not a refusal.
     """
 
     dst: Path
     dtype: torch.dtype | None = None
     auto_map: bool = False
-    progress: bool = False
     allow_nonfinite: bool = False
 
     def check(self, **sources: Path | None) -> None:
@@ -72,12 +65,8 @@ class Target:
         with blamed_on("SRC: generation_config.json", "correct the file or remove it"):
             GenerationConfig(**generation)
         size = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
-        needed, free = size + SMALL_FILES, shutil.disk_usage(self.dst.parent).free
-        if free < needed:
-            what = f"expected {needed / 1e9:.2f} GB free at {self.dst.parent}, got {free / 1e9:.2f} GB"
-            raise ConversionError(f"DST: {what}; free some or choose another disk")
         with whole_folder(self.dst) as folder:
-            with tqdm(total=size, unit="B", unit_scale=True, disable=None if self.progress else True) as bar:
+            with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
                 warnings = report.warnings if self.allow_nonfinite else None
                 _write_weights(folder, entries, dtype, bar.update, warnings)
             config.save_pretrained(folder)
@@ -106,8 +95,6 @@ def generation_settings(folders: Sequence[Path], text: PreTrainedConfig) -> dict
 @contextlib.contextmanager
 def whole_folder(dst: Path) -> Iterator[Path]:
     """A new folder beside `dst` to write into; it becomes `dst` when the block ends, and vanishes when it fails."""
-    for left in sorted(dst.parent.glob(f".{glob.escape(dst.name)}.*.partial")):
-        _log.warning("convert: %s was left by another run; remove it unless that one is still at work", left)
     partial = dst.parent / f".{dst.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         partial.mkdir()

@@ -48,7 +48,7 @@ def convert_llava(
 
     Args:
         blocks, merge_size, truncate: as for `from_llava`.
-        dtype, auto_map, progress, allow_nonfinite: as in `Target`.
+        dtype, auto_map, allow_nonfinite: as in `Target`.
 
     Raises ConversionError, one line; then there is nothing at `dst`.
     """

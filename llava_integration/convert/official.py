@@ -64,7 +64,7 @@ def convert_official(
         blocks: layers of the tower in concatenation order, where the checkpoint is not the published one.
         base: folder of the language model, for the pretrain form and for LoRA.
         vision_tower: folder of the CLIP or SigLIP model, where config.json does not name a local one.
-        dtype, auto_map, progress, allow_nonfinite: as in `Target`.
+        dtype, auto_map, allow_nonfinite: as in `Target`.
 
     Raises ConversionError, one line; then there is nothing at `dst`.
     """
@@ -147,10 +147,8 @@ def derive(entries: Entries, channels: int) -> tuple[int, dict]:
     """Blocks and fields of LlavaStfConfig by the projector in `entries`; `channels`: of the tower."""
     stf, mbtf = (_shape(entries, f"{child}.linear_1.weight") for child in ("stf", "mbtf"))
     if stf is None:
-        raise ConversionError(
-            "SRC: expected an official LLaVA-STF checkpoint with mm_projector.{0,2}.weight, got tensors such as "
-            f"{', '.join(list(entries)[:3])}; a LLaVA-1.5 folder of transformers is converted with `llava`"
-        )
+        got = f"tensors such as {next(iter(entries), None)}; a LLaVA of transformers is converted with `llava`"
+        raise ConversionError(f"SRC: expected an official LLaVA-STF checkpoint with an mm_projector, got {got}")
     if mbtf is None and stf[1] == channels:
         what = "mm_projector reads single tokens without mm_projector_crosslayer, so this is LLaVA-1.5, not LLaVA-STF"
         raise ConversionError(f"SRC: {what}; convert its transformers version with `llava`")
@@ -199,10 +197,8 @@ def block_layers(count: int, layers: int, selected: object, given: list[int] | N
     published = published_blocks(layers + 1 + PUBLISHED_SELECT)
     if selected == PUBLISHED_SELECT and len(published) == count:
         return published
-    raise ConversionError(
-        f"--blocks: the checkpoint does not name its {count} blocks of a tower of {layers} layers, and the published "
-        f"rule gives others, {published}; name them, e.g. --blocks 5,3,1 with the first of the concatenation first"
-    )
+    what = f"the checkpoint does not name its {count} blocks of a tower of {layers} layers"
+    raise ConversionError(f"--blocks: {what}; name them in the order of the concatenation, e.g. --blocks 5,3,1")
 
 
 def _text_config(content: dict, rows: int) -> PreTrainedConfig:

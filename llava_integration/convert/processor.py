@@ -42,8 +42,7 @@ def read_tokenizer(folders: Sequence[Path], report: Report) -> Tokenizer | None:
         except Exception:  # a model_type that transformers does not know; the tokenizers library raises bare Exception
             return _tried(FastTokenizer.from_pretrained(folder, local_files_only=True))
     except Exception as error:
-        what = f"expected a tokenizer, got {error}"
-        raise ConversionError(f"{folder / 'tokenizer.json'}: {what}; get the files again") from error
+        raise ConversionError(f"{folder}/tokenizer.json: expected a tokenizer, got {error}; get it again") from error
 
 
 def read_sentencepiece(folder: Path) -> Tokenizer:
@@ -54,8 +53,7 @@ def read_sentencepiece(folder: Path) -> Tokenizer:
         from sentencepiece import sentencepiece_model_pb2 as sentencepiece
     except ImportError as error:
         remedy = "pip install 'stf-kernels[convert]', or put a tokenizer.json beside it"
-        what = f"reading it takes the packages sentencepiece and protobuf, got {error}"
-        raise ConversionError(f"{file}: {what}; {remedy}") from error
+        raise ConversionError(f"{file}: reading it takes the packages sentencepiece and protobuf; {remedy}") from error
     try:
         model = sentencepiece.ModelProto.FromString(file.read_bytes())
         problem = None if model.pieces else "no pieces"
@@ -67,20 +65,11 @@ def read_sentencepiece(folder: Path) -> Tokenizer:
         raise ConversionError(f"{file}: expected a byte-pair model of sentencepiece, got {problem}; get the file again")
     with blamed_on(f"{folder}: tokenizer_config.json or added_tokens.json", "get the files again"):
         tokenizer = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
-        _check_added_tokens(tokenizer, folder)
+        # Embeddings behind the pieces are found by id, and transformers numbers added tokens one behind the other.
+        for token, index in read_json(folder / "added_tokens.json", missing_ok=True).items():
+            if (got := tokenizer.convert_tokens_to_ids(token)) != index:
+                raise ConversionError(f"{folder}: added token {token!r}: expected the next id, {got}, got {index}")
         return _tried(tokenizer)
-
-
-def _check_added_tokens(tokenizer: Tokenizer, folder: Path) -> None:
-    """Embeddings behind the pieces are found by id: a tokenizer that numbers its tokens otherwise reads wrong rows."""
-    added = read_json(folder / "added_tokens.json", missing_ok=True)
-    settings = read_json(folder / "tokenizer_config.json", missing_ok=True)
-    for index, token in (settings.get("added_tokens_decoder") or {}).items():
-        added.setdefault(token["content"] if isinstance(token, dict) else token, int(index))
-    for token, index in sorted(added.items(), key=lambda item: item[1]):
-        if (got := tokenizer.convert_tokens_to_ids(token)) != index:
-            what = f"added token {token!r}: expected id {got}, the next one, got {index}"
-            raise ConversionError(f"{folder}: {what}; get the files again")
 
 
 def _tried(tokenizer: Tokenizer) -> Tokenizer:
@@ -110,17 +99,15 @@ def settle_vocabulary(tokenizer: Tokenizer | None, rows: int) -> tuple[int, int,
     present = tokenizer.get_vocab()
     last = max((index for token, index in present.items() if token not in (IMAGE_TOKEN, PAD_TOKEN)), default=-1)
     if last >= rows:
-        what = f"expected ids below {rows}, the rows of the checkpoint's embeddings, got {last}"
         remedy = f"there is no room for {IMAGE_TOKEN}: give SRC the tokenizer it was trained with"
-        raise ConversionError(f"tokenizer: {what}; {remedy}")
+        raise ConversionError(f"tokenizer: expected ids below {rows}, the rows of the embeddings, got {last}; {remedy}")
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.unk_token:
         # The unknown token as padding, as LLaVA has it, would mask unknown words in training.
         tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, normalized=False, special=True)})
     image, pad = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.pad_token_id
     if (ids := tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False)) != [image]:
-        what = f"expected {IMAGE_TOKEN} to be one token after adding it, got {ids}"
-        raise ConversionError(f"tokenizer: {what}; give SRC a tokenizer that takes new tokens")
+        raise ConversionError(f"tokenizer: expected {IMAGE_TOKEN} to be one token after adding it, got {ids}; mend it")
     needed = max(image, pad, last) + 1
     return _padded(needed) if needed > rows else rows, image, pad
 

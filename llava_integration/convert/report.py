@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig
 KINDS = ("mapped", "relaid out", "merged", "resized", "created", "left over")
 CARD_FILE = "README.md"
 CONFIG = "SRC: config.json"
-GET_AGAIN = "get the file again"
 
 
 class ConversionError(ValueError):
@@ -23,7 +22,7 @@ class ConversionError(ValueError):
 
 
 @contextlib.contextmanager
-def blamed_on(what: str, remedy: str = GET_AGAIN) -> Iterator[None]:
+def blamed_on(what: str, remedy: str = "get the file again") -> Iterator[None]:
     """Whatever is raised inside becomes a ConversionError about `what`: fields of a foreign file break anything."""
     try:
         yield

@@ -25,8 +25,7 @@ class Tower:
     def weights(self) -> Entries:
         """The folder's vision tensors under the model's names; those of a text tower are not taken."""
         if self.folder is None or weights_file(self.folder) is None:
-            what = f"expected the weights of the vision tower {self.name} in it, found none"
-            raise ConversionError(f"SRC: {what}; name a local folder that has them with --vision-tower DIR")
+            raise ConversionError(f"SRC: found no weights of the vision tower {self.name}; give --vision-tower DIR")
         entries = open_weights(self.folder, "--vision-tower")
         inner = "vision_model." if any(name.startswith("vision_model.") for name in entries) else ""
         named = {name: replace(entry, name=f"{self.name}: {name}") for name, entry in entries.items()}

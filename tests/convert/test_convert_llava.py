@@ -120,7 +120,7 @@ class TestBadInput:
         [
             ({"blocks": [3, 2]}, r"^--blocks: expected layer 5 among them.*got \[3, 2\]"),
             ({"blocks": [5, 9]}, r"^--blocks: expected layers from -7 to 6.*got 9"),
-            ({"merge_size": 3}, r"^--merge-size: expected a divisor of the 4x4 grid, got 3; --truncate drops"),
+            ({"merge_size": 3}, r"^--merge-size: expected a divisor of the 4x4 grid or --truncate, got 3"),
             ({"merge_size": 0}, r"^--merge-size: "),
             ({"truncate": 1}, r"^--truncate: expected a bool, got 1"),
         ],
