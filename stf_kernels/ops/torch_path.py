@@ -52,6 +52,8 @@ def _linear(blocks: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stage
     x = blocks[0]
     by_segments = x.dtype in WIDE and x.is_cpu and stage.num_segments(blocks) > 1
     if not by_segments or is_transformed():
+        if bias is not None:
+            bias = bias.contiguous()  # else torch adds it behind the product, which it has rounded then
         return F.linear(gathered(blocks, stage), weight, bias)
     c = x.shape[-1]
     y = None
