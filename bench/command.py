@@ -9,27 +9,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from stf_kernels import command
-
-
-class BadInput(ValueError):
-    """What was given cannot be used; the message names the option or the file, and what would do."""
-
-
-def run(main: Callable[[], int]) -> NoReturn:
-    """As stf_kernels.command.run; BadInput is a line on stderr and status 2."""
-
-    def guarded() -> int:
-        try:
-            return main()
-        except BadInput as error:
-            name = sys.modules["__main__"].__spec__.name.removesuffix(".__main__")
-            print(f"python -m {name}: error: {error}", file=sys.stderr)
-            return 2
-
-    command.run(guarded)
+from stf_kernels.command import BadInput as BadInput
+from stf_kernels.command import run as run
 
 
 def patient(seconds: float) -> float:

@@ -5,13 +5,12 @@ Ctrl-C stops an answer. --compare asks a LLaVA-1.5 and its untrained LLaVA-STF, 
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stf_kernels.command import carry_on, run
+from stf_kernels.command import BadInput, carry_on, run
 
 NAME = "llava_integration.chat"
 
@@ -130,11 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = [show(path) for path in args.image]
         converse(load(args.model, args.compare), images, args.max_new_tokens)
     except (OSError, TypeError, ValueError) as error:
-        print(f"python -m {NAME}: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
-        return 130
+        raise BadInput(str(error).splitlines()[0]) from error
     return 0
 
 

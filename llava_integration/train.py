@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stf_kernels import command
+from stf_kernels.command import BadInput, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
@@ -147,7 +147,6 @@ def load(args: argparse.Namespace) -> tuple["PreTrainedModel", "ProcessorMixin"]
 
     from . import from_llava
     from .core.register import families, family_of
-    from .train_cache import RunError
 
     try:
         model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype)
@@ -157,9 +156,9 @@ def load(args: argparse.Namespace) -> tuple["PreTrainedModel", "ProcessorMixin"]
             kind, r = family_of(model.config).processor, model.config.spatial_merge_size
             processor = kind.from_llava(processor, merge_size=r)
     except (OSError, TypeError, ValueError) as error:
-        raise RunError(f"--model: {args.model} cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise BadInput(f"--model: {args.model} cannot be loaded ({str(error).splitlines()[0]})") from None
     if args.cache_features and hasattr(model.config, TILES):
-        raise RunError(f"--cache-features: expected LLaVA-1.5 or LLaVA-STF, got {type(model).__name__}")
+        raise BadInput(f"--cache-features: expected LLaVA-1.5 or LLaVA-STF, got {type(model).__name__}")
     if args.from_random:
         from_random(model)
     return model, processor
@@ -176,39 +175,37 @@ def training_arguments(args: argparse.Namespace, others: Sequence[str]) -> "Trai
     """The recipe's, overruled by `others`; --batch is reached by accumulating gradients."""
     from transformers import HfArgumentParser, TrainingArguments
 
-    from .train_cache import RunError
-
     rate, batch = RECIPES[args.recipe]
     args.batch = args.batch or batch
     processes, each = int(os.environ.get("WORLD_SIZE", "1")), args.per_device_train_batch_size
     if args.batch % (processes * each):
-        sizes = f"{each} (--per_device_train_batch_size) on {processes} process(es)"
-        raise RunError(f"--batch: expected a multiple of {sizes}, got {args.batch}")
+        raise BadInput(f"--batch: expected a multiple of {each} for {processes} process(es), got {args.batch}")
     parser = HfArgumentParser(TrainingArguments, prog=f"python -m {NAME}", usage=USAGE, allow_abbrev=False)
     steps = {"per_device_train_batch_size": each, "gradient_accumulation_steps": args.batch // (processes * each)}
     parser.set_defaults(output_dir=str(args.output), learning_rate=rate, **steps, **SHARED)
     (found,) = parser.parse_args_into_dataclasses(list(others))
     if found.n_gpu > 1:
-        raise RunError(f"expected one process a GPU, got one for all: torchrun --nproc-per-node={found.n_gpu}")
+        raise BadInput(f"expected one process a GPU, got one for all: torchrun --nproc-per-node={found.n_gpu}")
     return found
 
 
-def check_folder(args: argparse.Namespace, arguments: "TrainingArguments") -> None:
+def claim_output(args: argparse.Namespace, arguments: "TrainingArguments") -> None:
     """Refuse an --output with the checkpoints of another run, or of this one without --resume; say whose it is."""
-    from .train_cache import RunError, write_whole
+    from .train_cache import write_whole
 
-    run = {name: str(value) for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    run |= {name: str(getattr(arguments, name)) for name in SETTINGS}
+    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings |= {name: str(getattr(arguments, name)) for name in SETTINGS}
     file = args.output / "run.json"
     if args.resume and file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-        if different := [f"{name} {found.get(name)}, now {run[name]}" for name in run if found.get(name) != run[name]]:
-            raise RunError(f"--resume: {args.output} holds a run of other settings: {'; '.join(different)}")
+        other = [name for name in settings if found.get(name) != settings[name]]
+        if different := [f"{name} {found.get(name)}, now {settings[name]}" for name in other]:
+            raise BadInput(f"--resume: {args.output} holds a run of other settings: {'; '.join(different)}")
     elif args.output.exists() and any(not path.name.startswith(".run.json.") for path in args.output.iterdir()):
-        raise RunError(f"--output: {args.output} is not empty; --resume goes on with its run, or give a new folder")
+        raise BadInput(f"--output: {args.output} is not empty; --resume goes on with its run, or give a new folder")
     else:
         args.output.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(run, indent=1).encode())
+        write_whole(file, json.dumps(settings, indent=1).encode())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -235,13 +232,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, others = parser().parse_known_args(argv)
     from transformers import set_seed
 
-    from .train_cache import DataError, FeatureCache, RunError
+    from .train_cache import FeatureCache
     from .train_data import Conversations, tile_tokens
 
     try:
         arguments = training_arguments(args, others)
         if arguments.process_index == 0:  # it writes what the others would find
-            check_folder(args, arguments)
+            claim_output(args, arguments)
         set_seed(arguments.seed)
         model, processor = load(args)
         cache = None
@@ -256,9 +253,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if cache:
             cache.fill(data.image_files())
         train(model, processor, data, arguments, recipe=args.recipe, lora=args.lora, resume=args.resume)
-    except (DataError, RunError) as error:
-        print(f"python -m {NAME}: error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
         kept = f"{last_checkpoint(args.output) or 'no checkpoint'} is whole, --resume goes on"
         print(f"python -m {NAME}: error: {error}; {kept}", file=sys.stderr)
@@ -270,4 +264,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    run(main)

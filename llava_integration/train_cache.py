@@ -23,6 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from stf_kernels.command import BadInput
+
 from .core.config import prefix_tokens, resolve_layers, vision_grid
 from .core.model import CompactModel
 from .core.tower import tower_hidden_states
@@ -31,18 +33,14 @@ from .images import picture
 RESERVE = 2**28  # bytes that filling leaves free
 
 
-class DataError(ValueError):
+class DataError(BadInput):
     """Data that cannot be trained on; the message names file, line and field."""
-
-
-class RunError(ValueError):
-    """Options that do not go together, or a folder that cannot be used; the message names the option."""
 
 
 class FeatureCache:
     """Blocks of a model's frozen tower, by image file; a model with fewer layers reads those it has of them.
 
-    Raises RunError for a folder that another tower, processor or choice of layers filled.
+    Raises BadInput for a folder that another tower, processor or choice of layers filled.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, processor: ProcessorMixin) -> None:
@@ -61,8 +59,7 @@ class FeatureCache:
             different = [name for name in owner if found[name] != owner[name]]
             different += ["choice of layers"] * (not set(self.layers) <= set(self.stored))
             if different:
-                what = " and another ".join(different)
-                raise RunError(f"--cache-features: {folder} is of another {what}; delete it, or give another")
+                raise BadInput(f"--cache-features: {folder} is of another {' and another '.join(different)}")
         else:
             write_whole(about, json.dumps(owner | {"layers": self.layers}).encode())
 
@@ -80,7 +77,7 @@ class FeatureCache:
                 stored = file.get_slice("blocks")
                 return torch.stack([stored[self.stored.index(layer)] for layer in self.layers])
         except (OSError, SafetensorError) as error:
-            raise RunError(f"--cache-features: {path}, of {image}, cannot be read ({error}); delete it") from None
+            raise BadInput(f"--cache-features: {path}, of {image}, cannot be read ({error}); delete it") from None
 
     def fill(self, images: Sequence[Path], batch: int = 8) -> None:
         """Encode what is not there yet; every process its share. Images that do not decode are left out."""
@@ -92,7 +89,7 @@ class FeatureCache:
         free = shutil.disk_usage(self.folder).free - RESERVE
         said = f"{len(missing)} images need {need / 2**30:.2f} GiB in {self.folder}, {free / 2**30:.2f} GiB are free"
         if need > free:
-            raise RunError(f"--cache-features: {said}; give a folder on a larger disk, or train without")
+            raise BadInput(f"--cache-features: {said}; give a folder on a larger disk, or train without")
         if missing and state.is_main_process:
             print(said, file=sys.stderr)
         mine = missing[state.process_index :: state.num_processes]

@@ -5,6 +5,7 @@
     a disk is full                 74 (EX_IOERR), and a line that says so
     stderr's terminal is gone      nothing: the job goes on
     text stdout cannot encode      written with backslashes
+    BadInput                       2, and its one line
     a package is missing or old    2, and the command that installs it
 
     if __name__ == "__main__":
@@ -38,6 +39,10 @@ STARTED = any(
 
 _received: list[int] = []  # the signal that ends this process
 _carried_on = threading.Event()
+
+
+class BadInput(ValueError):
+    """What was given cannot be used; the message names the option or the file, and what would do."""
 
 
 class _OutputLost(BaseException):
@@ -95,6 +100,8 @@ def _status(main: Callable[[], int]) -> Any:
         return status
     except _OutputLost as lost:
         return 141 if lost.args[0] == errno.EPIPE else _say(f"stdout: {os.strerror(lost.args[0])}")
+    except BadInput as error:
+        return _say(str(error), 2)
     except ImportError as error:
         if _received or (sentence := missing(error)) is None:
             raise

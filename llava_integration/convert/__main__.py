@@ -4,7 +4,6 @@ When it is stopped by a signal (130, 143, 129) DST is not there either; 141 and 
 """
 
 import argparse
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -19,18 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
     from transformers.utils import logging
 
-    from . import ConversionError, convert_llava, convert_official
+    from . import convert_llava, convert_official
 
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # about old fields of SRC, which is only read
     convert: Callable = convert_llava if options.pop("command") == "llava" else convert_official
     options["dtype"] = None if options["dtype"] == "auto" else getattr(torch, options["dtype"])
-    try:
-        report = convert(options.pop("src"), options.pop("dst"), **options)
-    except ConversionError as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(report.lines()))
+    print("\n".join(convert(options.pop("src"), options.pop("dst"), **options).lines()))
     return 0
 
 

@@ -9,12 +9,14 @@ from huggingface_hub import metadata_load
 from jinja2 import Template
 from transformers import PreTrainedConfig
 
+from stf_kernels.command import BadInput
+
 KINDS = ("mapped", "relaid out", "merged", "resized", "created", "left over")
 CARD_FILE = "README.md"
 CONFIG = "SRC: config.json"
 
 
-class ConversionError(ValueError):
+class ConversionError(BadInput):
     """In one line what was named, what was expected, what came, what to do. Nothing is at DST, SRC is as it was."""
 
     def __init__(self, message: str):
@@ -57,10 +59,6 @@ class Report:
     tensors: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict:
-        tensors = {kind: lines for kind, lines in self.tensors.items() if lines}
-        return {"tensors": tensors, "notes": self.notes, "warnings": self.warnings}
 
     def lines(self) -> list[str]:
         """For a terminal; conversion.json names the tensors."""

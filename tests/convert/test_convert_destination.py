@@ -100,12 +100,11 @@ class TestCommandLine:
         assert "GB, bfloat16" in out
         assert json.loads((dst / "config.json").read_text())["dtype"] == "bfloat16"
 
-    def test_one_line_and_exit_code_2(self, src, dst, capsys):
+    def test_one_line_and_exit_code_2(self, src, dst):
         dst.mkdir()
-        assert main(["official", str(src), str(dst)]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("convert: DST: expected a path where nothing is")
-        assert error.count("\n") == 1
+        result = python("-m", "llava_integration.convert", "official", str(src), str(dst))
+        said = f"python -m llava_integration.convert: error: DST: expected a path where nothing is, got {dst}, which"
+        assert (result.returncode, result.stderr) == (2, f"{said} exists; choose another\n")
 
     @pytest.mark.parametrize(
         "arguments", [[], ["official"], ["llava", "a", "b", "--blocks", "x"], ["official", "a", "b", "--dtype", "int8"]]

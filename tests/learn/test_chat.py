@@ -13,6 +13,7 @@ import pytest
 from support.processes import ROOT, clean_environment
 
 from llava_integration import chat
+from stf_kernels.command import BadInput
 from tests.llava import build
 
 
@@ -122,6 +123,6 @@ def test_a_question_that_is_too_long_and_one_that_fails(stf_folder, monkeypatch)
         (["--model", "/nowhere"], "nowhere"),
     ],
 )
-def test_bad_input(stf_folder, capsys, arguments, message):
-    assert chat.main(["--model", str(stf_folder), *arguments]) == 2
-    assert re.search(message, capsys.readouterr().err)
+def test_bad_input(stf_folder, arguments, message):
+    with pytest.raises(BadInput, match=message):
+        chat.main(["--model", str(stf_folder), *arguments])

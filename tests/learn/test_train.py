@@ -11,7 +11,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 import llava_integration as li
 from llava_integration import train, train_data
 from llava_integration.core.register import family_of
-from llava_integration.train_cache import FeatureCache, RunError, accept_blocks
+from llava_integration.train_cache import FeatureCache, accept_blocks
+from stf_kernels.command import BadInput
 from tests.learn.conftest import TEMPLATE, record, write_data
 from tests.llava import build, tiled
 
@@ -98,14 +99,14 @@ class TestResuming:
         assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
         assert not changed(state(tmp_path / "whole"), state(tmp_path / "parts"))
 
-    def test_the_folder_of_another_run_is_refused(self, run, tmp_path, stf_folder, capsys):
+    def test_the_folder_of_another_run_is_refused(self, run, tmp_path, stf_folder):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / ".run.json.7").touch()  # of a run that was killed before it had a run.json
         assert run("pretrain", stf_folder, "out", steps=1) == 0
-        assert run("pretrain", stf_folder, "out", steps=1) == 2
-        assert "--resume goes on with its run" in capsys.readouterr().err
-        assert run("pretrain", stf_folder, "out", "--learning_rate", "0.5", "--resume", steps=1) == 2
-        assert "learning_rate 0.001, now 0.5" in capsys.readouterr().err
+        with pytest.raises(BadInput, match="--resume goes on with its run"):
+            run("pretrain", stf_folder, "out", steps=1)
+        with pytest.raises(BadInput, match=r"learning_rate 0\.001, now 0\.5"):
+            run("pretrain", stf_folder, "out", "--learning_rate", "0.5", "--resume", steps=1)
 
     def test_a_full_disk_leaves_the_last_checkpoint(self, run, tmp_path, stf_folder, monkeypatch, capsys):
         save = torch.save
@@ -145,7 +146,7 @@ def test_adapters_train_merge_and_reload(run, tmp_path, stf_folder):
 
 
 @pytest.mark.parametrize("family", ["next", "onevision"])
-def test_models_of_tiles(run, tmp_path, family, capsys):
+def test_models_of_tiles(run, tmp_path, family):
     """Images of several sizes, two of them in one record: lengths are true before an image is decoded."""
     stock = tiled.MODELS[family](torch.float32)
     model, processor = li.from_llava(stock), tiled.processor(stock)
@@ -166,8 +167,8 @@ def test_models_of_tiles(run, tmp_path, family, capsys):
     found = losses(tmp_path / "out")
     assert found[-1] < 0.95 * found[0], found
     assert all(".multi_modal_projector." in name for name in changed(model.state_dict(), state(tmp_path / "out")))
-    assert run("pretrain", tmp_path / "stf", "other", "--cache-features", str(tmp_path / "c"), data=data) == 2
-    assert "--cache-features: expected LLaVA-1.5 or LLaVA-STF" in capsys.readouterr().err
+    with pytest.raises(BadInput, match=r"--cache-features: expected LLaVA-1\.5 or LLaVA-STF"):
+        run("pretrain", tmp_path / "stf", "other", "--cache-features", str(tmp_path / "c"), data=data)
 
 
 class TestCache:
@@ -202,12 +203,12 @@ class TestCache:
         model.config.vision_feature_layer = [3]
         assert FeatureCache(tmp_path, model, processor).layers == [3]
         model.config.vision_feature_layer = [2]
-        with pytest.raises(RunError, match="another choice of layers"):
+        with pytest.raises(BadInput, match="another choice of layers"):
             FeatureCache(tmp_path, model, processor)
         model.config.vision_feature_layer = [3]
         build.randomize(model.model.vision_tower)
         processor.image_processor.do_normalize = False
-        with pytest.raises(RunError, match="another tower and another processor"):
+        with pytest.raises(BadInput, match="another tower and another processor"):
             FeatureCache(tmp_path, model, processor)
 
     def test_a_small_disk_and_a_broken_file_are_named(self, tmp_path, stf_folder, monkeypatch):
@@ -216,11 +217,11 @@ class TestCache:
         build.image().save(image)
         cache.fill([image])
         cache.path(image).write_bytes(b"cut short")
-        with pytest.raises(RunError, match=r"of \S+a\.png, cannot be read"):
+        with pytest.raises(BadInput, match=r"of \S+a\.png, cannot be read"):
             cache[image]
         cache.path(image).unlink()
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 2**28 + 100}))
-        with pytest.raises(RunError, match=r"1 images need .* are free"):
+        with pytest.raises(BadInput, match=r"1 images need .* are free"):
             cache.fill([image])
 
 
@@ -250,18 +251,18 @@ class TestBadInput:
     @pytest.mark.parametrize("message", BAD)
     def test_a_record_is_named_by_its_line(self, run, tmp_path, stf_folder, capsys, message):
         data = write_data(tmp_path / "data", [record(0), record(1) | BAD[message], *map(record, (2, 3, 4))])
-        assert run("pretrain", stf_folder, data=data) == 2
-        assert re.search(f"line 3: {message}", capsys.readouterr().err)
+        with pytest.raises(BadInput, match=f"line 3: {message}"):
+            run("pretrain", stf_folder, data=data)
         assert run("pretrain", stf_folder, "skipped", "--skip-bad-records", data=data, steps=1) == 0
         assert "1 bad record(s) left out" in capsys.readouterr().err
 
     @pytest.mark.parametrize("cached", [False, True])
-    def test_an_image_that_does_not_decode(self, run, tmp_path, stf_folder, capsys, cached):
+    def test_an_image_that_does_not_decode(self, run, tmp_path, stf_folder, cached):
         data = write_data(tmp_path / "data", [record(index) for index in range(4)])
         (tmp_path / "data" / "2.png").write_bytes((tmp_path / "data" / "2.png").read_bytes()[:200])
         options = ["--cache-features", str(tmp_path / "cache")] * cached
-        assert run("pretrain", stf_folder, "out", *options, data=data) == 2
-        assert re.search(r"line 4: image: \S+2\.png does not decode", capsys.readouterr().err)
+        with pytest.raises(BadInput, match=r"line 4: image: \S+2\.png does not decode"):
+            run("pretrain", stf_folder, "out", *options, data=data)
         assert run("pretrain", stf_folder, "skipped", *options, "--skip-bad-records", data=data, steps=1) == 0
 
     @pytest.mark.parametrize(
@@ -273,8 +274,8 @@ class TestBadInput:
             (["--data", "HERE/cut.json"], "line 2: no JSON"),
         ],
     )
-    def test_options(self, run, stf_folder, tmp_path, capsys, options, message):
+    def test_options(self, run, stf_folder, tmp_path, options, message):
         (tmp_path / "cut.json").write_text('[{}, \n{"image": ')
         options = [word.replace("HERE", str(tmp_path)) for word in options]
-        assert run("pretrain", stf_folder, "out", *options) == 2
-        assert re.search(message, capsys.readouterr().err)
+        with pytest.raises(BadInput, match=message):
+            run("pretrain", stf_folder, "out", *options)
