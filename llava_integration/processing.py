@@ -264,15 +264,13 @@ def _videos(value) -> list[list]:
     shape = shape_of(value)
     if shape and 0 in shape[:-3]:
         raise ValueError(f"videos: expected at least one frame in each, got {said(value)}")
-    if len(shape) == 5:
-        return [list(video) for video in value]
     if len(shape) == 4:
         return [list(value)]
     if len(shape) in (2, 3):
         return [[value]]
-    if not isinstance(value, (list, tuple)):
+    if not shape and not isinstance(value, (list, tuple)):
         got = "a path; read the frames first" if isinstance(value, str) else said(value)
         raise TypeError(f"videos: expected frames, got {got}")
-    if value and all(len(shape_of(frame)) in (2, 3) for frame in value):
+    if not shape and value and all(len(shape_of(frame)) in (2, 3) for frame in value):
         return [list(value)]
     return [video for item in value for video in _videos(item)]

@@ -210,8 +210,7 @@ class PrefillRunner:
             mask = input_ids[:, [0, -1]] != pad
         if mask is not None and not mask.all():
             rows = (mask == 0).any(1).nonzero().flatten().tolist()
-            what = f"expected prompts without padding, which would be attended to, got it in rows {rows}"
-            raise ValueError(f"input_ids: {what}; make a runner for each length, or call the model")
+            raise ValueError(f"input_ids: expected prompts without padding, got it in rows {rows}; call the model")
         if pixel_values is not None:
             check_pixels(config.vision_config, pixel_values)
         if input_ids.device.type == "cpu" and isinstance(self.model.model, CompactModel) and not self._tiled:

@@ -138,14 +138,12 @@ def _stf_config(family: Family, stock, selected, blocks, merge_size, truncate, m
 def _check_model(model: PreTrainedModel) -> None:
     layer, strategy = model.config.vision_feature_layer, model.config.vision_feature_select_strategy
     if not isinstance(layer, int):
-        what = f"expected one vision_feature_layer, got the list {layer}"
-        raise ValueError(f"model: {what}; its projector reads a concatenation that no average of tokens reproduces")
+        raise ValueError(f"model: expected one vision_feature_layer, got the list {layer}, which no average reproduces")
     tower = model.config.vision_config
     expected = "default" if prefix_tokens(tower) else "full"
     if strategy != expected:
         what = f"vision_feature_select_strategy={expected!r} with a {tower.model_type}, its patches and nothing else"
-        remedy = "`convert official` takes trained weights of other towers"
-        raise ValueError(f"model: expected {what}, got {strategy!r}; {remedy}")
+        raise ValueError(f"model: expected {what}, got {strategy!r}")
     projector = model.model.multi_modal_projector
     if others := {name for name, _ in projector.named_children()} - {"linear_1", "act", "linear_2"}:
         raise TypeError(f"model: expected a multi_modal_projector of two linears alone, got {sorted(others)}")

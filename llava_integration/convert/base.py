@@ -111,8 +111,7 @@ def _merged(module: str, pair: dict[str, Entry], base: Entries, config: dict, fi
         raise ConversionError(f"{file}: expected lora_A and lora_B of {module}, got lora_{next(iter(pair))} only")
     first, second = pair["A"], pair["B"]
     if first.shape[0] != second.shape[1] or (second.shape[0], first.shape[1]) != target.shape:
-        what = f"the factors of {module}, {list(first.shape)} and {list(second.shape)}, do not fit the base's"
-        raise ConversionError(f"{file}: {what} {list(target.shape)}; name the right base with --base")
+        raise ConversionError(f"{file}: the factors of {module} do not fit the base's {list(target.shape)}; see --base")
     with blamed_on(f"SRC: {LORA_CONFIG}"):
         own = (config.get("alpha_pattern") or {}).items()
         alphas = [alpha for pattern, alpha in own if re.fullmatch(rf"(.*\.)?({pattern})", module)]

@@ -77,7 +77,8 @@ class Target:
                 write_auto_map(folder, family)
             card = model_card(config, report, processor=processor is not None, auto_map=self.auto_map)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
-            _write_json(folder / REPORT_FILE, report.as_dict())
+            content = {"tensors": report.tensors, "notes": report.notes, "warnings": report.warnings}
+            _write_json(folder / REPORT_FILE, content)
         kind = str(dtype).removeprefix("torch.")
         report.notes.append(f"{self.dst}: {len(entries)} tensors, {size / 1e9:.2f} GB, {kind}")
         return report
@@ -106,8 +107,7 @@ def whole_folder(dst: Path) -> Iterator[Path]:
         _sync(dst.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        what = f"could not write {dst}: {reason}; nothing is left there"
-        raise ConversionError(f"DST: {what}, make room or choose another") from error
+        raise ConversionError(f"DST: could not write {dst}: {reason}; nothing is left there, choose another") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

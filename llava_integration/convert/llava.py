@@ -107,13 +107,10 @@ def _read_config(src: Path) -> tuple[Family, PreTrainedConfig]:
     content = read_json(src / "config.json")
     kind, known = content.get("model_type"), {family.stock.config_class.model_type: family for family in families()}
     if kind not in known or not ("text_config" in content and "vision_config" in content):
-        hint = "name a LLaVA folder of transformers"
-        if kind in {family.config.model_type for family in families()}:
-            hint = "this folder is converted already"
-        elif str(kind).startswith("llava"):
-            hint = "an official LLaVA-STF is converted with `official`"
+        hints = {family.config.model_type: "this folder is converted already" for family in families()}
+        hints |= dict.fromkeys(("llava_llama", "llava_mistral"), "an official LLaVA-STF is converted with `official`")
         what = f"expected model_type {', '.join(map(repr, known))} with text_config and vision_config, got {kind!r}"
-        raise ConversionError(f"{CONFIG}: {what}; {hint}")
+        raise ConversionError(f"{CONFIG}: {what}; {hints.get(str(kind), 'name a LLaVA folder of transformers')}")
     if "quantization_config" in content:
         raise ConversionError(f"{CONFIG}: expected no quantization_config; convert a checkpoint that is not quantized")
     with blamed_on(CONFIG):

@@ -150,8 +150,7 @@ def derive(entries: Entries, channels: int) -> tuple[int, dict]:
         got = f"tensors such as {next(iter(entries), None)}; a LLaVA of transformers is converted with `llava`"
         raise ConversionError(f"SRC: expected an official LLaVA-STF checkpoint with an mm_projector, got {got}")
     if mbtf is None and stf[1] == channels:
-        what = "mm_projector reads single tokens without mm_projector_crosslayer, so this is LLaVA-1.5, not LLaVA-STF"
-        raise ConversionError(f"SRC: {what}; convert its transformers version with `llava`")
+        raise ConversionError("SRC: mm_projector reads single tokens, so this is LLaVA-1.5, not LLaVA-STF; use `llava`")
     area = _multiple(stf[1], channels, "mm_projector.0.weight")
     merge_size = math.isqrt(area)
     if merge_size**2 != area:
@@ -175,8 +174,8 @@ def _shape(entries: Entries, name: str) -> tuple[int, ...] | None:
 
 def _multiple(columns: int, channels: int, name: str) -> int:
     if columns % channels:
-        what = f"expected columns in multiples of the vision tower's {channels} channels, got {columns}"
-        raise ConversionError(f"SRC: {name}: {what}; name the right tower with --vision-tower DIR")
+        remedy = "name the right tower with --vision-tower DIR"
+        raise ConversionError(f"SRC: {name}: expected columns in multiples of {channels}, got {columns}; {remedy}")
     return columns // channels
 
 

@@ -153,8 +153,7 @@ def image_processor(config: PreTrainedConfig, settings: dict) -> object:
         made = kind(**options)
         shape = tuple(made(Image.new("RGB", (2 * side, side)), return_tensors="pt")["pixel_values"].shape[-2:])
     if shape != (side, side):
-        what = f"expected images of {side}x{side}, the vision tower's, got {shape[0]}x{shape[1]}"
-        raise ConversionError(f"{SETTINGS_FILE}: {what}; {remedy}")
+        raise ConversionError(f"{SETTINGS_FILE}: expected images of {side}x{side}, got {shape[0]}x{shape[1]}; {remedy}")
     return made
 
 

@@ -141,8 +141,7 @@ class CompactConfig:
         """As PreTrainedConfig.from_dict; keywords take the place of fields before any is checked."""
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
-            remedy = "llava_integration.from_llava or `python -m llava_integration.convert llava` takes a stock LLaVA"
-            raise ValueError(f"config: expected model_type {cls.model_type!r}, got {kind!r}; {remedy}")
+            raise ValueError(f"config: expected model_type {cls.model_type!r}, got {kind!r}; see from_llava")
         dropped = {"image_seq_length"}
         if config_dict.get("quantization_config") is None:
             dropped.add("quantization_config")  # null, as some tools write it
@@ -177,8 +176,7 @@ def settled(config: PreTrainedConfig) -> dict[str, Any]:
     if not 1 <= r <= side:
         raise ValueError(f"spatial_merge_size: expected 1 to {side} for a {side}x{side} grid, got {r}")
     if side % r and not config.spatial_merge_truncate:
-        remedy = "choose another or set spatial_merge_truncate=True to drop the last rows and columns"
-        raise ValueError(f"spatial_merge_size: {r} does not divide the {side}x{side} grid of the tower; {remedy}")
+        raise ValueError(f"spatial_merge_size: {r} does not divide the {side}x{side} grid; set spatial_merge_truncate")
     widths = {"mbtf_hidden_size": 4 * vision.hidden_size, "stf_hidden_size": 4 * r**2 * vision.hidden_size}
     widths |= {name: given for name in widths if (given := getattr(config, name)) is not None}
     for name, width in widths.items():

@@ -30,8 +30,7 @@ def check_token_count(mask: Tensor, needed: int, image_token_id: int) -> None:
     def message() -> str:
         begin = f"Image features and image tokens do not match, tokens: {int(found)}, features: {needed}"
         counted = f"found {int(found)} image tokens (id {image_token_id}; {mask.sum(-1).tolist()} in the rows)"
-        remedy = "prepare prompts with the processor of this model, not with that of the stock one"
-        return f"{begin}. input_ids: {counted}, but {needed} are needed for these images or frames; {remedy}"
+        return f"{begin}. input_ids: {counted}, but {needed} are needed; prepare prompts with this model's processor"
 
     torch_compilable_check(found == needed, message)
 

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
 from transformers.processing_utils import Unpack
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import TransformersKwargs, output_capturing
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from stf_kernels import CompactTokenProjector
@@ -26,8 +26,6 @@ from .config import ACTIVATIONS, CompactConfig, Layers, prefix_tokens, resolve_l
 from .insertion import check_token_count, image_rows, images_in_parts, is_captured
 from .tower import check_pixels, image_chunks, to_device_of, tower_hidden_states
 
-# Since transformers 5.19 a tower can be told which hidden states to keep.
-KEEPS_SOME_STATES = hasattr(output_capturing, "select_hidden_states")
 FIXED_GRID = "every image has the grid of the vision tower, which config.image_seq_length counts"
 BUILT_BY = (  # a weight's axis, the field that says how long it is, and what it counts
     (".mbtf.linear_1.weight", 1, "vision_feature_layer", "{} layers"),
@@ -139,8 +137,8 @@ class CompactModel(_Saved):
 
     def __init__(self, config: PreTrainedConfig):
         if not isinstance(config, CompactConfig):
-            what = f"expected a {type(self).config_class.__name__}, got a {type(config).__name__}"
-            raise TypeError(f"config: {what}; llava_integration.from_llava makes a model of a stock one")
+            got = type(config).__name__
+            raise TypeError(f"config: expected a {type(self).config_class.__name__}, got a {got}; see from_llava")
         PreTrainedModel.__init__(self, config)  # not the stock model's, which builds a stock projector
         self.build(config)
         self.post_init()
@@ -186,11 +184,9 @@ class CompactModel(_Saved):
         self.check_pixels(pixel_values)
         if not whole_tower:
             return BaseModelOutputWithPooling(pooler_output=self.project_images(pixel_values, layers))
-        layers, everything = self._layers(layers), kwargs.pop("output_hidden_states", None)
-        kept = layers if KEEPS_SOME_STATES and not everything else True
-        pixel_values = to_device_of(self.vision_tower, pixel_values)
-        outputs = self.vision_tower(pixel_values, output_hidden_states=kept, return_dict=True, **kwargs)
-        blocks = [to_device_of(self.multi_modal_projector, outputs.hidden_states[layer]) for layer in layers]
+        options = kwargs | {"output_hidden_states": True, "return_dict": True}
+        outputs = self.vision_tower(to_device_of(self.vision_tower, pixel_values), **options)
+        blocks = [to_device_of(self.multi_modal_projector, outputs.hidden_states[i]) for i in self._layers(layers)]
         outputs.pooler_output = self.multi_modal_projector(blocks, self.vision_grid)
         return outputs
 
@@ -416,8 +412,7 @@ class CompactGeneration(_Saved):
             counts = images_in_parts(tokens, self.model.image_token_counts(model_kwargs["pixel_values"], **options))
             images = {name: model_kwargs.pop(name) for name in ("pixel_values", "image_sizes") if name in model_kwargs}
             for name, value in images.items():
-                groups = [group.repeat(expand_size, *[1] * (value.ndim - 1)) for group in value.split(counts)]
-                images[name] = torch.cat(groups)
+                images[name] = torch.cat([torch.cat([group] * expand_size) for group in value.split(counts)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )

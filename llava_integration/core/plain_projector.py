@@ -10,11 +10,11 @@ weights are patch-major, (dy*r + dx)*C + c; nothing is checked that the configur
 """
 
 import os
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.utils import logging
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
@@ -62,15 +62,10 @@ def merge(x: Tensor, grid: tuple[int, int], r: int) -> Tensor:
 
 
 def hub_or_plain(*sizes, **options) -> nn.Module:
-    """The fused projector of the build that STF_KERNELS_HUB names, if it names one and `kernels` is installed."""
+    """The fused projector of the build that STF_KERNELS_HUB names, if it names one; ImportError without `kernels`."""
     repository, _, version = os.environ.get("STF_KERNELS_HUB", "").partition("@")
-    if repository:
-        try:
-            from kernels import get_kernel
-        except ImportError:
-            warning = "STF_KERNELS_HUB=%s is not used, and the projector not fused: `pip install kernels` first"
-            logging.get_logger(__name__).warning(warning, repository)
-        else:
-            kernel = get_kernel(repository, version=int(version or 1), trust_remote_code=[repository])
-            return kernel.CompactTokenProjector(*sizes, **options)
-    return CompactTokenProjector(*sizes, **options)
+    if not repository:
+        return CompactTokenProjector(*sizes, **options)
+    kernels = import_module("kernels")  # a statement would make transformers ask for it of everybody
+    kernel = kernels.get_kernel(repository, version=int(version or 1), trust_remote_code=[repository])
+    return kernel.CompactTokenProjector(*sizes, **options)

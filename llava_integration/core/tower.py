@@ -88,7 +88,6 @@ def check_pixels(vision: PreTrainedConfig, pixel_values: Tensor) -> None:
     if not isinstance(pixel_values, Tensor) or not torch.is_floating_point(pixel_values):
         kind = type(pixel_values)
         got = pixel_values.dtype if kind is Tensor else f"{kind.__module__}.{kind.__name__}".removeprefix("builtins.")
-        remedy = "the model's processor makes one, scaled and normalised, with return_tensors='pt'"
-        raise TypeError(f"pixel_values: expected a floating-point tensor {shape}, got {got}; {remedy}")
+        raise TypeError(f"pixel_values: expected a floating-point tensor {shape}, got {got}; the processor scales them")
     if (given := list(pixel_values.shape))[1:] != expected or len(given) != 4:
         raise ValueError(f"pixel_values: expected {shape}, got {given}; prepare images with the model's processor")

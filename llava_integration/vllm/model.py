@@ -38,19 +38,16 @@ class Info:
     family: Family
     ctx: Any
 
-    def get_hf_config(self) -> PreTrainedConfig:
-        return self.ctx.model_config.hf_config
-
     def get_hf_processor(self, **kwargs: object) -> ProcessorMixin:
         check_folder(self.ctx.model_config.model)  # not before: a ValueError then means "text alone" to vLLM
         return self.ctx.get_hf_processor(self.family.processor, **kwargs)
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        model = without_parts(self.family, self.get_hf_config())
+        model = without_parts(self.family, self.ctx.model_config.hf_config)
         return model.image_token_counts([None], image_sizes=[(image_height, image_width)])[0]
 
     def _get_num_frame_tokens(self, **size: int) -> int:
-        return self.get_hf_config().image_seq_length
+        return self.ctx.model_config.hf_config.image_seq_length
 
 
 def without_parts(family: Family, config: PreTrainedConfig) -> Any:

@@ -53,7 +53,7 @@ def test_what_get_image_features_does_not_take(stf):
     with pytest.raises(ValueError, match="interpolate_pos_encoding: expected False, every image has the grid"):
         stf.get_image_features(build.pixels(1), interpolate_pos_encoding=True)
     for pixels, got in ((build.pixels(1).numpy(), "numpy.ndarray"), (build.pixels(1).byte(), "torch.uint8")):
-        with pytest.raises(TypeError, match=f"pixel_values: expected a floating-point tensor .* got {got}; .*scaled"):
+        with pytest.raises(TypeError, match=f"pixel_values: expected a floating-point tensor .* got {got}; .*scales"):
             stf(input_ids=build.prompt([1])[0], pixel_values=pixels)
     with pytest.raises(TypeError, match="must be Tensor, not list"):  # torch's own sentence, as in the stock model
         stf(input_ids=build.prompt([1])[0].tolist(), pixel_values=build.pixels(1))
