@@ -1,7 +1,7 @@
 """Talk to a LLaVA or LLaVA-STF in a terminal: `python -m llava_integration.chat --model DIR [--image FILE ...]`.
 
 A line is a question. /image FILE shows an image with the next one, /reset forgets everything, /quit or Ctrl-D ends;
-Ctrl-C stops an answer. --compare asks a LLaVA-1.5 and its untrained LLaVA-STF, which averages its image tokens.
+Ctrl-C stops an answer. --compare asks a stock LLaVA and its untrained LLaVA-STF, which averages its image tokens.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="checkpoint with its processor")
     add("--image", nargs="+", default=[], metavar="FILE", help="for the first question; /image FILE later")
-    add("--compare", action="store_true", help="a LLaVA-1.5 beside its untrained LLaVA-STF")
+    add("--compare", action="store_true", help="a stock LLaVA beside its untrained LLaVA-STF")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, default 512")
     args = parser.parse_args(argv)
     try:

@@ -18,7 +18,7 @@ from stf_kernels import prepare
 
 from .core.config import resolve_layers, vision_grid
 from .core.insertion import check_token_count, image_rows
-from .core.model import CompactModel
+from .core.model import CompactModel, project
 from .core.register import families
 from .core.tiles import flat_tiles, pack_tiles
 from .core.tower import check_pixels, tower_hidden_states
@@ -96,7 +96,7 @@ class PrefillRunner:
         self._prefill_cache = Cache(layers=[_PrefillLayer(layer) for layer in self.cache.layers])
         self._ids = torch.zeros(batch, seq_len, dtype=torch.long, device=self.device)
         self._positions = torch.arange(seq_len, device=self.device).unsqueeze(0)
-        # By the number of images, or by their sizes and how they belong together
+        # By a key: the number of images; of tiles the images' sizes and which belong together
         self._pixels: dict[Any, Tensor] = {}
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -115,50 +115,50 @@ class PrefillRunner:
         OneVision. attention_mask [B, S], of ones only: what a processor gives is taken as it is, but not prompts of
         unequal length.
         """
-        images: Any = 0 if pixel_values is None else len(pixel_values)
+        key: Any = 0 if pixel_values is None else len(pixel_values)
         if pixel_values is not None and self._tiled:
             pixel_values = flat_tiles(self.model.config, pixel_values, image_sizes, batch_num_images)
             together = None if batch_num_images is None else tuple(torch.as_tensor(batch_num_images).tolist())
-            images = tuple(map(tuple, torch.as_tensor(image_sizes).tolist())), together
+            key = tuple(map(tuple, torch.as_tensor(image_sizes).tolist())), together
         self._check(input_ids, pixel_values, attention_mask)
         self._ids.copy_(input_ids, non_blocking=True)
         if pixel_values is not None:
-            if images not in self._pixels:
+            if key not in self._pixels:
                 while len(self._pixels) >= MOST_GRAPHS:
                     oldest = next(iter(self._pixels))
                     del self._pixels[oldest]
                     self._graphs.pop(oldest, None)
                 dtype = self.model.model.vision_tower.dtype
-                self._pixels[images] = torch.empty(pixel_values.shape, dtype=dtype, device=self.device)
-            self._pixels[images].copy_(pixel_values, non_blocking=True)
+                self._pixels[key] = torch.empty(pixel_values.shape, dtype=dtype, device=self.device)
+            self._pixels[key].copy_(pixel_values, non_blocking=True)
         if self.device.type != "cuda":
-            return self._prefill(images)
-        if images not in self._graphs:
-            self._graphs[images] = self._capture(images)
-        graph, logits = self._graphs[images]
+            return self._prefill(key)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(key)
+        graph, logits = self._graphs[key]
         graph.replay()
         return logits.clone()
 
-    def _capture(self, images: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        if images:
+    def _capture(self, key: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        if key:
             projector, grid = self.model.model.multi_modal_projector, vision_grid(self.model.config.vision_config)
-            prepare(projector, batch_sizes=(len(self._pixels[images]),), grid=grid)
+            prepare(projector, batch_sizes=(len(self._pixels[key]),), grid=grid)
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_RUNS):
-                self._prefill(images)
+                self._prefill(key)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            logits = self._prefill(images)
+            logits = self._prefill(key)
         return graph, logits
 
-    def _prefill(self, images: Any) -> Tensor:
+    def _prefill(self, key: Any) -> Tensor:
         model = self.model.model
         embeds = model.get_input_embeddings()(self._ids)
-        if images:
-            self._place_images(embeds.view(-1, embeds.shape[-1]), images)
+        if key:
+            self._place_images(embeds.view(-1, embeds.shape[-1]), key)
         # No mask tensor for sdpa: transformers 5.17 makes one under capture, and flash kernels take none.
         config = model.language_model.config
         attention = config._attn_implementation
@@ -171,9 +171,9 @@ class PrefillRunner:
             config._attn_implementation = attention
         return self.model.lm_head(hidden[:, -1])
 
-    def _place_images(self, flat: Tensor, images: Any) -> None:
+    def _place_images(self, flat: Tensor, key: Any) -> None:
         """Projected image tokens into the rows of flat [B*S, D] that hold image tokens."""
-        model, config, pixels = self.model.model, self.model.config, self._pixels[images]
+        model, config, pixels = self.model.model, self.model.config, self._pixels[key]
         mask = self._ids == config.image_token_id
         layers = resolve_layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)
         blocks = tower_hidden_states(model.vision_tower, pixels, layers, run_all=self.full_tower)
@@ -181,14 +181,9 @@ class PrefillRunner:
             rows = image_rows(mask, len(pixels) * config.image_seq_length)
             model.multi_modal_projector(blocks, model.vision_grid, out=flat, rows=rows)
             return
-        if isinstance(model, CompactModel):
-            features = model.multi_modal_projector(blocks, model.vision_grid)
-        else:
-            if config.vision_feature_select_strategy == "default":
-                blocks = [block[:, 1:] for block in blocks]
-            features = model.multi_modal_projector(torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0])
+        features = project(model, blocks)
         if self._tiled:
-            features = torch.cat(pack_tiles(model, features, model.image_newline, *images))
+            features = torch.cat(pack_tiles(model, features, model.image_newline, *key))
         else:
             features = features.flatten(0, 1)
         if self.device.type == "cpu" and int(mask.sum()) != len(features):

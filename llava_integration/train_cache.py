@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from stf_kernels.command import BadInput
 
 from .core.config import prefix_tokens, resolve_layers, vision_grid
-from .core.model import CompactModel
+from .core.model import project
 from .core.tower import tower_hidden_states
 from .images import picture
 
@@ -130,12 +130,7 @@ def _project(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dic
     if given is None:
         return None
     blocks = [block.to(base.dtype) for block in given.unbind(1)]
-    if isinstance(base, CompactModel):
-        tokens = base.multi_modal_projector(blocks, base.vision_grid)
-    else:
-        skip = base.config.vision_feature_select_strategy == "default"
-        tokens = base.multi_modal_projector(torch.cat(blocks, dim=-1)[:, int(skip) :])
-    ids = kwargs["input_ids"]
+    tokens, ids = project(base, blocks), kwargs["input_ids"]
     embeds = base.get_input_embeddings()(ids)
     mask = (ids == base.config.image_token_id).unsqueeze(-1)
     embeds = embeds.masked_scatter(mask, tokens.flatten(0, 1).to(embeds.dtype))

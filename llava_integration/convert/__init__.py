@@ -1,7 +1,7 @@
 """Converters: python -m llava_integration.convert official|llava SRC DST.
 
     official    the released LLaVA-STF checkpoint -> a folder that from_pretrained reads
-    llava       any LLaVA-1.5 folder of transformers -> a warm-started LLaVA-STF folder
+    llava       any LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision of transformers -> a warm-started folder of its family
 
 Tensor by tensor, into safetensors of at most 2 GB, and nothing at DST until it is whole. official.py and llava.py say
 which tensor goes where; base, tower and processor find what else is needed, checkpoint reads, folder writes.

@@ -118,6 +118,15 @@ def build_projector(config: PreTrainedConfig, **factory) -> CompactTokenProjecto
     )
 
 
+def project(model: PreTrainedModel, blocks: list[Tensor]) -> Tensor:
+    """M x [N, prefix + H*W, C] -> [N, tokens, D], by the projector of a CompactModel or of a stock model."""
+    if isinstance(model, CompactModel):
+        return model.multi_modal_projector(blocks, model.vision_grid)
+    if model.config.vision_feature_select_strategy == "default":
+        blocks = [block[:, 1:] for block in blocks]
+    return model.multi_modal_projector(torch.cat(blocks, dim=-1) if len(blocks) > 1 else blocks[0])
+
+
 class CompactModel(_Saved):
     """Images to tokens, and tokens into the prompt. Expects vision_tower, multi_modal_projector, language_model.
 

@@ -33,7 +33,7 @@ TOWER = WeightsMapper(
 
 
 class Info:
-    """Whose configuration and processor it is, and how many tokens an image or a frame becomes."""
+    """Whose processor it is, and how many tokens an image or a frame becomes."""
 
     family: Family
     ctx: Any
