@@ -141,7 +141,7 @@ def test_default_blocks(selected, expected):
         ({}, {"blocks": ["5"]}, TypeError, "blocks: expected an int or a list of ints"),
         ({}, {"merge_size": 3}, ValueError, "merge_size: expected a divisor of the 4x4 grid or truncate=True, got 3"),
         ({}, {"merge_size": 0}, ValueError, "merge_size: expected a divisor"),
-        ({}, {"merge_size": 5, "truncate": True}, ValueError, "merge_size: expected .* got 5"),
+        ({}, {"merge_size": 5, "truncate": True}, ValueError, "^merge_size: expected .* got 5"),
         ({}, {"merge_size": 2.0}, TypeError, "merge_size: expected .* got 2.0"),
         ({}, {"mbtf_hidden_size": 63}, ValueError, r"mbtf_hidden_size: expected at least 2 \* 32 = 64, got 63"),
         ({}, {"mbtf_hidden_size": "64"}, TypeError, "mbtf_hidden_size: expected .* got '64'"),
