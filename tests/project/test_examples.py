@@ -52,6 +52,14 @@ def test_the_example_of_trl_says_what_to_install():
     assert (result.returncode, result.stderr) == (1, "datasets is not installed: pip install trl peft datasets\n")
 
 
+def test_a_clients_warning_names_the_version_that_its_tests_pin():
+    from llava_integration import clients, vllm
+
+    for client, version in (clients.TESTED | {"vllm": vllm.TESTED}).items():
+        pins = (ROOT / ".ci" / f"{client}.txt").read_text()
+        assert re.search(rf"^{client}(-cpu)?=={re.escape(version)}(\.\d+)?$", pins, re.MULTILINE), client
+
+
 def test_the_readme_from_top_to_bottom(tmp_path):
     """Save in one process; load and train in another, as a reader would, without what the first imported."""
     assert len(EXAMPLES) >= 4
