@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
 from transformers.processing_utils import Unpack
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, output_capturing
 from transformers.utils.generic import can_return_tuple
 
 from stf_kernels import CompactTokenProjector
@@ -26,6 +26,8 @@ from .config import ACTIVATIONS, CompactConfig, Layers, prefix_tokens, resolve_l
 from .insertion import check_token_count, image_rows, images_in_parts, is_captured
 from .tower import check_pixels, image_chunks, to_device_of, tower_hidden_states
 
+# Since transformers 5.19 a tower can be told which hidden states to keep.
+KEEPS_SOME_STATES = hasattr(output_capturing, "select_hidden_states")
 FIXED_GRID = "every image has the grid of the vision tower, which config.image_seq_length counts"
 BUILT_BY = (  # a weight's axis, the field that says how long it is, and what it counts
     (".mbtf.linear_1.weight", 1, "vision_feature_layer", "{} layers"),
@@ -193,9 +195,11 @@ class CompactModel(_Saved):
         self.check_pixels(pixel_values)
         if not whole_tower:
             return BaseModelOutputWithPooling(pooler_output=self.project_images(pixel_values, layers))
-        options = kwargs | {"output_hidden_states": True, "return_dict": True}
-        outputs = self.vision_tower(to_device_of(self.vision_tower, pixel_values), **options)
-        blocks = [to_device_of(self.multi_modal_projector, outputs.hidden_states[i]) for i in self._layers(layers)]
+        layers, everything = self._layers(layers), kwargs.pop("output_hidden_states", None)
+        kept = layers if KEEPS_SOME_STATES and not everything else True
+        pixel_values = to_device_of(self.vision_tower, pixel_values)
+        outputs = self.vision_tower(pixel_values, output_hidden_states=kept, return_dict=True, **kwargs)
+        blocks = [to_device_of(self.multi_modal_projector, outputs.hidden_states[layer]) for layer in layers]
         outputs.pooler_output = self.multi_modal_projector(blocks, self.vision_grid)
         return outputs
 

@@ -38,7 +38,7 @@ class TestImageFeatures:
         assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
         for name in ("hidden_states", "attentions"):
             pairs = zip(ours.get(name) or (), theirs.get(name) or (), strict=True)
-            assert all(other is None or torch.equal(one, other) for one, other in pairs)  # stock: those it reads
+            assert all(one is other or torch.equal(one, other) for one, other in pairs)
         assert len(stf.get_image_features(build.pixels(2), return_dict=False)) == 3
 
     @pytest.mark.parametrize("where", ["instance", "class", "subclass"])
