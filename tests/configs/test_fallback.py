@@ -4,6 +4,7 @@ On a pretended GPU (conftest.py); tests/launch has Triton's own launcher do it.
 """
 
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from triton.runtime.errors import OutOfResources
 
 from stf_kernels import configs
 from stf_kernels.configs import GemmConfig, default_config, selection, tables
-from stf_kernels.ops import launch
+from stf_kernels.ops import launch, torch_path
 from stf_kernels.ops.segments import Stage
 
 X = torch.zeros(1, 64, 128, dtype=torch.bfloat16)
@@ -73,3 +74,23 @@ def test_a_refused_descriptor_costs_its_own_call_alone(gpu, monkeypatch):
             launch.run_stage([X], WEIGHT, None, Stage(), forced=forced)
     assert [config for config, _ in gpu.ran] == [TMA.portable()]
     assert not tables.cache_of("test-gpu", "sm_90").failed
+
+
+def test_what_a_refused_kernel_was_to_write_is_let_go(gpu, monkeypatch):
+    """Plain torch's own operands may be twice as large; at 16 images 72 MB lay beside them."""
+    monkeypatch.setattr(configs, "choose", lambda *_, **__: (TMA, True))
+    plain, written = torch_path.run_stage, []
+
+    def noted(config, tensors, stage):
+        written.append(weakref.ref(tensors[3]))
+        raise RuntimeError("Failed to create tensor map descriptor: invalid argument")
+
+    def run_stage(*operands, **options):
+        assert [y() for y in written] == [None]
+        return plain(*operands, **options)
+
+    monkeypatch.setitem(launch.ARGUMENTS, "tma", noted)
+    monkeypatch.setattr(torch_path, "run_stage", run_stage)
+    with pytest.warns(UserWarning, match="plain torch serves"):
+        launch.run_stage([X], WEIGHT, None, Stage())
+    assert written

@@ -50,7 +50,7 @@ def test_candidates_are_the_best_few_of_every_form(gpu):
 
 def test_the_fastest_that_is_right_serves_and_nothing_is_asked_again(gpu, caplog):
     slow, fast, *rest = candidates()
-    gpu.us[fast] = 40.0
+    gpu.us[fast] = 30.0
     call()
     assert gpu.selections == 1
     assert {config for config, _ in gpu.ran} == {slow, fast, *rest}
@@ -58,7 +58,7 @@ def test_the_fastest_that_is_right_serves_and_nothing_is_asked_again(gpu, caplog
     [record] = caplog.records
     assert (record.name.split(".")[0], record.levelname) == ("stf_kernels", "WARNING")
     line = record.getMessage()
-    assert all(part in line for part in ("linear bfloat16 m 144 n 256 k 128", str(fast), "40.0 us (torch: 50.0 us)"))
+    assert all(part in line for part in ("linear bfloat16 m 144 n 256 k 128", str(fast), "30.0 us (torch: 50.0 us)"))
     gpu.ran.clear()
     call()
     call(torch.randn(2, 70, 128).bfloat16())  # 140 rows of the same bucket
@@ -105,7 +105,7 @@ def test_plain_torch_wins_within_the_noise_but_not_where_triton_is_forced(gpu, t
 def test_what_is_wrong_or_does_not_run_is_named_once_and_never_asked_again(gpu, planted, reason):
     bad, good, *_ = candidates()
     gpu.planted[bad] = planted
-    gpu.us |= {bad: 1.0, good: 40.0}
+    gpu.us |= {bad: 1.0, good: 30.0}
     with pytest.warns(UserWarning, match="not used on test-gpu any more") as warned:
         call()
     assert len(warned) == 1
@@ -167,7 +167,7 @@ def test_out_of_memory_is_tried_again_a_few_times(gpu, caplog):
         )
     assert not launch._chosen
     del gpu.planted[tried]
-    gpu.us[tried] = 40.0
+    gpu.us[tried] = 30.0
     call()
     assert served() == tried
     gpu.planted[tried] = torch.OutOfMemoryError("again")
@@ -251,7 +251,7 @@ def test_operands_that_tell_nothing_are_replaced(gpu, x, weight, planted):
     a warm start's columns are zero, and will not be once it is trained."""
     bad, good, *_ = candidates()
     gpu.planted[bad] = planted
-    gpu.us |= {bad: 1.0, good: 40.0}
+    gpu.us |= {bad: 1.0, good: 30.0}
     with pytest.warns(UserWarning, match=f"not used.*: {re.escape(str(bad))}: wrong[^;]*$"):
         launch.run_stage([x], weight, BIAS, GELU)
     assert served() == good
@@ -273,7 +273,7 @@ def test_another_threads_capture_is_nobodys_fault(gpu, monkeypatch, caplog):
 
 def test_what_another_process_has_selected_is_taken(gpu):
     first = candidates()[0]
-    gpu.us[first] = 40.0
+    gpu.us[first] = 30.0
     own = tables.cache_of("test-gpu", "sm_90")
     call()
     own.known.clear()

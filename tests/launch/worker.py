@@ -146,7 +146,7 @@ def first_use() -> dict:
     def medians(calls, device, most):
         for call in calls:
             call()
-        return [50.0 if call.args[1] is None else 40.0 if call.args[1] == fast else 60.0 for call in calls]
+        return [50.0 if call.args[1] is None else 30.0 if call.args[1] == fast else 60.0 for call in calls]
 
     first_use.medians, first_use.Expected.differs = medians, lambda *_: None  # nothing is computed here
     selection.selects = lambda: True

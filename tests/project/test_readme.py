@@ -12,6 +12,7 @@ NAMES = {"llava-1.5/mlp2x": "LLaVA-1.5", "llava-stf/reference": "LLaVA-STF, plai
 NAMES |= {"llava-stf/fused": "LLaVA-STF, this library", "llava-next/mlp2x": "LLaVA-NeXT"}
 NAMES |= {"llava-next-stf/fused": "LLaVA-NeXT, this library", "llava-onevision/mlp2x": "LLaVA-OneVision"}
 NAMES |= {"llava-onevision-stf/fused": "LLaVA-OneVision, this library"}
+MEASURED = ("kernels", "kernels-batches", "host")
 
 
 def quoted(result):
@@ -47,18 +48,30 @@ def test_the_tables_of_the_gpu_are_their_files():
                 said += [str(row["image_tokens"])] * (len(said) == 1)
                 said += [f"{row['total_ms']:.1f}", f"{ratios[0] if ratios else 1:.2f}x"]
         assert f"| {' | '.join(said)} |" in README
-    files = (json.loads((folder / f"{name}.json").read_text()) for name in ("kernels", "kernels-batches"))
-    rows = [row for file in files for row in file["rows"] if row["stage"] == "chain"]
-    for run, title in (("forward", "forward"), ("forward+backward", "training step")):
+    assert result["commit"][:7] in README
+
+
+@pytest.mark.parametrize(("name", "folder"), [("H200", "nvidia-h200"), ("H100", "nvidia-h100-80gb-hbm3")])
+def test_the_projectors_times_are_their_files(name, folder):
+    files = [json.loads((ROOT / f"bench/results/{folder}/{file}.json").read_text()) for file in MEASURED]
+    rows = [row for file in files[:2] for row in file["rows"] if row["stage"] == "chain"]
+    batches = (1, 2, 4, 8, 16, 32, 64)
+    for run, title in (("forward", f"{name}, forward"), ("forward+backward", f"{name}, training step")):
         times = {(row["provider"], row["batch"]): row["us"] for row in rows if row["pass"] == run}
-        ratios = (f"{times['eager', batch] / times['stf', batch]:.2f}x" for batch in (1, 2, 4, 8, 16, 64))
+        ratios = (f"{times['eager', batch] / times['stf', batch]:.2f}x" for batch in batches)
         assert f"| {title} | {' | '.join(ratios)} |" in README
         if run == "forward":
-            rivals = {name for name, _ in times if not name.startswith(("eager", "stf"))}
-            best = [min(times.get((name, batch), math.inf) for name in rivals) for batch in (1, 2, 4, 8, 16, 64)]
-            ratios = (f"{us / times['stf', batch]:.2f}x" for us, batch in zip(best, (1, 2, 4, 8, 16, 64), strict=True))
-            assert f"| forward, best rival over ours | {' | '.join(ratios)} |" in README
-    assert result["commit"][:7] in README
+            rivals = {rival for rival, _ in times if not rival.startswith(("eager", "stf"))}
+            best = [min(times.get((rival, batch), math.inf) for rival in rivals) for batch in batches]
+            ratios = (f"{us / times['stf', batch]:.2f}x" for us, batch in zip(best, batches, strict=True))
+            assert f"| {title}, best rival over ours | {' | '.join(ratios)} |" in README
+    peaks = {(row["provider"], row["batch"]): row["peak_mb"] for row in rows if row["pass"] == "forward+backward"}
+    said = README.replace("\n", " ")
+    assert f"its peak is {peaks['stf', 8]:.0f} MB where plain PyTorch's is {peaks['eager', 8]:.0f} at batch 8" in said
+    assert f"{peaks['stf', 64]:,.0f} and {peaks['eager', 64]:,.0f} at batch 64" in said
+    [chain] = [row for row in files[2]["rows"] if row["what"] == "chain"]
+    assert f"{chain['us']:.0f} against {chain['reference_us']:.0f}" in said
+    assert all(file["commit"][:7] in README for file in files)
 
 
 def test_the_study_is_its_file():
