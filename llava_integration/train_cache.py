@@ -122,10 +122,10 @@ def open_image(path: Path) -> Image.Image:
 def accept_blocks(model: PreTrainedModel) -> None:
     """Let forward take image_blocks [N, M, T, C] in place of pixel_values, for LLaVA-1.5 and LLaVA-STF alike."""
     # On the inner model: inside the forward that DDP, FSDP, autocast and PEFT wrap.
-    model.model.register_forward_pre_hook(_project, with_kwargs=True)
+    model.model.register_forward_pre_hook(_take_blocks, with_kwargs=True)
 
 
-def _project(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def _take_blocks(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     given = kwargs.pop("image_blocks", None)
     if given is None:
         return None

@@ -23,7 +23,6 @@ from .auto_map import write_auto_map
 from .checkpoint import DTYPES, EMBEDDINGS, Entries, Entry, read_json
 from .report import CARD_FILE, ConversionError, Report, blamed_on, model_card
 
-REPORT_FILE = "conversion.json"
 MAX_SHARD_BYTES = 2 * 10**9  # what is held in memory, too
 
 
@@ -78,7 +77,7 @@ class Target:
             card = model_card(config, report, processor=processor is not None, auto_map=self.auto_map)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
             content = {"tensors": report.tensors, "notes": report.notes, "warnings": report.warnings}
-            _write_json(folder / REPORT_FILE, content)
+            _write_json(folder / "conversion.json", content)
         kind = str(dtype).removeprefix("torch.")
         report.notes.append(f"{self.dst}: {len(entries)} tensors, {size / 1e9:.2f} GB, {kind}")
         return report
