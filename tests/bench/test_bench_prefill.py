@@ -1,4 +1,5 @@
-"""If this fails, `make prefill` runs something else than its rows say, or reports what it should refuse."""
+"""If this fails, `make prefill` runs something else than its rows say, or reports what it should refuse; or a bad
+option costs the user a model load before it is noticed."""
 
 import json
 import re
@@ -9,7 +10,7 @@ import torch
 from bench import results
 from bench.command import BadInput
 from bench.prefill import models, table
-from bench.prefill.__main__ import main
+from bench.prefill.__main__ import PHOTOGRAPH, main, parse
 from bench.prefill.modes import STAGES, Eager
 from bench.prefill.presets import Point, preset, preset_of
 from bench.prefill.table import label
@@ -230,3 +231,34 @@ def test_points_and_rounds_that_the_budget_does_not_reach_are_said(tiny_run):
     notes = " ".join(result["notes"])
     assert (result["complete"], "text 6: not measured" in notes) == (False, True)
     assert "3 rounds fitted into the time budget, 6 were planned; --budget SECONDS or --rounds N" in notes
+
+
+OPTIONS = [
+    (["--preset", "70b"], "'70b'"),
+    (["--image", "absent.jpg"], "No such file"),
+    (["--image", "README.md"], "cannot be read as an image"),
+    (["--image", "HALF"], "cannot be read as an image"),
+    (["--json", "bench"], "is a folder"),
+    (["--json", "/proc/prefill.json"], "cannot be written"),
+    (["--batch", "0"], "at least 1"),
+    (["--batch", "two"], "'two'"),
+    (["--rounds", "-1"], "at least 1"),
+    (["--budget", "nan"], "above 0"),
+    (["--modes", "fast"], "'fast'"),
+    (["--model", "absent"], "has no config.json"),
+    (["--family", "qwen"], "'qwen'"),
+    (["--family", "llava-onevision", "--preset", "13b"], "got '13b'"),
+    (["--family", "llava-next", "--images", "2"], "got ['images']"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), OPTIONS, ids=str)
+def test_bad_input_is_named_before_anything_is_loaded(arguments, words, tmp_path, capsys):
+    """By `parse`, before torch is imported."""
+    whole = PHOTOGRAPH.read_bytes()
+    (half := tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SystemExit, match="2"):
+        parse([str(half) if argument == "HALF" else argument for argument in arguments])
+    said = capsys.readouterr().err
+    assert arguments[0] in said
+    assert words in said

@@ -206,13 +206,6 @@ def test_from_the_stock_processor(processor):
         li.LlavaStfProcessor.from_llava(stock)
 
 
-def test_chat_template(processor):
-    content = [{"type": "image", "image": build.image()}, {"type": "text", "text": "what is"}]
-    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    inputs = processor.apply_chat_template([{"role": "USER", "content": content}], **options)
-    assert (inputs["input_ids"] == processor.image_token_id).sum() == 4
-
-
 class TestBadInput:
     @pytest.mark.parametrize(
         ("images", "text", "found", "expected"),
