@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 
 import llava_integration as li
 from llava_integration.convert import convert_official
+from llava_integration.convert.tower import find_tower
 from tests.convert import checkpoints as ck
 from tests.llava import build
 
@@ -173,8 +174,6 @@ def test_a_siglip_tower_has_no_cls_token_and_an_odd_grid(tmp_path, dst, pooling_
 
 
 def test_the_known_clip_needs_no_folder():
-    from llava_integration.convert.tower import find_tower
-
     config = find_tower("openai/clip-vit-large-patch14-336", ck.Path("nowhere"), None).config
     assert (config.hidden_size, config.num_hidden_layers, config.image_size, config.patch_size) == (1024, 24, 336, 14)
     assert (config.intermediate_size, config.num_attention_heads, config.hidden_act) == (4096, 16, "quick_gelu")

@@ -131,8 +131,7 @@ def test_a_refused_assignment_changes_nothing():
 
 
 def test_tokens_of_a_file_are_derived_anew_and_null_is_nothing(stored, tmp_path):
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(stored | {"image_seq_length": 576, "quantization_config": None}))
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"image_seq_length": 576, "quantization_config": None}))
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.image_seq_length == 4
     assert not hasattr(config, "quantization_config")

@@ -164,9 +164,8 @@ def bomb():
 
 def closed():
     data = file_of(Image.fromarray(PIXELS), "JPEG")
-    image = Image.open(stream := io.BytesIO(data))
-    stream.close()
-    return image
+    with io.BytesIO(data) as stream:
+        return Image.open(stream)
 
 
 DARK = Image.new("L", (4, 4))

@@ -52,8 +52,7 @@ def test_old_llava_key_names_load(stf, tmp_path):
     file = tmp_path / "model.safetensors"
     tensors = {build.oldest_name(name): tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
-    loaded = build.load(tmp_path)
-    assert build.same_state(stf, loaded)
+    assert build.same_state(stf, build.load(tmp_path))
 
 
 @pytest.mark.parametrize(
