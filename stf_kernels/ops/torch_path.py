@@ -88,7 +88,8 @@ def unmerged(y: Tensor, grid: tuple[int, int], size: int) -> Tensor:
 def in_16_bytes(copy: Callable[[list[Tensor]], Tensor], tensors: list[Tensor], parts: int = 1) -> Tensor:
     """copy(tensors), which moves whole rows, or `parts` of a row, and looks into none; on a GPU in units of 16 bytes
     where every part is a multiple of that."""
-    if copies_by_element(tensors[0]) and all(_is_wide(x, parts) for x in tensors) and not is_transformed():
+    # a tensor that torch.func wraps has no address
+    if copies_by_element(tensors[0]) and not is_transformed() and all(_is_wide(x, parts) for x in tensors):
         return copy([x.view(torch.complex128) for x in tensors]).view(tensors[0].dtype)
     return copy(tensors)
 

@@ -1,4 +1,5 @@
-"""If this fails, torch.func's transforms or forward-mode derivatives of an operator are refused or wrong."""
+"""If this fails, torch.func's transforms or forward-mode derivatives of an operator are refused or wrong, perhaps on a
+GPU alone: a CPU copies as one here."""
 
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import reference
 import stf_kernels
+from stf_kernels.ops import torch_path
 
 TRANSFORMS = {  # of a function f of t = (weight, bias, *blocks)
     "grad": lambda f, *t: grad(lambda *t: f(*t).square().sum(), argnums=tuple(range(len(t))))(*t),
@@ -24,6 +26,11 @@ TRANSFORMS = {  # of a function f of t = (weight, bias, *blocks)
     "hessian": lambda f, w, b, *x: hessian(lambda b: f(w, b, *x).square().sum())(b),
 }
 COMPILED = ("grad", "jvp", "vmap")
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch_path, "copies_by_element", lambda x: True)
 
 
 @pytest.mark.parametrize(
