@@ -90,7 +90,8 @@ def in_16_bytes(copy: Callable[[list[Tensor]], Tensor], tensors: list[Tensor], p
     where every part is a multiple of that."""
     # a tensor that torch.func wraps has no address
     if copies_by_element(tensors[0]) and not is_transformed() and all(_is_wide(x, parts) for x in tensors):
-        return copy([x.view(torch.complex128) for x in tensors]).view(tensors[0].dtype)
+        copied = copy([x.view(torch.complex128) for x in tensors])
+        return copied.contiguous().view(tensors[0].dtype)  # of a repeated row reshape makes no copy
     return copy(tensors)
 
 

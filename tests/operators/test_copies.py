@@ -52,6 +52,13 @@ def test_a_merge_and_its_adjoint(moved, grid, dtype):
     assert len(moved) == 2
 
 
+@pytest.mark.parametrize("step", [0, 16])
+def test_a_merge_that_is_a_view(moved, step):
+    x = values((1, 8, 8), torch.bfloat16).repeat(1, 2, 1).as_strided((1, 8, 8), (64, step, 1))
+    assert equal(torch_path.merged(x, (4, 2), 2), merge_windows(x, (4, 2), 2))
+    assert moved
+
+
 def other_layouts():
     x = values((2, 8, 16), torch.bfloat16)
     yield "not a multiple of 16 bytes", values((2, 8, 12), torch.bfloat16)
