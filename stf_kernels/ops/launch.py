@@ -144,8 +144,16 @@ def chosen(device: torch.device, gemm: configs.Gemm, forced: bool, measure: conf
     problem = _problem(device, gemm, forced)
     config = _chosen.get(problem, _UNKNOWN)
     if config is _UNKNOWN:
+
+        def trial(candidates: list[GemmConfig], failed: dict[GemmConfig, str], rounds: int) -> dict:
+            try:
+                return measure(candidates, failed, rounds)
+            finally:
+                if failed:  # what is wrong at one product serves no other, of which it was chosen before
+                    forget()
+
         worth = gemm.m and gemm.n and gemm.k
-        config, settled = configs.choose(device, gemm, forced=forced, measure=measure if worth else None)
+        config, settled = configs.choose(device, gemm, forced=forced, measure=trial if worth else None)
         if settled:
             _keep(_chosen, problem, config)
     return config
@@ -221,7 +229,7 @@ def _instead(config: GemmConfig, error: Exception, x: Tensor, *, exact: bool, fo
         raise error
     if not refused:
         configs.reject(x.device, x.dtype, config, error)
-        _chosen.clear()  # what was chosen so far is chosen anew
+        forget()
     return config.portable() if forced else None
 
 

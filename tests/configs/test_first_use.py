@@ -121,6 +121,18 @@ def test_what_is_wrong_or_does_not_run_is_named_once_and_never_asked_again(gpu, 
     assert bad not in candidates()
 
 
+def test_what_is_wrong_at_one_product_serves_no_other_any_more(gpu):
+    bad, *_ = candidates()
+    gpu.us[bad] = 30.0
+    call()
+    gpu.planted[bad] = "wrong"
+    with pytest.warns(UserWarning, match="not used on test-gpu any more"):
+        call(save_pre=True)
+    gpu.ran.clear()
+    call()
+    assert not gpu.ran
+
+
 def test_a_row_between_those_that_are_compared_with_float64(gpu, monkeypatch):
     monkeypatch.setattr(first_use, "ROWS", 2)  # the first and the last
     bad, *_ = candidates()
