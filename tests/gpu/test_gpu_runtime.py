@@ -1,6 +1,9 @@
-"""If this fails, the chain does not survive how GPUs are driven: graphs, streams, devices, no synchronisation."""
+"""If this fails, the chain does not survive how GPUs are driven: graphs, streams, devices, no synchronisation, or a
+first use selects what is wrong.
+"""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,7 +11,8 @@ from support.compare import compare_modules, compare_rows, twins
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import stf_kernels
-from stf_kernels.configs import GemmConfig
+from stf_kernels.configs import GemmConfig, selection, tables
+from stf_kernels.ops import launch
 from stf_kernels.ops.launch import run_stage
 from stf_kernels.ops.segments import Stage
 
@@ -191,3 +195,26 @@ def test_the_other_device():
         y = compare_modules(modules, build(device)[1], torch.bfloat16, gradients=True)
     assert str(y.device) == device
     assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_projector_is_selected_and_right(dtype, training, monkeypatch, tmp_path):
+    """Every product has an entry with the time of plain torch and of others, and no candidate was wrong."""
+    monkeypatch.setenv("STF_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(selection, "selects", lambda: True)
+    tables.cache_of.cache_clear()
+    launch.forget()
+    try:
+        modules = twins("CompactTokenProjector", 4, 128, 256, skip_tokens=1, dtype=dtype, device="cuda")
+        report = stf_kernels.prepare(modules[0], batch_sizes=(2,), training=training, grid=(12, 12))
+        assert {entry["by"] for entry in report.entries} <= {"selected", "table"}, str(report)
+        blocks = [torch.randn(2, 145, 128, device="cuda") for _ in range(4)]
+        compare_modules(modules, blocks, dtype, gradients=training)
+        [path] = tmp_path.glob("*.json")
+        kept = json.loads(path.read_text())
+        assert not kept["failed"]
+        assert all(len(entry["candidates"]) > 1 for entry in kept["entries"])
+    finally:
+        tables.cache_of.cache_clear()
+        launch.forget()
