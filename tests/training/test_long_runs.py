@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.modules import build
+from support.processes import python
 
 from stf_kernels import CompactTokenProjector, spatial_merge_linear, use_backend
 from stf_kernels.backend import current_backend
@@ -56,18 +57,28 @@ def test_threads_with_one_module_and_backends_of_their_own():
     assert current_backend() == "auto"
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_worker_processes(method):
+def compute_in_workers(method: str) -> None:
     """Of a process that has computed: a fork inherits what is cached. One thread, as in a DataLoader's workers: with
     more a fork of torch waits for threads that are not there."""
-    if method == "fork" and torch.cuda.is_available():
-        pytest.skip("CUDA does not live through a fork")
     expected = step(5)
     workers = 2 if method == "fork" else 1  # which imports torch
     pool = multiprocessing.get_context(method).Pool(workers, torch.set_num_threads, (1,))
     with pool, use_backend("torch"):
         found = pool.map_async(step, [5] * 4).get(timeout=900)
     assert all(same(one, expected) for one in found)
+
+
+def test_spawned_workers():
+    compute_in_workers("spawn")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not live through a fork")
+def test_forked_workers():
+    """From a process of its own: where a test has used fake tensors, torch's build for CUDA takes itself to have eight
+    GPUs, starts autograd's threads for them, and then computes no gradients in a fork."""
+    code = "from training.test_long_runs import compute_in_workers; compute_in_workers('fork')"
+    done = python("-c", code, PYTHONPATH="tests")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
