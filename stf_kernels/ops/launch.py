@@ -74,34 +74,9 @@ def run_stage(
             tile = chosen(x.device, gemm, forced, functools.partial(first_use.measure, product))
             key = key if problem in _chosen else None  # the next call may choose otherwise
         ready = Ready(tile)
-    if ready.config is not None:
-        operands = blocks, weight, bias, stage, save_pre, out, rows
-        found = _run_kernel(ready, key, *operands, exact=config is not None, forced=forced)
-        if found is not None:
-            return found
-    return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
-
-
-def _run_kernel(
-    ready: Ready,
-    key: tuple | None,
-    blocks: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    stage: Stage,
-    save_pre: bool,
-    out: Tensor | None,
-    rows: Tensor | None,
-    *,
-    exact: bool,
-    forced: bool,
-) -> tuple[Tensor, Tensor | None] | None:
-    """run_stage by a kernel; None where plain torch is to serve instead, and what was made here is let go.
-
-    key: what a launch is kept for, if it is. exact: the caller named the configuration.
-    """
-    x, n = blocks[0], weight.shape[0]
-    m = x.shape[0] * stage.tokens(x.shape)
+    if ready.config is None:
+        return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
+    m, n = gemm.m, gemm.n
     store_dtype = torch.float32 if interpreting() else x.dtype
     if out is None:
         y = torch.empty(stage.out_shape(x.shape, n), device=x.device, dtype=store_dtype)
@@ -123,13 +98,14 @@ def _run_kernel(
                     break
                 compiled = kernel[grid](*operands, *sizes, **constants, **tile.compiler_options())
             except Exception as error:  # another one is raised again
-                ready = Ready(_instead(tile, error, x, exact=exact, forced=forced))
+                ready = Ready(_instead(tile, error, x, exact=config is not None, forced=forced))
                 continue
             if compiled is not None and key is not None and torch.version.hip is None:
                 _keep(_ready, key, Ready(tile, compiled, grid, behind))
             break
     if ready.config is None:
-        return None
+        y = pre = tensors = operands = None  # let go: plain torch's own operands may be twice as large
+        return torch_path.run_stage(blocks, weight, bias, stage, save_pre, out=out, rows=rows)
     if out is not None and y is not out:
         out.copy_(y.to(out.dtype))  # between dtypes copy_ loses a pending sign
     elif out is not None and not out.is_inference():
