@@ -29,7 +29,7 @@ from .tables import Known, Table, cache_of, device_identity, multiprocessors, ta
 _log = logging.getLogger(__name__)  # its warnings are seen on stderr where an application has set up no logging
 INTERPRETER_CONFIG = GemmConfig(block_m=32, block_n=32, block_k=32, group_m=2)
 # A kernel must take less than this share of plain torch's time, and so many microseconds less: within the noise plain
-# torch serves, and a launch of ours takes 20 to 200 us more of the host than torch's calls.
+# torch serves, and a launch of ours costs the host more than torch's calls do (bench/TUNING.md, row 42).
 MARGIN, WORTH = 0.98, 10.0
 
 # ops/first_use.measure on a call's own operands: (candidates, failures, rounds of timing) -> microseconds

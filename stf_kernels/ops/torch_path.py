@@ -20,7 +20,7 @@ from .segments import Stage, merge_windows, unmerge_windows
 
 WIDE = (torch.float32, torch.float64)
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
-# The binding that F.gelu is, in place: torch.ops.aten.gelu_ takes three times as long to call.
+# The binding that F.gelu is, in place: torch.ops.aten.gelu_ takes longer to call.
 _gelu_ = torch._C._nn.gelu_  # type: ignore[attr-defined]
 _gelu_backward, _silu_backward = torch.ops.aten.gelu_backward.grad_input, torch.ops.aten.silu_backward.grad_input
 
